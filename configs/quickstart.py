@@ -1,0 +1,136 @@
+"""Quickstart: the whole chain on generated clips of moving shapes, on a laptop.
+
+Command: python -m sora_jax.main --config=configs/quickstart.py
+Hardware: 2 CPU cores, 6 GB of memory.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+  """The recipe; any key can be overridden with --config.key=value.
+
+  Variant "short" (--config=configs/quickstart.py:short) does the same on a handful of
+  clips in a minute or two: to see that everything runs, not to learn anything.
+  """
+  if variant not in ("", "short"):
+    raise ValueError(f"quickstart has no variant {variant!r}; there is 'short'")
+  c = ConfigDict()
+  c.seed = 0
+  c.precision = "auto"
+  c.stages = ("data", "vae", "encode", "dit", "sample", "evaluate")
+
+  c.data = ConfigDict()
+  c.data.source = "shapes"  # or a folder of videos and images
+  c.data.train_clips = 1200
+  c.data.heldout_clips = 96
+  c.data.max_frames = 33
+  c.data.max_pixels = 96 * 64
+  c.data.size_multiple = 16
+  c.data.fps = 0.0
+  c.data.heldout_share = 0.05
+  c.data.workers = 0
+
+  c.vae = ConfigDict()
+  c.vae.model = ConfigDict()
+  c.vae.model.latent_channels = 16
+  c.vae.model.width = 192
+  c.vae.model.width_multipliers = (1,)
+  c.vae.model.downsample = ()
+  c.vae.model.blocks = 1
+  c.vae.model.patch_size = (4, 8, 8)
+  c.vae.model.kernel = (1, 3, 3)
+  c.vae.model.end_kernel = (1, 1, 1)
+  c.vae.model.bottleneck = 64
+  c.vae.model.middle = False
+  c.vae.loss = ConfigDict()
+  c.vae.loss.kl_weight = 1e-5
+  c.vae.loss.gan_weight = 0.0
+  c.vae.loss.gan_start = 0
+  c.vae.batch_size = 8
+  c.vae.crop = (17, 64, 64)
+  c.vae.train = ConfigDict()
+  c.vae.train.steps = 1300
+  c.vae.train.learning_rate = 3e-3
+  c.vae.train.warmup_steps = 50
+  c.vae.train.schedule = "cosine"
+  c.vae.train.weight_decay = 1e-4
+  c.vae.train.b2 = 0.99
+  c.vae.train.ema_decay = 0.99
+  c.vae.train.log_every = 50
+  c.vae.train.eval_every = 500
+  c.vae.train.save_every = 500
+
+  c.encode = ConfigDict()
+  c.encode.batch_size = 8
+  c.encode.frame_buckets = (1, 9, 33)
+  c.encode.extras = 2
+
+  c.dit = ConfigDict()
+  c.dit.model = ConfigDict()
+  c.dit.model.patch_size = (1, 2, 2)
+  c.dit.model.width = 256
+  c.dit.model.depth = 4
+  c.dit.model.heads = 4
+  c.dit.model.mlp_width = 1024
+  c.dit.model.remat = "none"
+  c.dit.text = ConfigDict()
+  c.dit.text.vocab_size = 512
+  c.dit.text.width = 128
+  c.dit.text.depth = 1
+  c.dit.text.heads = 2
+  c.dit.rows = 4
+  c.dit.tokens = 256
+  c.dit.text_tokens = 128
+  c.dit.segments = 8
+  c.dit.max_text_tokens = 48
+  c.dit.train = ConfigDict()
+  c.dit.train.steps = 3000
+  c.dit.train.learning_rate = 1e-3
+  c.dit.train.warmup_steps = 100
+  c.dit.train.schedule = "cosine"
+  c.dit.train.weight_decay = 0.01
+  c.dit.train.b2 = 0.99
+  c.dit.train.ema_decay = 0.998
+  c.dit.train.log_every = 100
+  c.dit.train.eval_every = 1000
+  c.dit.train.save_every = 1000
+
+  c.sample = ConfigDict()
+  c.sample.prompts = (
+    ("a red circle moves right", (64, 64), 17, 12.0),
+    ("a blue square bounces", (64, 64), 17, 12.0),
+    ("a yellow star turns", (64, 64), 17, 12.0),
+    ("a green triangle grows", (64, 64), 17, 12.0),
+    ("a white square moves left", (96, 64), 33, 12.0),
+    ("a magenta star moves down", (64, 96), 17, 12.0),
+    ("an orange circle moves right behind a bar", (96, 64), 33, 12.0),
+    ("a cyan triangle", (64, 64), 1, 12.0),
+  )
+  c.sample.steps = 24
+  c.sample.method = "euler"
+  c.sample.guidance_scale = 3.0
+  c.sample.shift = 1.0
+  c.sample.rows = 4
+
+  c.evaluate = ConfigDict()
+  c.evaluate.clips = 64
+
+  if variant == "short":
+    c.data.train_clips = 48
+    c.data.heldout_clips = 8
+    c.vae.train.steps = 8
+    c.vae.train.warmup_steps = 2
+    c.vae.train.log_every = 4
+    c.vae.train.eval_every = 8
+    c.vae.train.save_every = 4
+    c.dit.model.depth = 2
+    c.dit.train.steps = 8
+    c.dit.train.warmup_steps = 2
+    c.dit.train.log_every = 4
+    c.dit.train.eval_every = 8
+    c.dit.train.save_every = 4
+    c.sample.prompts = c.sample.prompts[:2]
+    c.sample.steps = 4
+    c.evaluate.clips = 8
+  return c

@@ -1,0 +1,47 @@
+"""Package metadata; tool settings are in pyproject.toml."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(
+  r'__version__ = "(.+)"', (ROOT / "sora_jax/__init__.py").read_text()
+)[1]
+
+setup(
+  name="sora_jax",
+  version=VERSION,
+  description="Train a Sora-like video model on TPUs, from raw videos to samples",
+  long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["sora_jax", "sora_jax.*"]),
+  # Ranges that were run together; the lower ends are what CI has seen.
+  install_requires=[
+    "absl-py>=2.1",
+    "array_record>=0.8.3",
+    "av>=16,<19",
+    "etils[epath]>=1.9",
+    "flax>=0.12,<0.13",
+    "grain>=0.2.18,<0.3",
+    "jax>=0.10.2,<0.12",
+    "ml_collections>=1.1,<2",
+    "msgpack>=1.1",
+    "numpy>=2.0",
+    "optax>=0.2.6,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "pillow>=11",
+    "protobuf<7",
+    "scipy>=1.14",
+    "sentencepiece>=0.2.1,<0.3",
+    "tensorboardX>=2.6.4",
+  ],
+  extras_require={
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda13]"],
+    "test": ["pytest>=8", "ruff>=0.14"],
+  },
+)

@@ -1,0 +1,189 @@
+"""Checkpoints of a run (Orbax, asynchronous) and finished models (params + meta)."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+# Orbax logs dozens of lines for each save, which would bury the lines of the run.
+logging.get_absl_logger().addFilter(
+  lambda record: record.levelno >= 30 or "orbax" not in record.pathname
+)
+
+
+class Checkpoints:
+  """Numbered checkpoints in a folder: a sharded state and a JSON-able dict each.
+
+  Saving is asynchronous and atomic: a run that is killed while it saves leaves the
+  checkpoints before intact. All processes must call each method.
+  """
+
+  def __init__(self, folder, keep: int):
+    self.folder = epath.Path(folder).absolute()
+    self._manager = ocp.CheckpointManager(
+      self.folder,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=True
+      ),
+      item_handlers={
+        "state": ocp.StandardCheckpointHandler(),
+        "host": ocp.JsonCheckpointHandler(),
+      },
+    )
+
+  def steps(self) -> list[int]:
+    """Steps of the complete checkpoints, ascending."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, state, host: dict) -> None:
+    """Starts to save; returns once the state may be donated. Raises earlier failures.
+
+    host: JSON-able and the same in all processes.
+    """
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)
+      ),
+      force=True,
+    )
+
+  def restore(self, step: int, abstract_state) -> tuple:
+    """(state, host) of a step, placed as the ShapeDtypeStructs of abstract_state say.
+
+    ValueError naming the folder if it is damaged, or holds other params than these:
+    then also the first param that differs, with both shapes.
+    """
+    folder = self.folder / str(step)
+    try:
+      saved = _shapes(self._manager.item_metadata(step).state)
+      if not saved:
+        raise FileNotFoundError("no metadata of the state")
+    except Exception as error:  # noqa: BLE001 (Orbax raises whatever its backends raise)
+      raise ValueError(_damaged(folder, error)) from error
+    _compare(folder, saved, _shapes(abstract_state))
+    try:
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract_state), host=ocp.args.JsonRestore()
+        ),
+      )
+    except Exception as error:  # noqa: BLE001
+      raise ValueError(_damaged(folder, error)) from error
+    return restored.state, restored.host
+
+  def wait(self) -> None:
+    """Waits for saves under way; raises if one failed."""
+    self._manager.wait_until_finished()
+    self._manager.check_for_errors()
+
+  def close(self) -> None:
+    """Waits for saves under way, then frees the threads."""
+    self._manager.close()
+
+
+def _damaged(folder, error) -> str:
+  return (
+    f"{folder}: the checkpoint is damaged ({type(error).__name__}: {error}); "
+    "delete this folder to go on from the checkpoint before"
+  )
+
+
+def _shapes(tree) -> dict[str, tuple]:
+  """Shapes by path, the same for a named tuple and the dict that it is saved as."""
+  leaves = jax.tree_util.tree_leaves_with_path(
+    tree, is_leaf=lambda leaf: hasattr(leaf, "shape")
+  )
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+    for path, leaf in leaves
+    if hasattr(leaf, "shape")
+  }
+
+
+def _compare(folder, saved, wanted) -> None:
+  # Params first: a difference in the optimizer state mostly follows from theirs.
+  names = sorted(saved | wanted, key=lambda name: (not name.startswith("params"), name))
+  for name in names:
+    if saved.get(name) != wanted.get(name):
+      raise ValueError(
+        f"{folder}: {name} has shape {saved.get(name, 'none (missing)')} in the "
+        f"checkpoint, {wanted.get(name, 'none (missing)')} by the config; "
+        "use the config of the checkpoint or another workdir"
+      )
+
+
+def save_model(folder, params, meta: dict) -> None:
+  """Writes params and JSON-able meta to folder/params-<n> and folder/model.json.
+
+  Atomic: model.json, which names the params, is replaced last; a model that was there
+  stays loadable until then. All processes must call it.
+  """
+  folder = epath.Path(folder).absolute()
+  number = 0
+  if (folder / "model.json").exists():
+    number = 1 + int(_read_model(folder)["params"].split("-")[1])
+  name = f"params-{number}"
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    checkpointer.save(folder / name, params, force=True)
+  if jax.process_index() == 0:
+    temporary = folder / "model.json.tmp"
+    temporary.write_text(json.dumps({"params": name, "meta": meta}, indent=2) + "\n")
+    temporary.replace(folder / "model.json")
+    for other in folder.glob("params-*"):
+      if other.name != name:
+        other.rmtree()
+  multihost_utils.sync_global_devices("save_model")
+
+
+def load_meta(folder) -> dict:
+  """Meta of a model. ValueError if there is no complete model in the folder."""
+  return _read_model(epath.Path(folder).absolute())["meta"]
+
+
+def load_model(folder, shardings=None) -> tuple[dict, dict]:
+  """(params, meta) of a model that save_model wrote.
+
+  shardings: tree of shardings like the params, or a function of the params' shapes
+  that returns it; without it the params come whole to the default device.
+  ValueError naming the folder if there is no complete model in it.
+  """
+  folder = epath.Path(folder).absolute()
+  model = _read_model(folder)
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      saved = checkpointer.metadata(folder / model["params"]).item_metadata.tree
+      shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved
+      )
+      if shardings is None:
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+      else:
+        tree = shardings(shapes) if callable(shardings) else shardings
+        args = jax.tree.map(lambda s: ocp.ArrayRestoreArgs(sharding=s), tree)
+      params = checkpointer.restore(folder / model["params"], restore_args=args)
+  except Exception as error:  # noqa: BLE001
+    raise ValueError(
+      f"{folder}: the model's {model['params']} is damaged or does not fit "
+      f"({type(error).__name__}: {error}); save the model again"
+    ) from error
+  if shardings is None:
+    params = jax.tree.map(jnp.asarray, params)
+  return params, model["meta"]
+
+
+def _read_model(folder) -> dict:
+  try:
+    model = json.loads((folder / "model.json").read_text())
+    return {"params": model["params"], "meta": model["meta"]}
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"{folder}: no complete model here (model.json: {type(error).__name__}); "
+      "train it to the end, or name the folder of a finished model"
+    ) from error

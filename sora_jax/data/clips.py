@@ -1,0 +1,93 @@
+"""What a training clip is, and the manifest that lists clips."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+  """A piece of one media file, with the size it will be decoded to.
+
+  An image is a clip of one frame. Times are in seconds from the file's first frame.
+  """
+
+  id: str  # unique in its manifest: relative path without suffix, "#k" for a cut
+  path: str  # absolute; written relative to the manifest's folder
+  start: float
+  frames: int  # 1 + 4k, the causal VAE's grid in time
+  fps: float  # the rate to sample at; 1.0 for images
+  height: int  # size after resize and centre crop
+  width: int
+  captions: tuple[str, ...] = ()
+  split: str = "train"  # "train" or "heldout"
+  truth: dict | None = None  # what was drawn, for generated clips
+
+
+def write_manifest(path, clips):
+  """Writes one JSON object a line, atomically; media paths become relative."""
+  path = pathlib.Path(path)
+  folder = os.path.abspath(path.parent)
+  lines = []
+  for clip in clips:
+    row = dataclasses.asdict(clip)
+    row["path"] = os.path.relpath(clip.path, folder)
+    lines.append(json.dumps(row, ensure_ascii=False))
+  write_lines(path, lines)
+
+
+def read_manifest(path) -> list[Clip]:
+  """Reads what `write_manifest` wrote.
+
+  Raises:
+    ValueError: no such file, a line is no clip, or an id occurs twice; names the line.
+  """
+  path = pathlib.Path(path)
+  folder = os.path.abspath(path.parent)
+  clips, seen = [], set()
+  for number, row in read_rows(path):
+    try:
+      row["path"] = os.path.normpath(os.path.join(folder, row["path"]))
+      row["captions"] = tuple(row["captions"])
+      clip = Clip(**row)
+    except (KeyError, TypeError) as e:
+      raise ValueError(f"{path}:{number}: not a clip ({e})") from e
+    if clip.id in seen:
+      raise ValueError(f"{path}:{number}: id {clip.id!r} occurs twice")
+    seen.add(clip.id)
+    clips.append(clip)
+  return clips
+
+
+def read_rows(path):
+  """Yields (line number, object) of a JSON lines file; skips blank lines.
+
+  Raises:
+    ValueError: no such file, or a line that is not a JSON object; names file:line.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise ValueError(f"{path}: no such manifest")
+  with open(path, "rb") as f:
+    for number, line in enumerate(f, 1):
+      if not line.strip():
+        continue
+      try:
+        row = json.loads(line)
+      except ValueError as e:  # bad JSON or bad UTF-8
+        raise ValueError(f"{path}:{number}: not JSON ({e})") from e
+      if not isinstance(row, dict):
+        kind = type(row).__name__
+        raise ValueError(f"{path}:{number}: a JSON object is needed, not {kind}")
+      yield number, row
+
+
+def write_lines(path, lines):
+  """Writes text lines atomically, so that a reader never sees half a file."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  with open(partial, "w", encoding="utf-8") as f:
+    f.writelines(line + "\n" for line in lines)
+  os.replace(partial, path)

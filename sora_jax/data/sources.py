@@ -1,0 +1,212 @@
+"""Turns a folder of videos and images into a list of clips to train on."""
+
+import collections
+import hashlib
+import math
+import os
+import pathlib
+
+from absl import logging
+
+from sora_jax.data import video
+from sora_jax.data.clips import Clip, read_rows
+
+MANIFEST = "manifest.jsonl"
+
+
+def legal_size(height, width, max_pixels, multiple) -> tuple[int, int]:
+  """Size nearest in shape that fits `max_pixels`, in multiples of `multiple`.
+
+  Never larger than the source, except to reach the next multiple.
+
+  Raises:
+    ValueError: not even one multiple x multiple square fits.
+  """
+  if multiple * multiple > max_pixels:
+    raise ValueError(
+      f"max_pixels {max_pixels} is less than one {multiple}x{multiple} square"
+    )
+  scale = min(1.0, math.sqrt(max_pixels / (height * width)))
+  ideal = height * scale / multiple, width * scale / multiple
+
+  def near(x):
+    return {max(1, math.floor(x)), max(1, math.ceil(x))}
+
+  def badness(size):
+    h, w = size
+    shape = abs(math.log(h * width / (w * height)))
+    return shape + 0.5 * abs(math.log(h * w / (ideal[0] * ideal[1]))), -h * w
+
+  fits = lambda h, w: h * w * multiple * multiple <= max_pixels  # noqa: E731
+  sizes = [(h, w) for h in near(ideal[0]) for w in near(ideal[1]) if fits(h, w)]
+  if not sizes:  # a strip so thin that its short side is below one multiple
+    longest = max_pixels // (multiple * multiple)
+    sizes = [(1, longest) if width > height else (longest, 1)]
+  h, w = min(sizes, key=badness)
+  return h * multiple, w * multiple
+
+
+def legal_frames(frames) -> int:
+  """Largest 1 + 4k that is not more than `frames`.
+
+  Raises:
+    ValueError: fewer than one frame.
+  """
+  if frames < 1:
+    raise ValueError(f"at least 1 frame is needed, not {frames}")
+  return 1 + 4 * ((frames - 1) // 4)
+
+
+def scan(
+  folder, *, max_frames, max_pixels, size_multiple, fps=None, heldout_share=0.0,
+  min_frames=5,
+):  # fmt: skip
+  """Finds, measures and cuts the media files under a folder.
+
+  Captions and splits come from `manifest.jsonl` in the folder (rows with "path",
+  "caption" or "captions", and optionally "split" and "truth"), which then also says
+  which files to use; else from a .txt beside each file, one caption a line. Files
+  without captions are used without.
+
+  Args:
+    folder: searched with its subfolders; suffixes may have any case.
+    max_frames: longest clip; longer videos become several clips, one after the other.
+    max_pixels: largest height x width of a clip.
+    size_multiple: height and width become multiples of this.
+    fps: sample faster videos at this rate; None keeps every video's own.
+    heldout_share: share of files held out where no manifest says; whole files, chosen
+      by name, so that adding files moves none.
+    min_frames: a video, or the rest of one, with fewer frames is left out.
+
+  Returns:
+    clips, sorted by path, and the rejected files as a list of (path, reason).
+
+  Raises:
+    ValueError: missing or empty folder, a wrong manifest or caption, nothing usable.
+  """
+  folder = pathlib.Path(folder).absolute()
+  if not folder.is_dir():
+    raise ValueError(f"{folder}: no such folder")
+  max_frames = legal_frames(max_frames)
+  min_frames = min(min_frames, max_frames)
+  manifest = folder / MANIFEST
+  files = _from_manifest(folder) if manifest.exists() else _from_tree(folder)
+  if not files:
+    wanted = " ".join(video.VIDEO_SUFFIXES + video.IMAGE_SUFFIXES)
+    raise ValueError(f"{folder}: no media files in it; looked for {wanted}")
+  stems = collections.Counter(os.path.splitext(name)[0] for name in files)
+  found, rejected = [], []
+  for name, row in sorted(files.items()):
+    path = folder / name
+    stem = os.path.splitext(name)[0]
+    try:
+      info = video.probe(path)
+      pieces = _cut(path, info, fps, max_frames, min_frames)
+    except video.ClipError as e:
+      rejected.append((str(path), e.reason))
+      continue
+    height, width = legal_size(info.height, info.width, max_pixels, size_multiple)
+    rate = 1.0 if info.frames == 1 else min(info.fps, fps or info.fps)
+    for number, (start, frames) in enumerate(pieces):
+      clip_id = name if stems[stem] > 1 else stem
+      found.append(
+        Clip(
+          id=clip_id if len(pieces) == 1 else f"{clip_id}#{number}",
+          path=str(path),
+          start=start,
+          frames=frames,
+          fps=rate,
+          height=height,
+          width=width,
+          captions=tuple(row["captions"]),
+          split=row.get("split") or _split(name, heldout_share),
+          truth=row.get("truth"),
+        )
+      )
+  for path, reason in rejected[:20]:
+    logging.warning("left out %s: %s", path, reason)
+  if not found:
+    path, reason = rejected[0]
+    raise ValueError(
+      f"{folder}: none of {len(files)} media files can be used; first {path}: {reason}"
+    )
+  silent = sum(not clip.captions for clip in found)
+  logging.info(
+    "%s: %d clips (%d without a caption) of %d files, %d files left out",
+    folder, len(found), silent, len(files), len(rejected),
+  )  # fmt: skip
+  return found, rejected
+
+
+def _cut(path, info, fps, max_frames, min_frames):
+  """[(start, frames)] of consecutive clips; the rest of a video may be left out."""
+  if info.frames == 1:
+    return [(0.0, 1)]
+  rate = min(info.fps, fps or info.fps)
+  # Frame k is on screen from k / rate; rounded headers must not add one.
+  total = math.ceil(info.duration * rate - 0.3)
+  if total < min_frames:
+    raise video.ClipError(
+      path, f"too short: {total} frames at {rate:g} fps, {min_frames} needed"
+    )
+  pieces = []
+  for first in range(0, total, max_frames):
+    left = min(total - first, max_frames)
+    if left >= min_frames:
+      pieces.append((first / rate, legal_frames(left)))
+  return pieces
+
+
+def _split(name, heldout_share):
+  draw = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+  return "heldout" if draw < heldout_share else "train"
+
+
+def _from_tree(folder):
+  """{relative path: {"captions"}} of all media files, with .txt files as captions."""
+  files = {}
+  for path in folder.rglob("*"):
+    suffixes = video.VIDEO_SUFFIXES + video.IMAGE_SUFFIXES
+    if path.suffix.lower() in suffixes and not path.name.startswith("."):
+      files[path.relative_to(folder).as_posix()] = {"captions": _sidecar(path)}
+  return files
+
+
+def _sidecar(path):
+  text = path.with_suffix(".txt")
+  if not text.is_file():
+    return []
+  try:
+    lines = text.read_text(encoding="utf-8").splitlines()
+  except UnicodeDecodeError as e:
+    raise ValueError(f"{text}: captions must be UTF-8 ({e})") from e
+  return [line.strip() for line in lines if line.strip()]
+
+
+def _from_manifest(folder):
+  """{relative path: row} with "captions" as a list; checks each row."""
+  files = {}
+  for number, row in read_rows(folder / MANIFEST):
+    where = f"{folder / MANIFEST}:{number}"
+    name = row.get("path")
+    if not isinstance(name, str) or not name:
+      raise ValueError(f'{where}: "path" must be a file name, not {name!r}')
+    if name in files:
+      raise ValueError(f"{where}: {name} occurs twice")
+    if not (folder / name).is_file():
+      raise ValueError(f"{where}: no such file: {folder / name}")
+    captions = row.get("captions", [])
+    if "caption" in row:
+      captions = [row["caption"]]
+    good = isinstance(captions, list) and all(isinstance(c, str) for c in captions)
+    if not good:
+      raise ValueError(
+        f'{where}: "caption" must be a text, "captions" a list of texts, '
+        f"not {captions!r}"
+      )
+    if row.get("split", "train") not in ("train", "heldout"):
+      raise ValueError(
+        f'{where}: "split" must be "train" or "heldout", not {row["split"]!r}'
+      )
+    files[name] = {**row, "captions": [c.strip() for c in captions if c.strip()]}
+  return files

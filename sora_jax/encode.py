@@ -1,0 +1,224 @@
+"""Stage "encode": VAE over the manifest -> latent shards and a manifest of latents.
+
+  python -m sora_jax.encode --config=configs/quickstart.py
+
+Clips are grouped by frame size, and each group by length, so that the number of
+compiled shapes is bounded. Padding in time is exact: the VAE is causal, so the latents
+of a clip do not depend on frames behind its end.
+"""
+
+import concurrent.futures
+import dataclasses
+import math
+import pathlib
+import time
+
+import jax
+import numpy as np
+from absl import logging
+
+from sora_jax import metrics, sharding, stages
+from sora_jax import recipe as recipes
+from sora_jax.autoencoder import Autoencoder
+from sora_jax.data import pipeline, records, video
+from sora_jax.data.clips import Clip, read_manifest
+
+
+def run(recipe: recipes.Recipe, workdir) -> None:
+  """Writes workdir/encode/{latents-*.array_record, latents.jsonl}; resumes by shard.
+
+  Raises:
+    ValueError: if no clip of a split could be read.
+  """
+  workdir = pathlib.Path(workdir)
+  folder = workdir / "encode"
+  clips = read_manifest(workdir / "data" / "manifest.jsonl")
+  # Encoding is local to a process: each encodes its own shards on its own devices.
+  mesh = sharding.make_mesh(devices=jax.local_devices())
+  autoencoder = Autoencoder(workdir / "vae" / "model", mesh, recipe.dtype)
+  sized = limit_sizes(clips, recipe.encode.max_sizes)
+  shards = plan_shards(sized, recipe.encode.clips_per_shard)
+  bad_clips = pipeline.BadClips(folder)
+  begin, done, fresh = time.monotonic(), 0, 0
+  for number, shard in enumerate(shards):
+    if number % jax.process_count() != jax.process_index():
+      continue
+    path = folder / f"latents-{number:05d}-of-{len(shards):05d}.array_record"
+    if path.exists():
+      done += len(shard)
+      continue
+    encoded = encode_clips(shard, autoencoder, recipe.encode, recipe.seed, bad_clips)
+    records.write_shard(str(path), encoded)
+    done, fresh = done + len(shard), fresh + len(shard)
+    rate = fresh / (time.monotonic() - begin)
+    left = (len(clips) - done) / rate / jax.process_count()
+    logging.info(
+      "encoded %d/%d clips (shard %d of %d), %.1f clips/s, ETA %s",
+      done,
+      len(clips),
+      number + 1,
+      len(shards),
+      rate,
+      metrics.format_seconds(max(left, 0)),
+    )
+  sharding.sync("encode")
+  if jax.process_index() == 0:
+    _write_manifest(folder, len(shards))
+  pipeline.report_bad_clips(folder, len(clips))
+  sharding.sync("encode manifest")
+
+
+def _write_manifest(folder, count):
+  latents = []
+  for number in range(count):
+    name = f"latents-{number:05d}-of-{count:05d}.array_record"
+    latents += records.read_shard_clips(str(folder / name))
+  for split in ("train", "heldout"):
+    if not any(clip.split == split for clip in latents):
+      raise ValueError(
+        f"{folder}: no clip of split {split!r} could be encoded; see bad_clips.jsonl"
+      )
+  latents.sort(key=lambda clip: clip.id)
+  records.write_latents_manifest(str(folder / "latents.jsonl"), latents)
+  logging.info("%s: %d clips", folder / "latents.jsonl", len(latents))
+
+
+def limit_sizes(clips: list[Clip], max_sizes: int) -> list[Clip]:
+  """Gives clips of rare frame sizes the nearest of the `max_sizes` commonest ones."""
+  counts = {}
+  for clip in clips:
+    size = (clip.height, clip.width)
+    counts[size] = counts.get(size, 0) + 1
+  kept = sorted(counts, key=lambda size: (-counts[size], size))[:max_sizes]
+  moved = sum(counts[size] for size in counts if size not in kept)
+  if not moved:
+    return clips
+  logging.info(
+    "%d of %d clips have one of %d rare frame sizes and are fitted to the %d commonest",
+    moved,
+    len(clips),
+    len(counts) - len(kept),
+    max_sizes,
+  )
+
+  def nearest(clip):
+    def distance(size):
+      shape = math.log(size[0] * clip.width / (size[1] * clip.height))
+      return abs(shape) + abs(math.log(size[0] * size[1] / clip.height / clip.width))
+
+    height, width = min(kept, key=distance)
+    return dataclasses.replace(clip, height=height, width=width)
+
+  return [c if (c.height, c.width) in kept else nearest(c) for c in clips]
+
+
+def plan_shards(clips: list[Clip], clips_per_shard: int) -> list[list[Clip]]:
+  """Splits clips, those of one frame size and length side by side, into shards."""
+  ordered = sorted(clips, key=lambda c: (c.height, c.width, c.frames, c.id))
+  return [
+    ordered[i : i + clips_per_shard] for i in range(0, len(ordered), clips_per_shard)
+  ]
+
+
+def frame_bucket(frames: int, buckets: tuple[int, ...] = ()) -> int:
+  """Length that a clip is padded to: the next bucket, else 1 + 4 x a power of two."""
+  fitting = [bucket for bucket in buckets if bucket >= frames]
+  if fitting:
+    return min(fitting)
+  return 1 if frames == 1 else 1 + 4 * 2 ** ((frames - 2) // 4).bit_length()
+
+
+def encode_clips(clips, autoencoder, config: recipes.Encode, seed, bad_clips):
+  """Yields a record (see `records.write_shard`) of each clip that can be read."""
+  batch_size = autoencoder.batch_size(config.batch_size)
+  groups = {}
+  for clip in clips:
+    frames = frame_bucket(clip.frames, config.frame_buckets)
+    key = (frames, clip.height, clip.width)
+    groups.setdefault(key, []).append(clip)
+  # A thread decodes the next batch while this one is encoded.
+  with concurrent.futures.ThreadPoolExecutor(1) as decoder:
+    batches = [
+      (key[0], group[i : i + batch_size])
+      for key, group in groups.items()
+      for i in range(0, len(group), batch_size)
+    ]
+    reads = [decoder.submit(_read, batch, bad_clips) for _, batch in batches[:1]]
+    for number, (frames, _) in enumerate(batches):
+      if number + 1 < len(batches):
+        reads.append(decoder.submit(_read, batches[number + 1][1], bad_clips))
+      read = reads[number].result()
+      reads[number] = None
+      if read:
+        yield from _encode_batch(read, frames, batch_size, autoencoder, config, seed)
+
+
+def _read(batch, bad_clips):
+  read = []
+  for clip in batch:
+    try:
+      video_THWC = video.read(
+        clip.path,
+        start=clip.start,
+        frames=clip.frames,
+        fps=clip.fps,
+        size=(clip.height, clip.width),
+      )
+    # A file can break in more ways than the decoder names; none of them ends a run.
+    except (ValueError, RuntimeError, OSError) as error:
+      bad_clips.add(clip.id, getattr(error, "reason", str(error)))
+      continue
+    read.append((clip, video_THWC))
+  return read
+
+
+def _encode_batch(read, frames, batch_size, autoencoder, config, seed):
+  factor = autoencoder.config.time_factor
+  videos = np.stack([_pad_time(v, frames) for _, v in read])
+  latents = autoencoder.encode(_pad_rows(videos, batch_size))
+  extras = [_extra_frames(clip, config.extras, seed) for clip, _ in read]
+  images = [v[f : f + 1] for (_, v), fs in zip(read, extras, strict=True) for f in fs]
+  image_latents = []
+  for i in range(0, len(images), batch_size):
+    part = _pad_rows(np.stack(images[i : i + batch_size]), batch_size)
+    image_latents += list(autoencoder.encode(part)[: len(images) - i, 0])
+  image_latents = iter(image_latents)
+  for (clip, video_THWC), latent, chosen in zip(read, latents, extras, strict=False):
+    t, h, w = autoencoder.config.latent_shape(*video_THWC.shape[:3])
+    kept = [next(image_latents) for _ in chosen]
+    yield {
+      "id": clip.id,
+      "latent_THWC": latent[:t],
+      "extras_NHWC": np.stack(kept) if kept else np.zeros((0, *latent.shape[1:])),
+      # Frame 4k is the last one that latent k holds.
+      "extras": tuple(frame / factor for frame in chosen),
+      "fps": clip.fps,
+      "captions": clip.captions,
+      "split": clip.split,
+      "frames": clip.frames,
+      "height": clip.height,
+      "width": clip.width,
+      "truth": clip.truth,
+    }
+
+
+def _extra_frames(clip, count, seed):
+  """Frames of a video kept as images; the first one is a latent of its own anyway."""
+  if clip.frames == 1:
+    return []
+  rng = np.random.default_rng([seed, *clip.id.encode()])
+  chosen = rng.permutation(np.arange(1, clip.frames))[:count]
+  return sorted(int(frame) for frame in chosen)
+
+
+def _pad_time(video_THWC, frames):
+  missing = frames - len(video_THWC)
+  return np.pad(video_THWC, ((0, missing), (0, 0), (0, 0), (0, 0)), mode="edge")
+
+
+def _pad_rows(x, rows):
+  return np.concatenate([x, np.repeat(x[:1], rows - len(x), axis=0)])
+
+
+if __name__ == "__main__":
+  stages.command("encode")

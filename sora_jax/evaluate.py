@@ -1,0 +1,233 @@
+"""Stage "evaluate": how good reconstructions and samples are, in numbers.
+
+  python -m sora_jax.evaluate --config=configs/quickstart.py
+
+PSNR and SSIM of held-out clips through the VAE. For the generated shapes also the share
+of samples whose colour, shape, ... are what the prompt of a held-out clip says, read
+off the written files by `attributes`, beside chance and the score of the real files.
+"""
+
+import collections
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+from absl import logging
+from scipy import ndimage
+
+from sora_jax import attributes, sharding, stages
+from sora_jax import recipe as recipes
+from sora_jax.autoencoder import Autoencoder
+from sora_jax.data import video
+from sora_jax.data.clips import Clip, read_manifest
+from sora_jax.encode import frame_bucket, limit_sizes
+from sora_jax.sample import Request, Sampler
+
+
+def run(recipe: recipes.Recipe, workdir) -> None:
+  """Writes workdir/evaluate/{results.json, samples/} and logs the tables."""
+  workdir = pathlib.Path(workdir)
+  folder = workdir / "evaluate"
+  clips = read_manifest(workdir / "data" / "manifest.jsonl")
+  heldout = [clip for clip in clips if clip.split == "heldout"]
+  heldout = spread(heldout, recipe.evaluate.clips)
+  mesh = sharding.make_mesh(devices=jax.local_devices())
+  autoencoder = Autoencoder(workdir / "vae" / "model", mesh, recipe.dtype)
+  results = {"vae": reconstruction(heldout, autoencoder, recipe.encode)}
+  logging.info(
+    "VAE on %(clips)d held-out clips: PSNR %(psnr).2f dB, SSIM %(ssim).4f",
+    results["vae"],
+  )
+  if all(clip.truth for clip in heldout):
+    # The prompts of clips that training has seen no combination like.
+    samples = _sample(recipe, workdir, heldout)
+    results["attributes"] = attribute_table(
+      [clip.truth for clip in heldout], samples, [clip.path for clip in heldout]
+    )
+    for line in format_table(results["attributes"]).splitlines():
+      logging.info("%s", line)
+  else:
+    logging.info("no ground truth in the manifest: attributes are not evaluated")
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+  logging.info("results are in %s", folder / "results.json")
+  logging.info(
+    "Samples: %s. Try next: python -m sora_jax.sample --checkpoint=%s "
+    '--prompt="a blue star moves left" --size=96x64 --frames=33 --out=star.mp4',
+    workdir / "sample" / "contact_sheet.png",
+    workdir,
+  )
+
+
+def spread(clips: list, count: int) -> list:
+  """At most `count` of the clips, evenly over their order."""
+  if len(clips) <= count:
+    return clips
+  return [clips[i * len(clips) // count] for i in range(count)]
+
+
+def reconstruction(clips: list[Clip], autoencoder, encode: recipes.Encode) -> dict:
+  """Mean PSNR (dB, of each clip's mean squared error) and SSIM through the VAE.
+
+  Clips that cannot be read are left out, and counted as "unread".
+
+  Raises:
+    ValueError: if none can be read.
+  """
+  clips = limit_sizes(clips, encode.max_sizes)
+  groups = collections.defaultdict(list)
+  for clip in clips:
+    frames = frame_bucket(clip.frames, encode.frame_buckets)
+    groups[frames, clip.height, clip.width].append(clip)
+  size = autoencoder.batch_size(encode.batch_size)
+  psnrs, ssims, unread = [], [], 0
+  for (frames, _, _), group in groups.items():
+    for start in range(0, len(group), size):
+      videos = []
+      for clip in group[start : start + size]:
+        try:
+          videos.append(read_clip(clip))
+        except video.ClipError as error:
+          logging.warning("left out: %s", error)
+          unread += 1
+      if not videos:
+        continue
+      padded = [
+        np.pad(v, ((0, frames - len(v)), (0, 0), (0, 0), (0, 0)), mode="edge")
+        for v in videos
+      ]
+      padded += padded[:1] * (size - len(padded))
+      decoded = autoencoder.decode(autoencoder.encode(np.stack(padded)))
+      for real, fake in zip(videos, decoded, strict=False):
+        fake = fake[: len(real)]
+        psnrs.append(psnr(real, fake))
+        ssims.append(ssim(real, fake))
+  if not psnrs:
+    raise ValueError(f"none of {len(clips)} held-out clips could be read")
+  return {
+    "psnr": float(np.mean(psnrs)),
+    "ssim": float(np.mean(ssims)),
+    "clips": len(psnrs),
+    "unread": unread,
+  }
+
+
+def read_clip(clip: Clip) -> np.ndarray:
+  """uint8 [T, H, W, 3] of a clip, as training sees it."""
+  return video.read(
+    clip.path,
+    start=clip.start,
+    frames=clip.frames,
+    fps=clip.fps,
+    size=(clip.height, clip.width),
+  )
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+  """Peak signal-to-noise ratio of uint8 arrays, dB; at most 100."""
+  mse = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+  return float(10 * np.log10(255.0**2 / max(mse, 255.0**2 * 1e-10)))
+
+
+def ssim(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
+  """Mean structural similarity of the frames of uint8 videos.
+
+  Wang et al. 2004: Gaussian window, sigma 1.5, 11x11, each channel by itself; the
+  border that the window reaches over is left out.
+  """
+  a, b = (x.astype(np.float64) for x in (a_THWC, b_THWC))
+  border = 5
+
+  def blur(x):
+    return ndimage.gaussian_filter(x, (0, 1.5, 1.5, 0), truncate=3.5)
+
+  mean_a, mean_b = blur(a), blur(b)
+  var_a = blur(a * a) - mean_a**2
+  var_b = blur(b * b) - mean_b**2
+  cov = blur(a * b) - mean_a * mean_b
+  c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+  similarity = ((2 * mean_a * mean_b + c1) * (2 * cov + c2)) / (
+    (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+  )
+  return float(similarity[:, border:-border, border:-border].mean())
+
+
+def attribute_table(truths, samples, real) -> dict:
+  """Share of samples, and of real files, with each attribute of the truths.
+
+  Args:
+    truths: what the prompts describe. samples, real: paths of files, in that order.
+
+  Returns:
+    attribute -> {"samples", "chance", "real": shares, "n": number it applies to}.
+  """
+  chance = attributes.chance_levels(truths)
+  columns = {}
+  for name, paths in (("samples", samples), ("real", real)):
+    scores = collections.defaultdict(list)
+    for truth, path in zip(truths, paths, strict=True):
+      for attribute, right in attributes.score(attributes.analyse(path), truth).items():
+        scores[attribute].append(right)
+    columns[name] = scores
+  return {
+    attribute: {
+      "samples": float(np.mean(columns["samples"][attribute])),
+      "chance": float(chance[attribute]),
+      "real": float(np.mean(rights)),
+      "n": len(rights),
+    }
+    for attribute, rights in sorted(columns["real"].items())
+  }
+
+
+def format_table(table: dict) -> str:
+  """Text of an attribute table; 95 % intervals are of the samples' share."""
+  lines = [
+    f"{'attribute':12} {'samples':>8} {'+-':>6} {'chance':>7} {'real':>6} {'n':>4}"
+  ]
+  for name, row in table.items():
+    share = row["samples"]
+    error = 1.96 * np.sqrt(max(share * (1 - share), 1e-9) / row["n"])
+    lines.append(
+      f"{name:12} {share:8.1%} {error:6.1%} {row['chance']:7.1%} {row['real']:6.1%} "
+      f"{row['n']:4d}"
+    )
+  return "\n".join(lines)
+
+
+def _sample(recipe, workdir, clips):
+  """Samples each clip's first caption at the clip's size; paths of the files."""
+  config = recipe.sample
+  requests = [
+    Request(clip.captions[0], clip.width, clip.height, clip.frames, clip.fps, seed)
+    for seed, clip in enumerate(clips)
+  ]
+  videos = Sampler.from_checkpoint(workdir, dtype=recipe.dtype).sample(
+    requests,
+    steps=config.steps,
+    method=config.method,
+    guidance_scale=config.guidance_scale,
+    shift=config.shift,
+    rows=config.rows,
+  )
+  folder = pathlib.Path(workdir) / "evaluate" / "samples"
+  paths, rows = [], []
+  for i, (request, video_THWC) in enumerate(zip(requests, videos, strict=True)):
+    suffix = ".png" if len(video_THWC) == 1 else ".mp4"
+    paths.append(folder / f"{i:04d}{suffix}")
+    video.write(paths[-1], video_THWC, request.fps)
+    rows.append({"file": paths[-1].name, **dataclasses.asdict(request)})
+  shown = spread(list(range(len(videos))), 16)
+  video.contact_sheet(
+    folder / "contact_sheet.png",
+    [videos[i] for i in shown],
+    [requests[i].prompt for i in shown],
+  )
+  (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+  return paths
+
+
+if __name__ == "__main__":
+  stages.command("evaluate")

@@ -1,0 +1,10 @@
+"""Runs the stages that a config names, in order: from raw videos to samples.
+
+python -m sora_jax.main --config=configs/quickstart.py [--workdir=DIR]
+  [--config.key=value ...]
+"""
+
+from sora_jax import stages
+
+if __name__ == "__main__":
+  stages.command()

@@ -1,0 +1,214 @@
+"""Diffusion transformer over packed spacetime patches.
+
+The blocks are Wan's (arXiv:2503.20314), itself a DiT (arXiv:2212.09748) with 3D RoPE,
+QK-norm, text by cross-attention and one shared timestep projection plus a learned table
+per block (adaLN-single of PixArt, arXiv:2310.00426). Noise level is per token, through
+groups, so given (clean) and noisy tokens share one sequence.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from sora_jax.models import layers
+from sora_jax.models.attention import attention
+
+# What a block may keep for the backward pass, by the names given below.
+REMAT_POLICIES = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "attention_saved": jax.checkpoint_policies.save_only_these_names("attention"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+  """Sizes of the DiT.
+
+  Attributes:
+    patch_size: latent (t, h, w) of one token. channels: latent channels.
+    width, depth, heads, mlp_width: of the transformer. text_width: of its text input.
+    remat: a key of REMAT_POLICIES.
+  """
+
+  patch_size: tuple[int, int, int] = (1, 2, 2)
+  channels: int = 16
+  width: int = 384
+  depth: int = 6
+  heads: int = 6
+  mlp_width: int = 1536
+  text_width: int = 256
+  frequency_width: int = 256
+  remat: str = "none"
+
+  def __post_init__(self):
+    if self.width % self.heads or (self.width // self.heads) % 2:
+      raise ValueError(
+        f"dit width {self.width} over {self.heads} heads must be an even whole number"
+      )
+    if self.remat not in REMAT_POLICIES:
+      raise ValueError(f"dit remat {self.remat!r} is not one of {list(REMAT_POLICIES)}")
+
+  @property
+  def patch_width(self) -> int:
+    return math.prod(self.patch_size) * self.channels
+
+
+class DiT(nn.Module):
+  """Predicts the target (velocity by default) of every token of packed rows.
+
+  Args of call:
+    x_BLP: noisy and given patches.
+    t_BG: noise level of each group, in [0, 1]; given groups hold 0.
+    group_BL: group of each token.
+    segment_BL: clip of each token, 0 = padding.
+    position_BL3: (t, h, w) of each token, may be fractional.
+    text_BSE, text_segment_BS: caption features, and the clip that each belongs to.
+
+  Returns:
+    [B, L, P] float32.
+  """
+
+  config: DiTConfig
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BLP: Array,
+    t_BG: Array,
+    group_BL: Array,
+    segment_BL: Array,
+    position_BL3: Array,
+    text_BSE: Array,
+    text_segment_BS: Array,
+  ) -> Array:
+    c, dtype = self.config, self.dtype
+
+    def dense(features, name, **kwargs):
+      kwargs = {"dtype": dtype, "dot_general": layers.dot_general, **kwargs}
+      return nn.Dense(features, name=name, **kwargs)
+
+    x_BLD = dense(c.width, "patch_embed")(x_BLP.astype(dtype))
+    text_BSD = dense(c.width, "text_embed_1")(text_BSE.astype(dtype))
+    text_BSD = dense(c.width, "text_embed_2")(nn.gelu(text_BSD))
+
+    # The modulation is small (a row per group) and steers everything: float32.
+    t_BGD = layers.timestep_embedding(t_BG, c.frequency_width)
+    t_BGD = dense(c.width, "time_embed_1", dtype=jnp.float32)(t_BGD)
+    t_BGD = dense(c.width, "time_embed_2", dtype=jnp.float32)(nn.silu(t_BGD))
+    modulation_BG6D = dense(
+      6 * c.width,
+      "time_projection",
+      dtype=jnp.float32,
+      kernel_init=nn.initializers.zeros,
+    )(nn.silu(t_BGD)).reshape(*t_BG.shape, 6, c.width)
+
+    rope = layers.rope_angles(position_BL3, layers.video_rope_dims(c.width // c.heads))
+    block = _Block
+    if c.remat != "none":
+      block = nn.remat(block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+    blocks = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=nn.broadcast,
+      length=c.depth,
+    )(c, name="blocks")
+    context = (modulation_BG6D, group_BL, segment_BL, rope, text_BSD, text_segment_BS)
+    x_BLD, _ = blocks(x_BLD, context)
+
+    table_2D = self.param(
+      "head_modulation",
+      nn.initializers.normal(c.width**-0.5),
+      (2, c.width),
+      jnp.float32,
+    )
+    shift_BLD, scale_BLD = _per_token(table_2D + t_BGD[:, :, None], group_BL)
+    x_BLD = layers.layer_norm(x_BLD).astype(jnp.float32) * (1 + scale_BLD) + shift_BLD
+    return dense(
+      c.patch_width, "head", dtype=jnp.float32, kernel_init=nn.initializers.zeros
+    )(x_BLD)
+
+
+class _Block(nn.Module):
+  config: DiTConfig
+
+  @nn.compact
+  def __call__(self, x_BLD, context):
+    modulation_BG6D, group_BL, segment_BL, rope, text_BSD, text_segment_BS = context
+    c, dtype = self.config, x_BLD.dtype
+
+    def dense(features, name):
+      return nn.Dense(features, dtype=dtype, dot_general=layers.dot_general, name=name)
+
+    def heads(x):
+      return x.reshape(*x.shape[:-1], c.heads, c.width // c.heads)
+
+    table_6D = self.param(
+      "modulation", nn.initializers.zeros, (6, c.width), jnp.float32
+    )
+    # A residual gate starts at 0 through the projection; the table lets it open.
+    shift1, scale1, gate1, shift2, scale2, gate2 = _per_token(
+      (modulation_BG6D + table_6D).astype(dtype), group_BL
+    )
+
+    h_BLD = layers.layer_norm(x_BLD) * (1 + scale1) + shift1
+    q_BLNK = heads(layers.RMSNorm(name="query_norm")(dense(c.width, "query")(h_BLD)))
+    k_BLNK = heads(layers.RMSNorm(name="key_norm")(dense(c.width, "key")(h_BLD)))
+    v_BLNK = heads(dense(c.width, "value")(h_BLD))
+    q_BLNK = layers.apply_rope(q_BLNK, *rope)
+    k_BLNK = layers.apply_rope(k_BLNK, *rope)
+    h_BLNK = attention(q_BLNK, k_BLNK, v_BLNK, segment_BL, segment_BL)
+    h_BLD = checkpoint_name(h_BLNK, "attention").reshape(x_BLD.shape)
+    x_BLD = x_BLD + gate1 * dense(c.width, "attention_out")(h_BLD)
+
+    h_BLD = nn.LayerNorm(epsilon=1e-6, dtype=dtype, name="cross_norm")(x_BLD)
+    q_BLNK = heads(
+      layers.RMSNorm(name="cross_query_norm")(dense(c.width, "cross_query")(h_BLD))
+    )
+    k_BSNK = heads(
+      layers.RMSNorm(name="cross_key_norm")(dense(c.width, "cross_key")(text_BSD))
+    )
+    v_BSNK = heads(dense(c.width, "cross_value")(text_BSD))
+    h_BLNK = attention(q_BLNK, k_BSNK, v_BSNK, segment_BL, text_segment_BS)
+    h_BLD = checkpoint_name(h_BLNK, "attention").reshape(x_BLD.shape)
+    x_BLD = x_BLD + dense(c.width, "cross_out")(h_BLD)
+
+    h_BLD = layers.layer_norm(x_BLD) * (1 + scale2) + shift2
+    h_BLD = nn.gelu(dense(c.mlp_width, "mlp_up")(h_BLD))
+    x_BLD = x_BLD + gate2 * dense(c.width, "mlp_down")(h_BLD)
+    return x_BLD, None
+
+
+def _per_token(modulation_BGMD: Array, group_BL: Array) -> list[Array]:
+  """Gathers the M modulation vectors of each token's group: M arrays [B, L, D]."""
+  # A one-hot matmul: its gradient is a matmul too, where a gather's is a scatter.
+  one_hot_BLG = jax.nn.one_hot(
+    group_BL, modulation_BGMD.shape[1], dtype=modulation_BGMD.dtype
+  )
+  # One matmul a vector: the form whose gradient is fast on CPU as well.
+  return [
+    jnp.einsum("blg,bgd->bld", one_hot_BLG, modulation_BGMD[:, :, i])
+    for i in range(modulation_BGMD.shape[2])
+  ]
+
+
+def num_flops(config: DiTConfig, tokens: int, text_tokens: int, pairs: int) -> float:
+  """FLOPs of one forward pass: matmuls, and attention over the pairs that meet.
+
+  Args:
+    tokens, text_tokens: real ones, padding not counted.
+    pairs: sum over clips of tokens * (tokens + text tokens).
+  """
+  D, F = config.width, config.mlp_width
+  per_token = config.depth * (6 * D * D + 2 * D * F) + 2 * D * config.patch_width
+  per_text = config.depth * 2 * D * D + config.text_width * D + D * D
+  return 2.0 * (tokens * per_token + text_tokens * per_text) + (
+    4.0 * config.depth * D * pairs
+  )

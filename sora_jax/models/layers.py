@@ -1,0 +1,88 @@
+"""Layers shared by the networks: norms, rotary positions, timestep embedding, MLP."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square norm over the last axis with a learned scale, in float32."""
+
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+    return (y * scale).astype(x.dtype)
+
+
+def dot_general(lhs, rhs, dimension_numbers, precision=None, **kwargs):
+  """`lax.dot_general` for dense layers, with the rows flattened on CPU.
+
+  There XLA's gradients of a matmul over [B, L, D] transpose and copy; over [B * L, D]
+  they are twice as fast. Elsewhere merging B and L would merge two sharded axes.
+  """
+  ((lhs_contract, rhs_contract), (lhs_batch, _)) = dimension_numbers
+  flat = jax.default_backend() == "cpu" and not lhs_batch
+  if not flat or tuple(lhs_contract) != (lhs.ndim - 1,) or tuple(rhs_contract) != (0,):
+    return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, **kwargs)
+  rows = lhs.reshape(-1, lhs.shape[-1])
+  out = jax.lax.dot_general(rows, rhs, (((1,), (0,)), ((), ())), precision, **kwargs)
+  return out.reshape(*lhs.shape[:-1], *rhs.shape[1:])
+
+
+def layer_norm(x: Array, epsilon: float = 1e-6) -> Array:
+  """Layer norm without learned parameters, in float32 (adaLN brings its own)."""
+  y = x.astype(jnp.float32)
+  y = y - jnp.mean(y, axis=-1, keepdims=True)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
+  return y.astype(x.dtype)
+
+
+def timestep_embedding(t: Array, features: int, max_period: float = 1e4) -> Array:
+  """Sinusoidal features [..., features] of a noise level t in [0, 1].
+
+  t is scaled by 1000, the range that DiT (arXiv:2212.09748) and Wan embed.
+  """
+  half = features // 2
+  frequency = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+  angle = 1000.0 * t.astype(jnp.float32)[..., None] * frequency
+  return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def rope_angles(
+  position_BLX: Array, dims: Sequence[int], theta: float = 1e4
+) -> tuple[Array, Array]:
+  """Cosine and sine tables [B, L, K/2] of a rotary embedding over several axes.
+
+  Args:
+    position_BLX: float positions along X axes (t, h, w for video).
+    dims: channels of the head given to each axis, even, summing to K.
+    theta: longest wavelength over 2 pi, as in RoFormer (arXiv:2104.09864).
+  """
+  angles = []
+  for axis, dim in enumerate(dims):
+    frequency = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    angles.append(position_BLX[..., axis, None].astype(jnp.float32) * frequency)
+  angle_BLK = jnp.concatenate(angles, axis=-1)
+  return jnp.cos(angle_BLK), jnp.sin(angle_BLK)
+
+
+def apply_rope(x_BLNK: Array, cos_BLK: Array, sin_BLK: Array) -> Array:
+  """Rotates adjacent channel pairs of x by the angles (the interleaved convention)."""
+  x = x_BLNK.astype(jnp.float32)
+  even, odd = x[..., 0::2], x[..., 1::2]
+  cos, sin = cos_BLK[:, :, None], sin_BLK[:, :, None]
+  out = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+  return out.reshape(x.shape).astype(x_BLNK.dtype)
+
+
+def video_rope_dims(head_dim: int) -> tuple[int, int, int]:
+  """Channels of a head for (t, h, w): Wan's split, time gets what is left over."""
+  third = 2 * (head_dim // 6)
+  return head_dim - 2 * third, third, third

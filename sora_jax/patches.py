@@ -1,0 +1,62 @@
+"""Spacetime patches: pure reshapes between a latent grid and a sequence of tokens.
+
+Every function takes numpy and jax arrays alike. A grid of (t, h, w) patches is laid
+out as L = t * h * w tokens, w fastest; a patch is laid out as (pt, ph, pw, c), c
+fastest. This is the order of `Conv3d(kernel=stride=patch)` weights read as a matrix,
+and the one that NaViT (arXiv:2307.06304) packing and Wan share.
+"""
+
+import math
+
+import numpy as np
+
+
+def grid_shape(latent_shape, patch_size):
+  """Patches along (t, h, w) of a latent (T, H, W) shape.
+
+  Raises:
+    ValueError: if the patch size does not divide the latent's.
+  """
+  if any(n % p for n, p in zip(latent_shape, patch_size, strict=True)):
+    raise ValueError(
+      f"a latent of (T, H, W) = {tuple(latent_shape)} does not divide into patches "
+      f"of {tuple(patch_size)}"
+    )
+  return tuple(n // p for n, p in zip(latent_shape, patch_size, strict=True))
+
+
+def num_tokens(latent_shape, patch_size):
+  """Tokens of a latent (T, H, W) shape."""
+  return math.prod(grid_shape(latent_shape, patch_size))
+
+
+def patchify(latent_THWC, patch_size):
+  """Cuts [..., T, H, W, C] into tokens [..., L, pt*ph*pw*C]."""
+  *lead, T, H, W, C = latent_THWC.shape
+  pt, ph, pw = patch_size
+  t, h, w = grid_shape((T, H, W), patch_size)
+  x = latent_THWC.reshape(*lead, t, pt, h, ph, w, pw, C)
+  n = len(lead)
+  x = x.transpose(*range(n), n, n + 2, n + 4, n + 1, n + 3, n + 5, n + 6)
+  return x.reshape(*lead, t * h * w, pt * ph * pw * C)
+
+
+def unpatchify(patch_LP, grid, patch_size):
+  """Inverse of `patchify`: [..., L, P] tokens of a (t, h, w) grid -> [..., T, H, W, C].
+
+  Tokens behind the first t*h*w are ignored, so a padded row can be passed whole.
+  """
+  *lead, _, P = patch_LP.shape
+  t, h, w = grid
+  pt, ph, pw = patch_size
+  C = P // (pt * ph * pw)
+  x = patch_LP[..., : t * h * w, :].reshape(*lead, t, h, w, pt, ph, pw, C)
+  n = len(lead)
+  x = x.transpose(*range(n), n, n + 3, n + 1, n + 4, n + 2, n + 5, n + 6)
+  return x.reshape(*lead, t * pt, h * ph, w * pw, C)
+
+
+def grid_positions(grid):
+  """Positions (t, h, w) of each token of a grid, in patches: float32 [L, 3]."""
+  axes = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in grid), indexing="ij")
+  return np.stack(axes, -1).reshape(-1, 3)

@@ -1,0 +1,72 @@
+"""Stage "data": finds or makes the clips and writes workdir/data/manifest.jsonl.
+
+python -m sora_jax.prepare --config=configs/quickstart.py
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from absl import logging
+
+from sora_jax import recipe as recipes
+from sora_jax import stages
+from sora_jax.data import clips, shapes, sources
+
+
+def run(recipe: recipes.Recipe, workdir) -> None:
+  """Writes the manifest of clips, and rejected.jsonl with the files left out.
+
+  Raises:
+    ValueError: if the source cannot be used, or leaves no clip to train on.
+  """
+  data, folder = recipe.data, pathlib.Path(workdir) / "data"
+  source = data.source
+  if source == "shapes":
+    source = folder / "shapes"
+    shapes.generate(
+      source,
+      num_train=data.train_clips,
+      num_heldout=data.heldout_clips,
+      seed=recipe.seed,
+    )
+  found, rejected = sources.scan(
+    source,
+    max_frames=data.max_frames,
+    max_pixels=data.max_pixels,
+    size_multiple=data.size_multiple,
+    fps=data.fps or None,
+    heldout_share=data.heldout_share,
+  )
+  found = _with_both_splits(found, source)
+  clips.write_lines(
+    folder / "rejected.jsonl",
+    (json.dumps({"path": path, "reason": reason}) for path, reason in rejected),
+  )
+  clips.write_manifest(folder / "manifest.jsonl", found)
+  logging.info(
+    "%s: %d clips to train on, %d held out, %d files left out",
+    folder / "manifest.jsonl",
+    sum(clip.split == "train" for clip in found),
+    sum(clip.split == "heldout" for clip in found),
+    len(rejected),
+  )
+  if not any(clip.captions for clip in found):
+    logging.warning("no clip has a caption: the model will be unconditional")
+
+
+def _with_both_splits(found, source):
+  """Training needs a clip and so does evaluation; few files may leave one without."""
+  splits = {clip.split for clip in found}
+  if "train" not in splits:
+    raise ValueError(f"{source}: all {len(found)} clips are held out, none to train on")
+  if "heldout" in splits:
+    return found
+  if len(found) == 1:
+    raise ValueError(f"{source}: one clip only; training needs another to evaluate on")
+  logging.warning("no clip was held out: holding out the last one, %s", found[-1].id)
+  return [*found[:-1], dataclasses.replace(found[-1], split="heldout")]
+
+
+if __name__ == "__main__":
+  stages.command("data")

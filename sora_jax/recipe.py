@@ -1,0 +1,256 @@
+"""The typed form of a config: every key, its default and what has to fit together.
+
+A config file returns a ConfigDict; `read` turns it into a `Recipe`, so that an unknown
+key, a wrong type or sizes that do not go together fail before any work is done.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+
+import jax
+import jax.numpy as jnp
+
+from sora_jax.models.dit import DiTConfig
+from sora_jax.models.text import TextEncoderConfig
+from sora_jax.models.vae import VAEConfig
+from sora_jax.tasks.dit import DiTLossConfig
+from sora_jax.tasks.vae import VAELossConfig
+from sora_jax.train import TrainConfig
+
+STAGES = ("data", "vae", "encode", "dit", "sample", "evaluate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Sizes of the device mesh's axes; -1 takes what is left."""
+
+  data: int = 1
+  fsdp: int = -1
+  context: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Where clips come from and what size they get.
+
+  source: "shapes" (generated), or a folder of videos and images.
+  train_clips, heldout_clips: number of generated clips.
+  max_frames, max_pixels: of a clip; longer videos are cut, larger ones made smaller.
+  size_multiple: height and width are multiples of it.
+  fps: frames are taken at most at this rate; 0 = the video's own.
+  heldout_share: of a folder's clips, where its manifest does not say.
+  """
+
+  source: str = "shapes"
+  train_clips: int = 1000
+  heldout_clips: int = 100
+  max_frames: int = 33
+  max_pixels: int = 96 * 64
+  size_multiple: int = 16
+  fps: float = 0.0
+  heldout_share: float = 0.05
+  workers: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEStage:
+  """crop: (frames, height, width) that clips are cut or padded to for training."""
+
+  train: TrainConfig
+  model: VAEConfig = VAEConfig()
+  loss: VAELossConfig = VAELossConfig()
+  batch_size: int = 8
+  crop: tuple[int, int, int] = (17, 64, 64)
+  eval_batches: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+  """batch_size: clips encoded at once. clips_per_shard: of the written files.
+
+  extras: single frames also kept as images, for key frames. max_sizes: most frame
+  sizes to compile for; clips of rarer sizes are fitted to the nearest. frame_buckets:
+  lengths (1 + 4k) to compile for, clips are padded to the next; () = powers of two.
+  """
+
+  batch_size: int = 8
+  clips_per_shard: int = 256
+  extras: int = 2
+  max_sizes: int = 32
+  frame_buckets: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTStage:
+  """rows: packed rows of a batch, each of `tokens`, `text_tokens` and `segments`.
+
+  max_text_tokens: longest caption. reference_fps: frame rate at which one latent frame
+  is one step of the time position. caption_dropout, given_prob, extra_prob: shares of
+  visits without caption, with given tokens, with extra image tokens.
+  """
+
+  train: TrainConfig
+  model: DiTConfig = DiTConfig()
+  text: TextEncoderConfig = TextEncoderConfig()
+  loss: DiTLossConfig = DiTLossConfig()
+  rows: int = 4
+  tokens: int = 512
+  text_tokens: int = 128
+  segments: int = 16
+  max_text_tokens: int = 48
+  reference_fps: float = 16.0
+  caption_dropout: float = 0.1
+  given_prob: float = 0.3
+  extra_prob: float = 0.2
+  eval_batches: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """What the sample stage makes, and how sampling is done everywhere.
+
+  prompts: (text, (width, height), frames, fps) each; fps 0 = reference_fps.
+  """
+
+  prompts: tuple[tuple[str, tuple[int, int], int, float], ...] = ()
+  steps: int = 32
+  method: str = "euler"
+  guidance_scale: float = 3.0
+  shift: float = 1.0
+  rows: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+  """clips: held-out clips reconstructed, and prompts of them sampled."""
+
+  clips: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """A whole run. precision: "auto" is bfloat16 on TPU and GPU, float32 on CPU."""
+
+  data: Data
+  vae: VAEStage
+  dit: DiTStage
+  encode: Encode = Encode()
+  sample: Sample = Sample()
+  evaluate: Evaluate = Evaluate()
+  mesh: Mesh = Mesh()
+  stages: tuple[str, ...] = STAGES
+  seed: int = 0
+  precision: str = "auto"
+
+  @property
+  def dtype(self):
+    """Dtype of the computation; params stay float32."""
+    if self.precision == "auto":
+      return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(self.precision)
+
+
+def read(config) -> Recipe:
+  """Typed form of a ConfigDict (or nested dict).
+
+  Raises:
+    ValueError: naming the key, for an unknown or missing key, a value of a wrong type,
+      or sizes that do not go together.
+  """
+  config = config.to_dict() if hasattr(config, "to_dict") else config
+  recipe = _read(Recipe, config, "config")
+  # The DiT's channels and text width are the VAE's and the text encoder's.
+  model = dataclasses.replace(
+    recipe.dit.model,
+    channels=recipe.vae.model.latent_channels,
+    text_width=recipe.dit.text.width,
+  )
+  recipe = dataclasses.replace(recipe, dit=dataclasses.replace(recipe.dit, model=model))
+  _check(recipe)
+  return recipe
+
+
+def _read(cls, values, where):
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  for key in values:
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, n=1)
+      hint = f"; did you mean {where}.{near[0]}?" if near else ""
+      raise ValueError(f"{where}.{key} is not a key that anything reads{hint}")
+  hints = typing.get_type_hints(cls)
+  read = {}
+  for name, field in fields.items():
+    if name in values:
+      read[name] = _convert(hints[name], values[name], f"{where}.{name}")
+    elif (
+      field.default is dataclasses.MISSING
+      and field.default_factory is dataclasses.MISSING
+    ):
+      raise ValueError(f"{where}.{name} is missing")
+  try:
+    return cls(**read)
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from error
+
+
+def _convert(kind, value, where):
+  if dataclasses.is_dataclass(kind):
+    return _read(kind, value, where)
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if origin in (typing.Union, types.UnionType):
+    return value
+  if origin is tuple:
+    if not isinstance(value, (tuple, list)):
+      raise ValueError(f"{where} must be a tuple, not {value!r}")
+    if len(args) == 2 and args[1] is ...:
+      args = (args[0],) * len(value)
+    if len(args) != len(value):
+      raise ValueError(f"{where} must have {len(args)} entries, not {value!r}")
+    return tuple(
+      _convert(arg, item, f"{where}[{i}]")
+      for i, (arg, item) in enumerate(zip(args, value, strict=True))
+    )
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    raise ValueError(f"{where} must be of type {kind.__name__}, not {value!r}")
+  return value
+
+
+def _check(recipe: Recipe) -> None:
+  data, vae, dit = recipe.data, recipe.vae.model, recipe.dit
+  if unknown := set(recipe.stages) - set(STAGES):
+    raise ValueError(f"config.stages: {sorted(unknown)} are none of {STAGES}")
+  if recipe.precision not in ("auto", "float32", "bfloat16"):
+    raise ValueError(f"config.precision {recipe.precision!r} is not auto, float32 or "
+                     "bfloat16")  # fmt: skip
+  multiple = vae.space_factor * dit.model.patch_size[1]
+  if data.size_multiple % multiple:
+    raise ValueError(
+      f"config.data.size_multiple {data.size_multiple} must be a multiple of "
+      f"{multiple}: the VAE's space factor {vae.space_factor} x the DiT's patch "
+      f"{dit.model.patch_size[1]}"
+    )
+  if vae.time_factor != 4:
+    raise ValueError(f"config.vae.model compresses time {vae.time_factor} times, not 4")
+  if data.max_pixels < data.size_multiple**2:
+    raise ValueError(
+      f"config.data.max_pixels {data.max_pixels} is less than one square of "
+      f"size_multiple {data.size_multiple}"
+    )
+  vae.latent_shape(*recipe.vae.crop)
+  for frames in recipe.encode.frame_buckets:
+    if (frames - 1) % 4:
+      raise ValueError(f"config.encode.frame_buckets: {frames} is not 1 + 4k")
+  longest = 1 + (data.max_frames - 1) // vae.time_factor
+  pt, ph, pw = dit.model.patch_size
+  # Rounding sizes to the grid keeps their area below max_pixels.
+  most = -(-longest // pt) * (data.max_pixels // (multiple * multiple))
+  if most > dit.tokens:
+    raise ValueError(
+      f"config.dit.tokens {dit.tokens}: a clip of config.data.max_frames "
+      f"{data.max_frames} and max_pixels {data.max_pixels} can have {most} tokens"
+    )

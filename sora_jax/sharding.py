@@ -1,0 +1,176 @@
+"""Device mesh, and the placement of params, optimizer state and batches on it."""
+
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH_AXES = ("data", "fsdp")
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+
+def make_mesh(data=1, fsdp=-1, context=1, tensor=1, devices=None) -> Mesh:
+  """Mesh with the axes data, fsdp, context, tensor; one size may be -1, the rest.
+
+  `data` crosses slices, so with several TPU slices it is a multiple of their number.
+  ValueError if the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = [data, fsdp, context, tensor]
+  shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    raise ValueError(f"mesh sizes are positive, at most one is -1: {shown}")
+  known = math.prod(size for size in sizes if size != -1)
+  if len(devices) % known or (-1 not in sizes and known != len(devices)):
+    raise ValueError(f"mesh {shown} does not fit {len(devices)} devices")
+  sizes = [len(devices) // known if size == -1 else size for size in sizes]
+  # Explicit axes, the default of jax.make_mesh, make Linen's sharded matmuls raise.
+  types = (AxisType.Auto,) * len(AXES)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+  if sizes[0] % slices:
+    raise ValueError(f"data={sizes[0]} is not a multiple of the {slices} slices")
+  grid = mesh_utils.create_hybrid_device_mesh(
+    (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1), devices
+  )
+  return Mesh(grid, AXES, axis_types=types)
+
+
+def path_name(path) -> str:
+  """Path of a leaf as 'blocks/attention/kernel': its last run of dict keys.
+
+  Optimizer state holds trees like the params inside tuples and named tuples, so that
+  its leaves get the name of the param they belong to; any other leaf gets ''.
+  """
+  names = []
+  for key in reversed(path):
+    if not isinstance(key, jax.tree_util.DictKey):
+      break
+    names.append(str(key.key))
+  return "/".join(reversed(names))
+
+
+def param_shardings(shapes, rules: Rules, mesh: Mesh):
+  """Tree of NamedSharding for a tree of params or of their shapes.
+
+  rules: ordered (regex, PartitionSpec); the first whose regex matches the whole path
+  'a/b/kernel' wins. A dim that its mesh axes do not divide is replicated, and logged.
+  ValueError for a param without a rule, a rule that no param uses, and a spec that
+  names an unknown axis or more dims than the param has.
+  """
+  used = [False] * len(rules)
+
+  def place(path, leaf):
+    name = path_name(path)
+    for i, (regex, spec) in enumerate(rules):
+      if re.fullmatch(regex, name):
+        used[i] = True
+        return NamedSharding(mesh, _fit(name, leaf.shape, spec, mesh))
+    raise ValueError(f"no sharding rule matches the param {name} {leaf.shape}")
+
+  shardings = jax.tree_util.tree_map_with_path(place, shapes)
+  unused = [regex for (regex, _), ok in zip(rules, used, strict=True) if not ok]
+  if unused:
+    raise ValueError(f"sharding rules that no param uses: {unused}")
+  return shardings
+
+
+def _fit(name, shape, spec, mesh) -> PartitionSpec:
+  """Spec without the axes that do not divide their dim."""
+  if len(spec) > len(shape):
+    raise ValueError(f"{name} has shape {shape}, its sharding rule says {spec}")
+  fitted = []
+  for size, axes in zip(shape, spec, strict=False):
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    unknown = set(names) - set(mesh.shape)
+    if unknown:
+      raise ValueError(f"{name}: {spec} names {sorted(unknown)}, not in {mesh.shape}")
+    ways = math.prod(mesh.shape[axis] for axis in names)
+    if size % ways:
+      logging.warning("%s %s: %s (%d) does not divide %d: replicated",
+                      name, shape, axes, ways, size)  # fmt: skip
+      axes = None
+    fitted.append(axes)
+  return PartitionSpec(*fitted)
+
+
+def state_shardings(state_shapes, params_shapes, shardings, mesh: Mesh):
+  """Shardings for any tree that holds trees like params: train or optimizer state.
+
+  A leaf with the name and shape of a param gets its sharding, all else is replicated.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(params_shapes)
+  placed = {
+    (path_name(path), leaf.shape): sharding
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
+  }
+  replicated = NamedSharding(mesh, PartitionSpec())
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: placed.get((path_name(path), leaf.shape), replicated),
+    state_shapes,
+  )
+
+
+def host_shard(mesh: Mesh) -> tuple[int, int]:
+  """(index, count) of this process among the groups that feed different rows.
+
+  Processes that only differ along context or tensor must feed the same rows, so the
+  data is to be split by this and not by jax.process_index().
+  """
+  columns = np.moveaxis(mesh.devices, [mesh.axis_names.index(a) for a in BATCH_AXES],
+                        [0, 1])  # fmt: skip
+  shards = {}
+  for row, devices in enumerate(columns.reshape(-1, *columns.shape[2:])):
+    for device in devices.flat:
+      shards.setdefault(device.process_index, set()).add(row)
+  groups = sorted({tuple(sorted(rows)) for rows in shards.values()})
+  if len({row for rows in groups for row in rows}) != sum(map(len, groups)):
+    raise ValueError(f"processes share some but not all of their rows: mesh {mesh}")
+  if len(set(map(len, groups))) > 1:
+    raise ValueError(f"processes feed different numbers of rows: mesh {mesh}")
+  return groups.index(tuple(sorted(shards[jax.process_index()]))), len(groups)
+
+
+def shard_batch(batch, mesh: Mesh):
+  """Global arrays of this host's rows, over the mesh axes (data, fsdp).
+
+  batch: dict of numpy arrays, each [this host's rows, ...]; scalars are replicated.
+  ValueError if the rows differ between arrays or do not divide by the mesh.
+  """
+  rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  replicated = NamedSharding(mesh, PartitionSpec())
+  batch = {name: np.asarray(value) for name, value in batch.items()}
+  sizes = {name: len(value) for name, value in batch.items() if value.ndim}
+  if len(set(sizes.values())) > 1:
+    raise ValueError(f"arrays of a batch have different numbers of rows: {sizes}")
+  hosts = host_shard(mesh)[1] if jax.process_count() > 1 else 1
+  size = hosts * next(iter(sizes.values()), 0)
+  ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  if size % ways or (sizes and not size):
+    raise ValueError(
+      f"a batch of {size} rows does not divide by {ways} devices "
+      f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
+    )
+
+  shardings = {name: rows if batch[name].ndim else replicated for name in batch}
+  if jax.process_count() == 1:
+    return jax.device_put(batch, shardings)  # one call: half the time of one each
+  return {
+    name: jax.make_array_from_process_local_data(
+      shardings[name], value, (size, *value.shape[1:]) if value.ndim else ()
+    )
+    for name, value in batch.items()
+  }
+
+
+def sync(name: str) -> None:
+  """Waits until all processes are here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)

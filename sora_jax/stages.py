@@ -1,0 +1,207 @@
+"""Stages of a run: what is done, what changed, and one command for each.
+
+A stage writes into workdir/<stage>/ and leaves stage.json there: its part of the
+config, the fingerprints of the stages that it was made from, and whether it is
+complete. So a finished stage is skipped, an unfinished one goes on, and a config that
+no longer fits what is on disk is an error instead of a silent mixture.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from sora_jax import metrics
+from sora_jax import recipe as recipes
+
+# Stage -> (module with run(recipe, workdir), sections of the config, stages it reads).
+STAGES = {
+  "data": ("prepare", ("data",), ()),
+  "vae": ("train_vae", ("vae",), ("data",)),
+  "encode": ("encode", ("encode",), ("data", "vae")),
+  "dit": ("train_dit", ("dit",), ("encode",)),
+  "sample": ("sample", ("sample",), ("vae", "dit")),
+  "evaluate": ("evaluate", ("evaluate", "sample"), ("data", "vae", "dit")),
+}
+# Keys that change how a stage runs but not what it makes.
+_FREE = {"log_every", "eval_every", "save_every", "keep", "workers", "eval_batches"}
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Recipe, such as configs/quickstart.py.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run; runs/<name of the config> by default."
+)
+DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Call jax.distributed.initialize(); for runs on several hosts."
+)
+
+
+def run(names, recipe: recipes.Recipe, workdir) -> None:
+  """Runs stages in order, skipping complete ones.
+
+  Raises:
+    ValueError: if a stage on disk was made with another config, or from a stage that
+      is missing or was made anew since; says which key and what to do.
+  """
+  workdir = pathlib.Path(workdir)
+  for name in recipes.STAGES:
+    if name not in names:
+      continue
+    stage = _describe(name, recipe, workdir)
+    _check(name, stage, workdir)
+    if _load(name, workdir).get("complete"):
+      logging.info("stage %s: complete already, in %s", name, workdir / name)
+      continue
+    _store(name, {**stage, "complete": False}, workdir)
+    logging.info("stage %s: begins, in %s", name, workdir / name)
+    begin = time.monotonic()
+    module = importlib.import_module(f"sora_jax.{STAGES[name][0]}")
+    module.run(recipe, workdir)
+    _store(name, {**stage, "complete": True}, workdir)
+    seconds = metrics.format_seconds(time.monotonic() - begin)
+    logging.info("stage %s: complete after %s", name, seconds)
+
+
+def fingerprint(name: str, workdir) -> str:
+  """Identifies what a stage was made from; '' if there is no such stage."""
+  stage = _load(name, pathlib.Path(workdir))
+  if not stage:
+    return ""
+  text = json.dumps([stage["config"], stage["inputs"]], sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _describe(name, recipe, workdir):
+  _, sections, inputs = STAGES[name]
+  config = {"seed": recipe.seed}
+  for section in sections:
+    config[section] = _bound(dataclasses.asdict(getattr(recipe, section)))
+  # Through JSON, so that it compares equal to what is read back.
+  config = json.loads(json.dumps(config))
+  for other in inputs:
+    if not _load(other, workdir).get("complete"):
+      raise ValueError(
+        f"stage {name} needs stage {other}, which is not complete in {workdir}; run it "
+        f"first (config.stages, or python -m sora_jax.{STAGES[other][0]})"
+      )
+  return {"config": config, "inputs": {i: fingerprint(i, workdir) for i in inputs}}
+
+
+def _bound(config):
+  """The config without the keys that do not change the result."""
+  if not isinstance(config, dict):
+    return config
+  return {key: _bound(value) for key, value in config.items() if key not in _FREE}
+
+
+def _check(name, stage, workdir):
+  old = _load(name, workdir)
+  if not old:
+    return
+  folder = workdir / name
+  changed = list(_differences(old["config"], stage["config"], "config"))
+  if changed:
+    key, before, after = changed[0]
+    more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
+    raise ValueError(
+      f"{key} is {after!r}, but stage {name} in {folder} was made with {before!r}"
+      f"{more}. Put it back, choose another --workdir, or delete {folder} to make the "
+      "stage again"
+    )
+  for other, value in stage["inputs"].items():
+    if old["inputs"][other] != value:
+      raise ValueError(
+        f"stage {name} in {folder} was made from another {other} than the one in "
+        f"{workdir / other} now; delete {folder} to make it again"
+      )
+
+
+def _differences(old, new, where):
+  if isinstance(old, dict) and isinstance(new, dict):
+    for key in sorted(old | new):
+      yield from _differences(old.get(key), new.get(key), f"{where}.{key}")
+  elif old != new:
+    yield where, old, new
+
+
+def _load(name, workdir):
+  path = workdir / name / "stage.json"
+  if not path.exists():
+    return {}
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f"{path} is damaged ({error}); delete {path.parent}") from error
+
+
+def _store(name, stage, workdir):
+  if jax.process_index():
+    return
+  path = workdir / name / "stage.json"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(stage, indent=2, sort_keys=True) + "\n")
+  os.replace(temporary, path)
+
+
+# --- commands
+
+
+def start_logging() -> None:
+  """Shows our own lines at level INFO, and only warnings of the libraries."""
+  logging.set_verbosity(logging.INFO)
+  package = os.path.dirname(os.path.abspath(__file__))
+  logging.get_absl_logger().addFilter(
+    lambda record: (
+      record.levelno >= 30 or os.path.abspath(record.pathname).startswith(package)
+    )
+  )
+
+
+def command(*names: str) -> None:
+  """Runs stages (those of config.stages if none is named) as a program with flags."""
+
+  def main(argv):
+    if len(argv) > 1:
+      raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    start_logging()
+    if DISTRIBUTED.value:
+      jax.distributed.initialize()
+    recipe = recipes.read(CONFIG.value)
+    run(names or recipe.stages, recipe, workdir())
+
+  flags.mark_flag_as_required("config")
+  run_app(main)
+
+
+def workdir() -> str:
+  """The flag, or runs/<name of the config file>."""
+  if WORKDIR.value:
+    return WORKDIR.value
+  name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+  return os.path.join("runs", name)
+
+
+def run_app(main: Callable) -> None:
+  """app.run, with a user's errors as one line and not as a stack trace."""
+
+  def guarded(argv):
+    try:
+      return main(argv)
+    except ValueError as error:
+      if logging.level_debug():
+        raise
+      logging.error("%s", error)
+      sys.exit(1)
+
+  app.run(guarded)

@@ -1,0 +1,140 @@
+"""What the DiT learns: the velocity of noisy tokens, given clean ones and a caption."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from sora_jax import diffusion
+from sora_jax.models.dit import DiT, DiTConfig
+from sora_jax.models.text import TextEncoder, TextEncoderConfig
+from sora_jax.tasks import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTLossConfig:
+  """Noise levels of training are sigmoid(N(logit_mean, logit_std)), one a clip.
+
+  bins: parts of [0, 1] for the reported loss by noise level.
+  """
+
+  logit_mean: float = 0.0
+  logit_std: float = 1.0
+  bins: int = 4
+
+
+def make(
+  model: DiTConfig,
+  text: TextEncoderConfig,
+  loss_config: DiTLossConfig,
+  segments: int,
+  dtype: jnp.dtype = jnp.float32,
+) -> Task:
+  """The task over packed rows as `data.pipeline.PackedDataset` makes them.
+
+  Args:
+    model, text, loss_config: sizes and noise levels.
+    segments: most clips that a row can hold.
+    dtype: of the computation; params, modulation and loss are float32.
+  """
+
+  def init(key: Array):
+    text_key, dit_key = jax.random.split(key)
+    ids_BL = jnp.zeros((1, 1), jnp.int32)
+    text_params = TextEncoder(text).init(text_key, ids_BL, ids_BL, ids_BL)["params"]
+    dit_params = DiT(model).init(
+      dit_key,
+      jnp.zeros((1, 1, model.patch_width)),
+      jnp.zeros((1, 2)),
+      ids_BL,
+      ids_BL,
+      jnp.zeros((1, 1, 3)),
+      jnp.zeros((1, 1, text.width)),
+      ids_BL,
+    )["params"]
+    return {"text": text_params, "dit": dit_params}
+
+  def errors(params, batch, key: Array, t_BN: Array):
+    """Squared error of every token that is noisy, its weight and its noise level."""
+    x0_BLP = batch["patch_LP"]
+    # Segments have two groups each: the noisy tokens at level t, the given ones at 0.
+    t_BG = jnp.stack([t_BN, jnp.zeros_like(t_BN)], -1).reshape(len(t_BN), -1)
+    t_BL = jnp.take_along_axis(t_BG, batch["group_L"], axis=1)
+    eps_BLP = jax.random.normal(key, x0_BLP.shape)
+    x_BLP = diffusion.add_noise(x0_BLP, eps_BLP, t_BL[..., None])
+    text_BSE = encode_text(text, params, batch, dtype)
+    velocity_BLP = predict(model, params, x_BLP, t_BG, batch, text_BSE, dtype)
+    error_BLP = jnp.square(velocity_BLP - diffusion.velocity(x0_BLP, eps_BLP))
+    noisy_BL = (batch["segment_L"] > 0) & (batch["group_L"] % 2 == 0)
+    return error_BLP.mean(-1), noisy_BL.astype(jnp.float32), t_BL
+
+  def mean(error_BL, noisy_BL):
+    return jnp.sum(error_BL * noisy_BL) / jnp.maximum(jnp.sum(noisy_BL), 1.0)
+
+  def loss(params, batch, key: Array):
+    t_key, eps_key = jax.random.split(key)
+    t_BN = diffusion.sample_timesteps(
+      t_key,
+      (len(batch["segment_L"]), segments),
+      mean=loss_config.logit_mean,
+      std=loss_config.logit_std,
+    )
+    error_BL, noisy_BL, t_BL = errors(params, batch, eps_key, t_BN)
+    real_BL = batch["segment_L"] > 0
+    metrics = {
+      "padding": 1.0 - jnp.mean(real_BL),
+      "given": 1.0 - jnp.sum(noisy_BL) / jnp.maximum(jnp.sum(real_BL), 1),
+      **diffusion.loss_bins(error_BL, noisy_BL, t_BL, loss_config.bins),
+    }
+    return mean(error_BL, noisy_BL), metrics
+
+  def evaluate(params, batch, key: Array):
+    # Levels spread evenly over (0, 1), so that few batches give a steady number.
+    rows = len(batch["segment_L"])
+    t_BN = (jnp.arange(rows * segments) * 0.618034 % 1.0).reshape(rows, segments)
+    error_BL, noisy_BL, _ = errors(params, batch, key, t_BN)
+    return {"loss": mean(error_BL, noisy_BL)}
+
+  return Task(init, loss, evaluate)
+
+
+def encode_text(config: TextEncoderConfig, params, batch, dtype=jnp.float32) -> Array:
+  """Caption features [B, S, E] of packed texts (text_S and its segments, positions)."""
+  return TextEncoder(config, dtype).apply(
+    {"params": params["text"]},
+    batch["text_S"],
+    batch["text_segment_S"],
+    batch["text_position_S"],
+  )
+
+
+def predict(
+  config: DiTConfig, params, x_BLP, t_BG, batch, text_BSE, dtype=jnp.float32
+) -> Array:
+  """Velocity [B, L, P] of packed rows, float32."""
+  return DiT(config, dtype).apply(
+    {"params": params["dit"]},
+    x_BLP,
+    t_BG,
+    batch["group_L"],
+    batch["segment_L"],
+    batch["position_L3"],
+    text_BSE,
+    batch["text_segment_S"],
+  )
+
+
+# Into a sublayer: fsdp x tensor; out of it: tensor x fsdp, so that one all-reduce ends
+# each sublayer. Kernels under blocks/ have a leading layer axis.
+SHARDING_RULES = (
+  (r".*/blocks/((cross_)?(query|key|value)|mlp_up)/kernel", P(None, "fsdp", "tensor")),
+  (r".*/blocks/((attention|cross)_out|mlp_down)/kernel", P(None, "tensor", "fsdp")),
+  (r".*/blocks/modulation", P(None, None, "fsdp")),
+  (r"text/token_embed/embedding", P(None, "fsdp")),
+  (r"dit/(patch_embed|(text|time)_embed_[12]|time_projection)/kernel", P(None, "fsdp")),
+  (r"dit/head/kernel", P("fsdp", None)),
+  (r"dit/head_modulation", P(None, "fsdp")),
+  (r".*/(bias|scale)", P()),
+)

@@ -1,0 +1,168 @@
+"""Stage "vae": trains the VAE on pixel clips and writes workdir/vae/model.
+
+python -m sora_jax.train_vae --config=configs/quickstart.py
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from sora_jax import checkpoint, sharding, stages, train
+from sora_jax import recipe as recipes
+from sora_jax.data import pipeline
+from sora_jax.data.clips import read_manifest
+from sora_jax.models.vae import VAE
+from sora_jax.tasks import vae as vae_task
+
+_STATISTICS_BATCHES = 32
+
+
+def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
+  """Task, data and cost of the stage."""
+  workdir, stage = pathlib.Path(workdir), recipe.vae
+  return train.Setup(
+    task=vae_task.make(stage.model, stage.loss, recipe.dtype),
+    rules=vae_task.sharding_rules(stage.model, stage.loss),
+    data=pipeline.Batches(
+      _dataset(recipe, workdir, "train"),
+      stage.batch_size,
+      workers=recipe.data.workers,
+      **_shard(mesh),
+    ),
+    eval_batches=pipeline.first_batches(
+      _dataset(recipe, workdir, "heldout"),
+      stage.batch_size,
+      stage.eval_batches,
+      **_shard(mesh),
+    ),
+    names=[clip.id for clip in _clips(workdir)],
+    flops_per_step=_flops(stage),
+    units=lambda batch: int(batch["valid_3"][:, 0].sum()),
+  )
+
+
+def _clips(workdir):
+  return read_manifest(workdir / "data" / "manifest.jsonl")
+
+
+def _dataset(recipe, workdir, split):
+  return pipeline.ClipDataset(
+    _clips(workdir),
+    recipe.vae.crop,
+    recipe.seed,
+    split=split,
+    bad_clips_folder=workdir / "vae",
+  )
+
+
+def _shard(mesh):
+  host, hosts = sharding.host_shard(mesh)
+  return {"process_index": host, "process_count": hosts}
+
+
+def run(recipe: recipes.Recipe, workdir) -> None:
+  """Trains to the end, then saves the EMA params with the latent statistics."""
+  workdir, stage = pathlib.Path(workdir), recipe.vae
+  mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
+  made = setup(recipe, workdir, mesh)
+  state = train.train(
+    made.task,
+    stage.train,
+    made.data,
+    workdir=workdir,
+    name="vae",
+    seed=recipe.seed,
+    mesh=mesh,
+    rules=made.rules,
+    eval_batches=lambda: made.eval_batches,
+    on_eval=functools.partial(_show, stage.model, made.eval_batches[0]),
+    describe=lambda indices: [made.names[i] for i in indices],
+    flops_per_step=made.flops_per_step,
+  )
+  params = state.ema["vae"]
+  made.data.close()
+  # The first batches, whatever the iterator has done: the same after a resume.
+  batches = pipeline.first_batches(
+    _dataset(recipe, workdir, "train"),
+    stage.batch_size,
+    _STATISTICS_BATCHES,
+    **_shard(mesh),
+  )
+  mean, std = latent_statistics(stage.model, params, batches, mesh)
+  meta = {
+    "model": dataclasses.asdict(stage.model),
+    "latent_mean": mean.tolist(),
+    "latent_std": std.tolist(),
+    "steps": stage.train.steps,
+    "id": stages.fingerprint("vae", workdir),
+  }
+  checkpoint.save_model(workdir / "vae" / "model", params, meta)
+  pipeline.report_bad_clips(workdir / "vae", len(made.names))
+  logging.info("the VAE is in %s", workdir / "vae" / "model")
+
+
+def latent_statistics(model, params, batches, mesh) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and standard deviation [C] of the posterior's mean over valid latents.
+
+  Raises:
+    ValueError: if no batch has a valid clip.
+  """
+
+  @jax.jit
+  def moments(params, batch):
+    video = vae_task.to_float(batch["video_THWC"])
+    mean_BTHWC, _ = VAE(model).apply({"params": params}, video, method=VAE.encode)
+    mask = vae_task.latent_mask(model, batch)
+    return (
+      jnp.sum(mask),
+      jnp.sum(mean_BTHWC * mask, (0, 1, 2, 3)),
+      jnp.sum(mean_BTHWC**2 * mask, (0, 1, 2, 3)),
+    )
+
+  count, total, squares = 0.0, 0.0, 0.0
+  with jax.set_mesh(mesh):
+    for batch in batches:
+      batch = {k: v for k, v in batch.items() if not k.startswith("clip")}
+      n, s, q = jax.device_get(moments(params, sharding.shard_batch(batch, mesh)))
+      count, total, squares = (
+        count + float(n),
+        total + s.astype(np.float64),
+        squares + q.astype(np.float64),
+      )
+  if not count:
+    raise ValueError("no training clip could be read; see vae/bad_clips.jsonl")
+  mean = total / count
+  return mean, np.sqrt(np.maximum(squares / count - mean**2, 1e-12))
+
+
+def _show(model, batch, step, params, writer) -> None:
+  """Writes held-out clips over their reconstructions to TensorBoard."""
+  real_BTHWC = batch["video_THWC"][:4]
+
+  @jax.jit
+  def reconstruct(params, video_BTHWC):
+    video_BTHWC = vae_task.to_float(video_BTHWC)
+    return vae_task.to_uint8(VAE(model).apply({"params": params["vae"]}, video_BTHWC))
+
+  fake_BTHWC = np.asarray(jax.device_get(reconstruct(params, real_BTHWC)))
+  both_BTHWC = np.concatenate([real_BTHWC, fake_BTHWC], axis=2)
+  writer.videos(step, {"reconstruction": np.concatenate(both_BTHWC, axis=2)}, fps=8)
+
+
+def _flops(stage) -> float:
+  """Forward and backward of one step, counted from the traced forward pass."""
+  vae = VAE(stage.model)
+  T, H, W = stage.crop
+  video = jax.ShapeDtypeStruct((stage.batch_size, T, H, W, 3), jnp.float32)
+  params = jax.eval_shape(vae.init, jax.random.key(0), video)
+  cost = jax.jit(vae.apply).lower(params, video).cost_analysis() or {}
+  return 3.0 * cost.get("flops", 0.0)
+
+
+if __name__ == "__main__":
+  stages.command("vae")

@@ -1,0 +1,134 @@
+"""Attention: forms agree, segments do not mix, padding is finite."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden.make_losses import FAST_COMPILE
+
+from sora_jax.models import attention
+
+fast_jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+SEGMENTS_Q = np.array([[1, 1, 2, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]], np.int32)
+SEGMENTS_K = np.array([[1, 2, 2, 2, 3, 3, 0], [1, 1, 1, 0, 0, 0, 0]], np.int32)
+
+
+def draw(dtype=jnp.float32, heads=3, width=8):
+  """Queries, keys and values for the segments above."""
+  lengths = (SEGMENTS_Q.shape[1], SEGMENTS_K.shape[1], SEGMENTS_K.shape[1])
+  keys = jax.random.split(jax.random.key(0), 3)
+  return [
+    jax.random.normal(key, (2, length, heads, width)).astype(dtype)
+    for key, length in zip(keys, lengths, strict=True)
+  ]
+
+
+def naive(q, k, v, segments_q, segments_k):
+  """Loops in numpy, float64."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  out = np.zeros(q.shape)
+  for b, i, n in np.ndindex(q.shape[:3]):
+    seen = segments_k[b] == segments_q[b, i]
+    if seen.any():
+      score = k[b, seen, n] @ q[b, i, n] / np.sqrt(q.shape[-1])
+      weight = np.exp(score - score.max())
+      out[b, i, n] = weight / weight.sum() @ v[b, seen, n]
+  return out
+
+
+FORMS = [attention.reference_attention, attention._attention_by_head]
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def form(request):
+  return request.param
+
+
+@functools.cache
+def compiled(form):
+  """Jitted: q, k, v, keys' segments, weight of each output -> out, gradients."""
+
+  def total(q, k, v, segments_k, weight):
+    out = form(q, k, v, SEGMENTS_Q, segments_k)
+    return jnp.sum(out.astype(jnp.float32) * weight), out
+
+  @fast_jit
+  def run(*arguments):
+    (_, out), gradients = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(*arguments)
+    return jax.tree.map(lambda x: x.astype(jnp.float32), (out, gradients))
+
+  return run
+
+
+def weights():
+  shape = (*SEGMENTS_Q.shape, 3, 8)
+  return np.cos(np.arange(np.prod(shape), dtype=np.float32)).reshape(shape)
+
+
+def test_forms_equal_loops(form):
+  q, k, v = draw()
+  out, _ = compiled(form)(q, k, v, SEGMENTS_K, weights())
+  expected = naive(q, k, v, SEGMENTS_Q, SEGMENTS_K)
+  real = SEGMENTS_Q > 0
+  np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=2e-6)
+
+
+def test_gradients_by_head_equal_those_of_the_reference():
+  arguments = (*draw(), SEGMENTS_K, weights())
+  reference, by_head = (compiled(form)(*arguments)[1] for form in FORMS)
+  for a, b in zip(reference, by_head, strict=True):
+    assert np.abs(a).max() > 0.1
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_segments_do_not_mix(form):
+  """Gradients of one segment reach its own queries, keys and values only."""
+  of_segment_2 = weights() * (SEGMENTS_Q == 2)[:, :, None, None]
+  _, gradients = compiled(form)(*draw(), SEGMENTS_K, of_segment_2)
+  for gradient, segments in zip(
+    gradients, (SEGMENTS_Q, SEGMENTS_K, SEGMENTS_K), strict=True
+  ):
+    reached = np.any(np.asarray(gradient) != 0.0, axis=(2, 3))
+    np.testing.assert_array_equal(reached[0], segments[0] == 2)
+    assert not reached[1].any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_padding_is_finite(form, dtype):
+  """Also where a query has no key at all, and where scores are huge."""
+  q, k, v = draw(dtype)
+  nothing = np.full_like(SEGMENTS_K, 9)
+  for segments_k in (SEGMENTS_K, nothing):
+    out, gradients = compiled(form)(1e3 * q, 1e3 * k, v, segments_k, weights())
+    for value in (out, *gradients):
+      assert np.isfinite(value).all()
+
+
+def test_bfloat16_is_close_to_float32(form):
+  q, k, v = draw(jnp.bfloat16)
+  assert jax.eval_shape(form, q, k, v, SEGMENTS_Q, SEGMENTS_K).dtype == jnp.bfloat16
+  out, _ = compiled(form)(q, k, v, SEGMENTS_K, weights())
+  expected = naive(q, k, v, SEGMENTS_Q, SEGMENTS_K)
+  real = SEGMENTS_Q > 0
+  # bfloat16 has 8 bits: weights and output are each rounded once.
+  np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=0.03)
+
+
+def test_packed_equals_separate():
+  """Through the function that the networks call."""
+
+  @fast_jit
+  def run(q, k, v):
+    packed = attention.attention(q, k, v, SEGMENTS_Q, SEGMENTS_K)
+    pairs = []
+    for segment in (1, 2, 3):
+      at_q, at_k = SEGMENTS_Q[0] == segment, SEGMENTS_K[0] == segment
+      one_q, one_k = (np.ones((1, at.sum()), np.int32) for at in (at_q, at_k))
+      alone = attention.attention(q[:1, at_q], k[:1, at_k], v[:1, at_k], one_q, one_k)
+      pairs.append((packed[:1, at_q], alone))
+    return pairs
+
+  for packed, alone in run(*draw()):
+    np.testing.assert_allclose(packed, alone, atol=2e-6)

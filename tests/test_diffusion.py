@@ -1,0 +1,102 @@
+"""Noise process: interpolation, target, noise levels, and the loss by noise level."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from sora_jax import diffusion
+
+
+def draw(*shape):
+  return np.random.default_rng(len(shape)).standard_normal(shape).astype(np.float32)
+
+
+def test_ends_are_data_and_noise():
+  x0, eps = draw(2, 3, 4), draw(3, 4)
+  np.testing.assert_array_equal(diffusion.add_noise(x0, eps, 0.0), x0)
+  np.testing.assert_array_equal(
+    diffusion.add_noise(x0, eps, 1.0), np.broadcast_to(eps, x0.shape)
+  )
+
+
+def test_velocity_is_the_derivative_and_leads_to_both_ends():
+  x0, eps = draw(5, 4), draw(1, 5, 4)[0]
+  t = np.float32(0.3)
+  x, derivative = jax.jvp(
+    lambda t: diffusion.add_noise(x0, eps, t), (t,), (jnp.ones(()),)
+  )
+  v = diffusion.velocity(x0, eps)
+  np.testing.assert_allclose(derivative, v, rtol=1e-6)
+  np.testing.assert_allclose(x - t * v, x0, atol=1e-6)
+  np.testing.assert_allclose(x + (1 - t) * v, eps, atol=1e-6)
+
+
+def test_level_of_each_token():
+  x0, eps, t_L = draw(3, 4), draw(1, 3, 4)[0], np.array([0.0, 0.5, 1.0], np.float32)
+  x = diffusion.add_noise(x0, eps, t_L[:, None])
+  np.testing.assert_allclose(x, [x0[0], (x0[1] + eps[1]) / 2, eps[2]], atol=1e-6)
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.7, 1.4)])
+def test_levels_are_logit_normal(mean, std):
+  t = diffusion.sample_timesteps(jax.random.key(1), (200, 100), mean=mean, std=std)
+  t = np.asarray(t, np.float64)
+  assert t.shape == (200, 100) and 0 < t.min() and t.max() < 1
+  logit = np.log(t / (1 - t)).ravel()
+  assert abs(logit.mean() - mean) < 4 * std / np.sqrt(logit.size)
+  assert abs(logit.std() - std) < 4 * std / np.sqrt(2 * logit.size)
+  normal = scipy.stats.norm(mean, std)
+  assert scipy.stats.kstest(logit, normal.cdf).pvalue > 1e-3
+  # Moments of t itself, by quadrature over the normal.
+  grid = np.linspace(-8, 8, 4001)
+  density = scipy.stats.norm.pdf(grid) * (grid[1] - grid[0])
+  level = 1 / (1 + np.exp(-(mean + std * grid)))
+  first, second = (density * level).sum(), (density * level**2).sum()
+  assert abs(t.mean() - first) < 4 * np.sqrt((second - first**2) / t.size)
+  assert abs((t**2).mean() - second) < 4 / np.sqrt(t.size)
+
+
+def test_levels_follow_the_key():
+  def draws(seed):
+    return diffusion.sample_timesteps(jax.random.key(seed), (64,), mean=0.0, std=1.0)
+
+  np.testing.assert_array_equal(draws(0), draws(0))
+  assert not np.any(draws(0) == draws(1))
+
+
+def test_shift():
+  t = np.linspace(0, 1, 11, dtype=np.float32)
+  np.testing.assert_array_equal(diffusion.shift_timesteps(t, 1.0), t)
+  for shift in (0.5, 3.0):
+    moved = np.asarray(diffusion.shift_timesteps(t, shift))
+    np.testing.assert_allclose(moved[[0, -1]], [0, 1], atol=1e-7)
+    assert np.all(np.diff(moved) > 0)
+    assert np.all((moved > t)[1:-1] == (shift > 1))
+    # The ratio of noise to data grows by the shift, which is what it is for.
+    inner = slice(1, -1)
+    ratio = moved[inner] / (1 - moved[inner])
+    np.testing.assert_allclose(ratio, shift * t[inner] / (1 - t[inner]), rtol=1e-5)
+  there_and_back = diffusion.shift_timesteps(diffusion.shift_timesteps(t, 3.0), 1 / 3)
+  np.testing.assert_allclose(there_and_back, t, atol=1e-6)
+
+
+def test_loss_bins():
+  rng = np.random.default_rng(0)
+  error, weight, t = rng.random((3, 4, 50)).astype(np.float32)
+  t *= 0.5  # the last two bins stay empty
+  t[0, 0] = 1.0 / 4  # on an edge: the upper bin
+  values = {k: float(v) for k, v in diffusion.loss_bins(error, weight, t, 4).items()}
+  assert values.keys() == {f"loss_t/{i}{s}" for i in range(4) for s in ("", ":weight")}
+  for i in range(4):
+    inside = (t >= i / 4) & (t < (i + 1) / 4)
+    np.testing.assert_allclose(
+      values[f"loss_t/{i}:weight"], weight[inside].sum(), rtol=1e-5
+    )
+    expected = np.average(error[inside], weights=weight[inside]) if i < 2 else 0.0
+    np.testing.assert_allclose(values[f"loss_t/{i}"], expected, rtol=1e-5)
+  # The ends of the range belong to a bin each.
+  ones = jnp.ones(2)
+  values = diffusion.loss_bins(ones, ones, jnp.array([0.0, 1.0]), 3)
+  assert [float(values[f"loss_t/{i}:weight"]) for i in range(3)] == [1, 0, 1]

@@ -1,0 +1,590 @@
+"""Pipelines: what rows hold, random draws, damage, exact resume on any host count."""
+
+import dataclasses
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from sora_jax import patches
+from sora_jax.data import pack, pipeline, records, tokenizer, video
+from sora_jax.data.clips import Clip
+
+BUDGET = pack.Budget(tokens=64, text_tokens=40, segments=6)
+PATCH = (1, 2, 2)
+
+
+# --- latents
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+  """40 clips of 1, 2, 3 and 5 latent frames and three sizes, in two shards."""
+  folder = str(tmp_path_factory.mktemp("latents"))
+  rng = np.random.default_rng(0)
+
+  def make(i):
+    t, (h, w) = (1, 2, 3, 5)[i % 4], ((4, 4), (4, 6), (6, 4))[i % 3]
+    times = [0.5, 1.25][: 2 * (t > 1)]
+    return {
+      "id": f"clip{i}",
+      "latent_THWC": rng.standard_normal((t, h, w, 3)),
+      "extras_NHWC": rng.standard_normal((len(times), h, w, 3)),
+      "extras": times,
+      "fps": (8.0, 16.0)[i % 2],
+      "captions": [f"clip {i}", f"the descriptive text of clip {i}"][: i % 5],
+      "split": "heldout" if i % 10 == 9 else "train",
+      "frames": 1 + 4 * (t - 1),
+      "height": 8 * h,
+      "width": 8 * w,
+    }
+
+  clips = []
+  for shard in range(2):
+    path = f"{folder}/{shard}.array_record"
+    clips += records.write_shard(path, map(make, range(20 * shard, 20 * shard + 20)))
+  captions = [caption for clip in clips for caption in clip.captions]
+  tokenizer.train(captions, f"{folder}/tokenizer.model")
+  return folder, clips
+
+
+def packed(latents, folder=None, **changes):
+  source, clips = latents
+  arguments = {
+    "clips": clips,
+    "folder": folder or source,
+    "tokenizer": tokenizer.Tokenizer(f"{source}/tokenizer.model"),
+    "budget": BUDGET,
+    "patch_size": PATCH,
+    "seed": 7,
+    "max_text_tokens": 12,
+    "reference_fps": 16.0,
+    **changes,
+  }
+  return pipeline.PackedDataset(**arguments)
+
+
+def assert_equal(a, b):
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    assert a[name].dtype == b[name].dtype
+
+
+def epoch_rows(dataset, epoch=0):
+  start = sum(dataset.elements_per_epoch(e) for e in range(epoch))
+  return [dataset[start + i] for i in range(dataset.elements_per_epoch(epoch))]
+
+
+def test_shapes_and_types(latents):
+  row = packed(latents)[0]
+  L, S, N = dataclasses.astuple(BUDGET)
+  assert {name: (x.shape, str(x.dtype)) for name, x in row.items()} == {
+    "patch_LP": ((L, 12), "float32"),
+    "segment_L": ((L,), "int32"),
+    "position_L3": ((L, 3), "float32"),
+    "group_L": ((L,), "int32"),
+    "text_S": ((S,), "int32"),
+    "text_segment_S": ((S,), "int32"),
+    "text_position_S": ((S,), "int32"),
+    "clip_N": ((N,), "int32"),
+  }
+
+
+def test_rows_hold_the_clips(latents):
+  folder, clips = latents
+  mean, std = np.arange(3) / 10, np.arange(1, 4)
+  dataset = packed(latents, latent_mean=mean, latent_std=std, caption_dropout=0.0)
+  reader = records.LatentReader(folder)
+  words = tokenizer.Tokenizer(f"{folder}/tokenizer.model")
+  seen, extra_times, chosen_captions = [], set(), set()
+  for epoch in range(3):
+    for row in epoch_rows(dataset, epoch):
+      segment_L, used = row["segment_L"], np.sum(row["clip_N"] >= 0)
+      assert set(segment_L[segment_L > 0]) == set(range(1, used + 1))
+      assert np.all(np.diff(segment_L[segment_L > 0]) >= 0)
+      for name in ("patch_LP", "position_L3", "group_L"):
+        assert not row[name][segment_L == 0].any()
+      for k in range(used):
+        clip = clips[row["clip_N"][k]]
+        assert clip.split == "train"
+        seen.append((epoch, clip.id))
+        here = segment_L == k + 1
+        grid = patches.grid_shape(clip.shape, PATCH)
+        count = int(np.prod(grid))
+        record = reader.read(clip)
+        latent = patches.unpatchify(row["patch_LP"][here][:count], grid, PATCH)
+        np.testing.assert_allclose(
+          latent * std + mean, record["latent_THWC"], atol=1e-5
+        )
+        # Time is real: a latent frame at 8 fps takes two of those at 16.
+        position_l3 = row["position_L3"][here]
+        scale = 16.0 / clip.fps
+        want = patches.grid_positions(grid) * [scale, 1, 1]
+        np.testing.assert_array_equal(position_l3[:count], want)
+        group_l = row["group_L"][here]
+        assert set(group_l // 2) == {k}
+        assert not np.all(group_l[:count] % 2)
+        # Image latents come behind the clip, given, at their own times.
+        assert np.all(group_l[count:] % 2)
+        frame = grid[1] * grid[2]
+        for j in range(count, len(group_l), frame):
+          (time,) = set(position_l3[j : j + frame, 0])
+          extra = record["extras_NHWC"][clip.extras.index(time / scale)]
+          tokens = patches.patchify(((extra - mean) / std)[None], PATCH)
+          np.testing.assert_allclose(
+            row["patch_LP"][here][j : j + frame], tokens, atol=1e-5
+          )
+          want = patches.grid_positions((1, *grid[1:]))[:, 1:]
+          np.testing.assert_array_equal(position_l3[j : j + frame, 1:], want)
+          extra_times.add(time / scale)
+        there = row["text_segment_S"] == k + 1
+        text = words.decode(row["text_S"][there])
+        assert text in (clip.captions or ("",))
+        chosen_captions.add(text)
+        assert row["text_S"][there][-1] == tokenizer.EOS
+        np.testing.assert_array_equal(row["text_position_S"][there], range(there.sum()))
+      assert not row["text_S"][row["text_segment_S"] == 0].any()
+  train = [clip.id for clip in clips if clip.split == "train"]
+  assert sorted(seen) == sorted((e, i) for e in range(3) for i in train)
+  assert extra_times == {0.5, 1.25}
+  assert {"clip 2", "the descriptive text of clip 2"} <= chosen_captions
+
+
+def test_heldout_rows(latents):
+  dataset = packed(latents, split="heldout", caption_dropout=1.0, given_prob=0.0)
+  rows = epoch_rows(dataset)
+  indices = np.concatenate([row["clip_N"][row["clip_N"] >= 0] for row in rows])
+  assert sorted(indices) == [9, 19, 29, 39]
+  for row in rows:
+    used = row["clip_N"] >= 0
+    # Dropped captions are the end of text alone.
+    assert row["text_S"].sum() == used.sum() * tokenizer.EOS
+    assert (row["text_segment_S"] > 0).sum() == used.sum()
+
+
+def test_elements_do_not_depend_on_the_order_of_access(latents):
+  want = [packed(latents)[i] for i in range(40)]
+  dataset = packed(latents)
+  for i in (39, 3, 20, 0):
+    assert_equal(dataset[i], want[i])
+  assert_equal(pickle.loads(pickle.dumps(dataset))[20], want[20])
+  assert np.any(packed(latents, seed=8)[0]["clip_N"] != want[0]["clip_N"])
+
+
+def test_fill_is_reported(latents):
+  dataset = packed(latents)
+  rows = epoch_rows(dataset)
+  fill = np.mean([np.mean(row["segment_L"] > 0) for row in rows])
+  assert dataset.fill() == pytest.approx(fill)
+  assert 0.7 < fill <= 1
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"budget": pack.Budget(29, 40, 6)}, "clip7: 30 tokens, but a row holds 29"),
+    ({"patch_size": (1, 4, 4)}, r"clip1: a latent of \(T, H, W\) = \(2, 4, 6\)"),
+    ({"patch_size": (2, 2, 2)}, "clip0: a latent of"),
+    ({"max_text_tokens": 41}, "max_text_tokens is 41, but a row holds 40"),
+    ({"split": "test"}, "no clip of split 'test' among 40 clips"),
+  ],
+)
+def test_errors(latents, changes, words):
+  with pytest.raises(ValueError, match=words):
+    packed(latents, **changes)
+
+
+def test_long_clips_take_the_extras_that_fit(latents):
+  budget = pack.Budget(30, 40, 6)
+  dataset = packed(latents, budget=budget, extra_prob=1.0)
+  for row in epoch_rows(dataset):
+    assert (row["segment_L"] > 0).sum() <= 30
+
+
+def test_damaged_records_are_left_out(latents, tmp_path):
+  source, clips = latents
+  with open(f"{source}/0.array_record", "rb") as f:
+    data = bytearray(f.read())
+  target = clips[4]
+  latent = records.LatentReader(source).read(target)["latent_THWC"]
+  data[data.index(latent.astype(np.float16).tobytes()[:32])] ^= 1
+  (tmp_path / "0.array_record").write_bytes(data)
+  with open(f"{source}/1.array_record", "rb") as f:
+    (tmp_path / "1.array_record").write_bytes(f.read()[:70_000])
+  dataset = packed(latents, str(tmp_path), bad_clips_folder=str(tmp_path / "run"))
+  whole = packed(latents)
+  rows, whole_rows = epoch_rows(dataset), epoch_rows(whole)
+  indices = np.concatenate([row["clip_N"][row["clip_N"] >= 0] for row in rows])
+  good = [i for i in range(20) if clips[i].split == "train" and i != 4]
+  assert sorted(indices) == good
+  # The other clips of a row are what they are without the damage.
+  for row, want in zip(rows, whole_rows, strict=True):
+    for k, index in enumerate(row["clip_N"][row["clip_N"] >= 0]):
+      k_want = list(want["clip_N"]).index(index)
+      np.testing.assert_array_equal(
+        row["patch_LP"][row["segment_L"] == k + 1],
+        want["patch_LP"][want["segment_L"] == k_want + 1],
+      )
+  with open(tmp_path / "run" / "bad_clips.jsonl") as f:
+    bad = {line["id"]: line["reason"] for line in map(json.loads, f)}
+  assert bad.keys() == {"clip4"} | {f"clip{i}" for i in range(20, 40) if i % 10 < 9}
+  assert "0.array_record: record 4: Corrupted" in bad["clip4"]
+  assert "1.array_record: record 3: " in bad["clip23"]
+  # Noted once, however often it is met.
+  epoch_rows(dataset, 1)
+  with open(tmp_path / "run" / "bad_clips.jsonl") as f:
+    assert len(f.readlines()) == len(bad)
+
+
+def test_a_row_without_a_readable_record_is_padding(latents, tmp_path):
+  source, clips = latents
+  with open(f"{source}/1.array_record", "rb") as f:
+    (tmp_path / "1.array_record").write_bytes(f.read())
+  budget = pack.Budget(64, 40, 1)
+  rows = epoch_rows(packed(latents, str(tmp_path), budget=budget))
+  empty = [row for row in rows if not row["segment_L"].any()]
+  assert len(empty) == 18
+  for row in empty:
+    assert np.all(row["clip_N"] == -1)
+    assert not any(row[name].any() for name in row if name != "clip_N")
+    assert row["patch_LP"].shape == rows[0]["patch_LP"].shape
+
+
+# --- draws
+
+
+@pytest.mark.parametrize("pattern", pipeline.GIVEN_PATTERNS)
+@pytest.mark.parametrize("grid", [(2, 1, 1), (2, 2, 3), (3, 1, 2), (9, 4, 6)])
+def test_some_tokens_are_given_never_all(pattern, grid):
+  for seed in range(200):
+    given = pipeline.given_mask(np.random.default_rng(seed), grid, pattern)
+    assert given.shape == grid
+    assert 0 < given.sum() < given.size
+
+
+def test_given_patterns_are_what_they_say():
+  rng = np.random.default_rng(0)
+
+  def frames(pattern):
+    for _ in range(200):
+      given = pipeline.given_mask(rng, (7, 4, 4), pattern)
+      assert pattern == "box" or np.all(given == given[:, :1, :1])
+      yield given[:, 0, 0] if pattern != "box" else given
+
+  for f in frames("first"):
+    assert f[0] and np.all(np.diff(f.astype(int)) <= 0)
+  for f in frames("last"):
+    assert f[-1] and np.all(np.diff(f.astype(int)) >= 0)
+  for name in ("ends", "gap"):
+    for f in frames(name):
+      assert f[0] and f[-1] and np.abs(np.diff(f.astype(int))).sum() == 2
+  for box in frames("box"):
+    assert np.all(box == box[:1])
+  patterns = {tuple(f) for f in frames("frames")}
+  assert len(patterns) > 60
+  with pytest.raises(ValueError, match="pattern 'middle' is none of"):
+    pipeline.given_mask(rng, (2, 2, 2), "middle")
+
+
+def test_given_probability():
+  rng = np.random.default_rng(0)
+  draws = [pipeline.draw_given(rng, (3, 2, 2), 0.3).any() for _ in range(4000)]
+  assert np.mean(draws) == pytest.approx(0.3, abs=0.03)
+  assert not pipeline.draw_given(rng, (1, 2, 2), 1.0).any()
+  assert all(pipeline.draw_given(rng, (2, 2, 2), 1.0).any() for _ in range(100))
+
+
+def test_visit_probabilities():
+  counts = np.repeat([0, 1, 2], 10_000)
+  draw = {"caption_dropout": 0.2, "extra_prob": 0.4}
+  caption_N, extra_N = pipeline.draw_visits(3, 5, counts, counts, **draw)
+  assert np.all(caption_N[counts == 0] == -1)
+  assert np.all(extra_N[counts == 0] == 0)
+  assert np.all(caption_N < np.maximum(counts, 0)) and np.all(extra_N <= counts)
+  for count in (1, 2):
+    captions, extras = caption_N[counts == count], extra_N[counts == count]
+    assert np.mean(captions == -1) == pytest.approx(0.2, abs=0.02)
+    assert np.mean(extras > 0) == pytest.approx(0.4, abs=0.02)
+    for k in range(count):
+      assert np.mean(captions == k) == pytest.approx(0.8 / count, abs=0.02)
+      assert np.mean(extras == k + 1) == pytest.approx(0.4 / count, abs=0.02)
+  again = pipeline.draw_visits(3, 5, counts, counts, **draw)
+  np.testing.assert_array_equal(again, (caption_N, extra_N))
+  other = pipeline.draw_visits(3, 6, counts, counts, **draw)
+  assert np.any(other[0] != caption_N) and np.any(other[1] != extra_N)
+
+
+# --- batches
+
+
+def take(batches, count):
+  try:
+    return [next(batches) for _ in range(count)]
+  finally:
+    batches.close()
+
+
+def rows_of(host_batches):
+  """Global batches from the hosts': row r is row r // hosts of host r % hosts."""
+  return [
+    {
+      k: np.stack([b[k] for b in each], 1).reshape(-1, *each[0][k].shape[1:])
+      for k in each[0]
+    }
+    for each in zip(*host_batches, strict=True)
+  ]
+
+
+def hosts(latents, count, batch_size=4, state=None):
+  iterators = [
+    pipeline.Batches(packed(latents), batch_size, process_index=i, process_count=count)
+    for i in range(count)
+  ]
+  for iterator in iterators if state else ():
+    iterator.set_state(state)
+  return iterators
+
+
+def test_batches_are_the_elements(latents):
+  dataset = packed(latents)
+  got = take(pipeline.Batches(packed(latents), 4), 12)
+  # The epochs of this data set differ in size, and the batches cross them.
+  sizes = [dataset.elements_per_epoch(e) for e in range(4)]
+  assert len(set(sizes)) > 1 and sum(sizes[:3]) < 48, sizes
+  for b, batch in enumerate(got):
+    for r in range(4):
+      assert_equal({k: v[r] for k, v in batch.items()}, dataset[4 * b + r])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_hosts_share_a_batch(latents, count):
+  want = take(*hosts(latents, 1), 12)
+  got = rows_of([take(it, 12) for it in hosts(latents, count)])
+  for a, b in zip(got, want, strict=True):
+    assert_equal(a, b)
+
+
+@pytest.mark.parametrize("before, after", [(1, 1), (2, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize("steps", [0, 3, 7, 11])
+def test_resume_is_exact_on_any_number_of_hosts(latents, before, after, steps):
+  want = take(*hosts(latents, 1), steps + 4)[steps:]
+  iterators = hosts(latents, before)
+  for iterator in iterators:
+    for _ in range(steps):
+      next(iterator)
+  states = [json.loads(json.dumps(it.get_state())) for it in iterators]
+  assert all(state == states[0] for state in states)
+  for iterator in iterators:
+    iterator.close()
+  got = rows_of([take(it, 4) for it in hosts(latents, after, state=states[0])])
+  for a, b in zip(got, want, strict=True):
+    assert_equal(a, b)
+
+
+def test_going_back_in_the_same_iterator(latents):
+  batches = pipeline.Batches(packed(latents), 4)
+  next(batches)
+  state = batches.get_state()
+  first = [next(batches) for _ in range(8)]
+  batches.set_state(state)
+  for a, b in zip(first, take(batches, 8), strict=True):
+    assert_equal(a, b)
+
+
+def test_resume_makes_no_plan_of_past_epochs(latents, monkeypatch):
+  (batches,) = hosts(latents, 1)
+  for _ in range(10):
+    next(batches)
+  state = batches.get_state()
+  batches.close()
+  assert len(state["epoch_starts"]) > 2
+  planned = []
+  make = pipeline.PackedDataset._plan
+  monkeypatch.setattr(
+    pipeline.PackedDataset,
+    "_plan",
+    lambda self, epoch: planned.append(epoch) or make(self, epoch),
+  )
+  take(*hosts(latents, 1, state=state), 1)
+  assert min(planned) == len(state["epoch_starts"]) - 1
+
+
+def test_another_data_set_on_resume_is_logged(latents, caplog):
+  (batches,) = hosts(latents, 1)
+  state = batches.get_state()
+  batches.close()
+  other = pipeline.Batches(packed(latents, seed=8), 4)
+  other.set_state({**state, "global_next_index": 8, "epoch_starts": [0, 3]})
+  assert "not the one of the checkpoint" in caplog.text
+  assert_equal(
+    take(other, 1)[0], take(pipeline.Batches(packed(latents, seed=8), 4), 3)[2]
+  )
+
+
+def test_workers_change_nothing(latents):
+  want = take(*hosts(latents, 1), 14)
+  batches = pipeline.Batches(packed(latents), 4, workers=2)
+  for b in want[:7]:
+    assert_equal(next(batches), b)
+  state = batches.get_state()
+  batches.close()
+  # Saved with workers, resumed without.
+  for a, b in zip(take(*hosts(latents, 1, state=state), 7), want[7:], strict=True):
+    assert_equal(a, b)
+
+
+def test_first_batches(latents):
+  heldout = packed(latents, split="heldout")
+  want = take(pipeline.Batches(heldout, 2), 3)
+  got = pipeline.first_batches(packed(latents, split="heldout"), 2, 3)
+  for a, b in zip(got, want, strict=True):
+    assert_equal(a, b)
+  shared = [
+    pipeline.first_batches(heldout, 2, 3, process_index=i, process_count=2)
+    for i in range(2)
+  ]
+  for a, b in zip(rows_of(shared), want, strict=True):
+    assert_equal(a, b)
+
+
+def test_hosts_that_cannot_share(latents):
+  with pytest.raises(ValueError, match="batch_size 4 is not divisible by 3"):
+    pipeline.Batches(packed(latents), 4, process_count=3)
+  with pytest.raises(ValueError, match="batch_size 4 is not divisible by 3"):
+    pipeline.first_batches(packed(latents), 4, 1, process_count=3)
+
+
+# --- pixel clips
+
+
+def ramp(frames, height, width):
+  """A video in which time is red, y green and x blue."""
+  t, y, x = np.meshgrid(*map(np.arange, (frames, height, width)), indexing="ij")
+  return np.stack([7 * t, 3 * y, 3 * x], -1).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("pixels")
+  clips = []
+  for i in range(9):
+    frames, height, width = [(17, 32, 48), (1, 48, 32), (9, 32, 32)][i % 3]
+    path = str(folder / f"{i}.{'png' if frames == 1 else 'mp4'}")
+    video.write(path, ramp(frames, height, width), 16.0)
+    split = "heldout" if i == 8 else "train"
+    clips.append(Clip(str(i), path, 0.0, frames, 16.0, height, width, (), split, None))
+  return clips
+
+
+CROP = (9, 32, 32)
+
+
+def test_clip_elements(pixels):
+  dataset = pipeline.ClipDataset(pixels, CROP, seed=0)
+  assert dataset.elements_per_epoch() == 8
+  visited, windows = [], set()
+  for i in range(8 * 6):
+    element = dataset[i]
+    assert element["video_THWC"].shape == (*CROP, 3)
+    assert element["video_THWC"].dtype == np.uint8
+    assert element["valid_3"].dtype == element["clip"].dtype == np.int32
+    clip = pixels[element["clip"]]
+    t, h, w = element["valid_3"]
+    assert (t, h, w) == (min(9, clip.frames), 32, 32)
+    visited.append(int(element["clip"]))
+    # The colours of the first pixel tell where the window was.
+    corner = element["video_THWC"][0, :2, :2].reshape(-1, 3).mean(0)
+    window = np.round((corner - [0, 1.5, 1.5]) / [7, 3, 3]).astype(int)
+    windows.add((clip.frames, *window.tolist()))
+    size = np.array([clip.frames - t, clip.height - h, clip.width - w])
+    assert np.all(window >= -1) and np.all(window <= size + 1)
+    if t < 9:
+      np.testing.assert_array_equal(
+        element["video_THWC"][t:], np.repeat(element["video_THWC"][t - 1 : t], 9 - t, 0)
+      )
+    want = ramp(clip.frames, clip.height, clip.width)
+    first, top, left = np.clip(window, 0, size)
+    want = want[first : first + t, top : top + 32, left : left + 32].astype(int)
+    assert np.abs(element["video_THWC"][:t] - want).mean() < 6
+  for epoch in range(6):
+    assert sorted(visited[8 * epoch : 8 * epoch + 8]) == list(range(8))
+  assert visited[:8] != visited[8:16]
+  assert len({w for w in windows if w[0] == 17}) > 8
+
+
+def test_small_clips_are_padded_with_the_edge(pixels):
+  element = pipeline.ClipDataset(pixels, (9, 64, 64), seed=0)[0]
+  t, h, w = element["valid_3"]
+  assert (h, w) == (pixels[element["clip"]].height, pixels[element["clip"]].width)
+  inside = element["video_THWC"][:t, :h, :w]
+  np.testing.assert_array_equal(
+    element["video_THWC"],
+    np.pad(inside, ((0, 9 - t), (0, 64 - h), (0, 64 - w), (0, 0)), mode="edge"),
+  )
+
+
+def test_clip_draws_are_deterministic(pixels):
+  want = [pipeline.ClipDataset(pixels, CROP, seed=0)[i] for i in range(12)]
+  batches = pipeline.Batches(pipeline.ClipDataset(pixels, CROP, seed=0), 4)
+  next(batches)
+  state = json.loads(json.dumps(batches.get_state()))
+  batches.close()
+  pair = [
+    pipeline.Batches(
+      pipeline.ClipDataset(pixels, CROP, 0), 4, process_index=i, process_count=2
+    )
+    for i in range(2)
+  ]
+  for batches in pair:
+    batches.set_state(state)
+  got = rows_of([take(batches, 2) for batches in pair])
+  for i in range(8):
+    assert_equal({k: v[i % 4] for k, v in got[i // 4].items()}, want[4 + i])
+
+
+def test_bad_files_are_left_out(pixels, tmp_path):
+  broken = str(tmp_path / "broken.mp4")
+  with open(pixels[0].path, "rb") as f:
+    data = f.read()
+  with open(broken, "wb") as f:
+    f.write(data[: len(data) // 2])
+  clips = [
+    pixels[0],
+    dataclasses.replace(pixels[0], id="broken", path=broken),
+    dataclasses.replace(pixels[0], id="gone", path=str(tmp_path / "gone.mp4")),
+    dataclasses.replace(pixels[0], id="short", frames=401),
+  ]
+  dataset = pipeline.ClipDataset(clips, CROP, 0, bad_clips_folder=str(tmp_path))
+  bad = 0
+  for i in range(8):
+    element = dataset[i]
+    assert element["video_THWC"].shape == (*CROP, 3)
+    if not element["valid_3"].any():
+      assert not element["video_THWC"].any()
+      bad += 1
+  assert bad >= 4
+  with open(tmp_path / "bad_clips.jsonl") as f:
+    reasons = {line["id"]: line["reason"] for line in map(json.loads, f)}
+  assert {"broken", "gone"} <= reasons.keys()
+  assert all(reasons.values())
+  assert "0" not in reasons
+
+
+def test_clip_errors(pixels):
+  with pytest.raises(ValueError, match=r"a crop has 1 \+ 4k frames, got 16"):
+    pipeline.ClipDataset(pixels, (16, 32, 32), 0)
+  with pytest.raises(ValueError, match="no clip of split 'train' among 1 clips"):
+    pipeline.ClipDataset(pixels[8:], CROP, 0)
+
+
+def test_what_workers_need_imports_no_jax():
+  code = (
+    "import sys\n"
+    "from sora_jax.data import clips, pack, records, tokenizer, video\n"
+    "sys.exit('jax' in sys.modules)\n"
+  )
+  assert subprocess.run([sys.executable, "-c", code]).returncode == 0

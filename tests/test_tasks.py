@@ -1,0 +1,320 @@
+"""Tasks: golden losses, 8 devices equal 1, masks, GAN terms, sharding rules."""
+
+import dataclasses
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import make_losses as golden
+from jax.sharding import PartitionSpec
+
+from sora_jax import sharding
+from sora_jax.models.vae import VAEConfig
+from sora_jax.tasks import vae as vae_task
+
+KEY = jax.random.key(3)
+fast_jit = functools.partial(jax.jit, compiler_options=golden.FAST_COMPILE)
+
+
+@functools.cache
+def one_device(case):
+  """[(metrics, state)] before and after each of 20 steps, on the first device alone."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  return list(golden.run(case, mesh))
+
+
+def initial_params(case):
+  return one_device(case)[0][1].params
+
+
+def names_of(tree):
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {sharding.path_name(path): leaf for path, leaf in leaves}
+
+
+# --- training
+
+
+@pytest.mark.parametrize("case", golden.CASES)
+def test_golden_losses(case):
+  """See golden/make_losses.py."""
+  expected = json.loads(golden.PATH.read_text())[case]
+  values = golden.losses(case, [values for values, _ in one_device(case)][1:])
+  assert values.keys() == expected.keys()
+  for name, curve in values.items():
+    assert len(curve) == golden.STEPS
+    np.testing.assert_allclose(curve, expected[name], rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["dit/loss", "vae/l1"])
+def test_tasks_learn(name):
+  """Until the VAE begins to feel its critic."""
+  case, metric = name.split("/")
+  curve = [values[metric] for values, _ in one_device(case)[1 : golden.GAN_START]]
+  assert np.mean(curve[-4:]) < 0.95 * np.mean(curve[:2])
+
+
+@pytest.mark.parametrize(
+  "case, axes",
+  [("vae", {"data": 2, "fsdp": 4}), ("dit", {"fsdp": 8})],
+)
+def test_eight_devices_equal_one(case, axes):
+  steps = 3
+  mesh = sharding.make_mesh(**axes)
+  reference = one_device(case)[: steps + 1]
+  many = list(golden.run(case, mesh, steps, state=reference[0][1]))
+  for (a, _), (b, _) in zip(reference[1:], many[1:], strict=True):
+    assert a.keys() == b.keys()
+    for name in a:
+      np.testing.assert_allclose(b[name], a[name], rtol=1e-5, atol=1e-6, err_msg=name)
+  expected, state = names_of(reference[-1][1].params), names_of(many[-1][1].params)
+  for name, value in expected.items():
+    np.testing.assert_allclose(state[name], value, atol=1e-5, err_msg=name)
+
+
+# --- sharding rules
+
+
+def without_middle():
+  model = VAEConfig(
+    width_multipliers=(1,), downsample=(), patch_size=(4, 8, 8), middle=False
+  )
+  return model, golden.VAE_LOSS
+
+
+RULES = {
+  "vae": (golden.VAE, dataclasses.replace(golden.VAE_LOSS, gan_weight=0.0)),
+  "vae_gan": (golden.VAE, golden.VAE_LOSS),
+  "vae_wan": (VAEConfig(), golden.VAE_LOSS),
+  "vae_folded": without_middle(),
+  "dit": None,
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_every_param_matches_exactly_one_rule(case):
+  if case == "dit":
+    task, _, rules, _ = golden.CASES["dit"]
+  else:
+    task = vae_task.make(*RULES[case])
+    rules = vae_task.sharding_rules(*RULES[case])
+  shapes = jax.eval_shape(task.init, KEY)
+  used = set()
+  for name, leaf in names_of(shapes).items():
+    matching = [rule for rule in rules if re.fullmatch(rule[0], name)]
+    assert len(matching) == 1, (name, matching)
+    (regex, spec) = matching[0]
+    assert len(spec) <= leaf.ndim, (name, spec)
+    # Large params must not be whole on every device.
+    assert leaf.size < 1000 or spec != PartitionSpec() or leaf.ndim < 3, name
+    used.add(regex)
+  assert used == {regex for regex, _ in rules}
+
+
+# --- VAE
+
+
+SMALL_VAE = dataclasses.replace(golden.VAE, width=4, blocks=0)
+SMALL_GAN = dataclasses.replace(golden.VAE_LOSS, discriminator_width=4)
+
+
+@fast_jit
+def vae_gradients(params, batch):
+  task = vae_task.make(SMALL_VAE, SMALL_GAN)
+  (loss, metrics), gradients = jax.value_and_grad(task.loss, has_aux=True)(
+    params, batch, KEY
+  )
+  return loss, metrics, gradients
+
+
+def random_params(task, scale):
+  """At init some outputs are 0 and hide the rest."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda leaf: (scale * rng.standard_normal(leaf.shape)).astype(np.float32),
+    jax.eval_shape(task.init, KEY),
+  )
+
+
+@functools.cache
+def small_vae_params():
+  return random_params(vae_task.make(SMALL_VAE, SMALL_GAN), 0.1)
+
+
+def vae_batch(step=0, **changes):
+  return {**golden.vae_batch(0), "step": np.int32(step), **changes}
+
+
+def scaled_critic(params):
+  """The same params but for other ones of the discriminator."""
+  critic = jax.tree.map(lambda leaf: 1.5 * leaf + 0.01, params["discriminator"])
+  return {**params, "discriminator": critic}
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def differs(a, b):
+  return any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+def test_generator_does_not_feel_the_critic_before_gan_start():
+  params = small_vae_params()
+  for step in (golden.GAN_START - 1, golden.GAN_START):
+    _, _, one = vae_gradients(params, vae_batch(step))
+    _, _, other = vae_gradients(scaled_critic(params), vae_batch(step))
+    assert differs(one["vae"], other["vae"]) == (step == golden.GAN_START)
+
+
+def test_critic_has_no_gradient_from_the_generators_term():
+  """Switching that term on changes the generator's gradients only."""
+  params = small_vae_params()
+  off, metrics_off, before = vae_gradients(params, vae_batch(golden.GAN_START - 1))
+  on, metrics_on, after = vae_gradients(params, vae_batch(golden.GAN_START))
+  assert_equal(metrics_off, metrics_on)
+  assert_equal(before["discriminator"], after["discriminator"])
+  assert differs(before["vae"], after["vae"])
+  assert any(np.any(leaf) for leaf in jax.tree.leaves(before["discriminator"]))
+  expected = golden.VAE_LOSS.gan_weight * metrics_on["gan_generator"]
+  np.testing.assert_allclose(on - off, expected, rtol=1e-4)
+
+
+def test_vae_loss_masks():
+  """Frames behind a clip's end, and clips without frames, change nothing."""
+  params = small_vae_params()
+  batch = vae_batch()
+  _, metrics, gradients = vae_gradients(params, batch)
+  video = batch["video_THWC"].copy()
+  frames = batch["valid_3"][:, 0]
+  assert 0 in frames and 1 in frames
+  for row, count in enumerate(frames):
+    video[row, count:] = 255 - video[row, count:]
+  _, other, _ = vae_gradients(params, vae_batch(video_THWC=video))
+  for name in ("l1", "kl"):
+    np.testing.assert_allclose(other[name], metrics[name], rtol=1e-6)
+  # The pixels that count do change it.
+  video = batch["video_THWC"].copy()
+  video[1, 0] = 255 - video[1, 0]
+  _, other, _ = vae_gradients(params, vae_batch(video_THWC=video))
+  assert abs(other["l1"] - metrics["l1"]) > 1e-4
+
+
+def test_vae_loss_is_finite_without_any_clip():
+  batch = vae_batch(valid_3=np.zeros((golden.ROWS, 3), np.int32))
+  loss, metrics, gradients = vae_gradients(small_vae_params(), batch)
+  assert metrics["l1"] == metrics["kl"] == 0.0
+  for value in (loss, *metrics.values(), *jax.tree.leaves(gradients)):
+    assert np.isfinite(value).all()
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients["vae"]))
+
+
+def test_pixels_there_and_back():
+  video = np.arange(256, dtype=np.uint8)
+  as_float = vae_task.to_float(video)
+  assert float(as_float[0]) == -1.0 and float(as_float[-1]) == 1.0
+  np.testing.assert_array_equal(vae_task.to_uint8(as_float), video)
+  np.testing.assert_array_equal(
+    vae_task.to_uint8(jnp.array([-3.0, 0.999, 3.0])), [0, 255, 255]
+  )
+
+
+def test_valid_masks():
+  batch = {
+    "video_THWC": np.zeros((4, 5, 8, 12, 3), np.uint8),
+    "valid_3": np.array([[5, 8, 12], [1, 4, 8], [3, 8, 12], [0, 0, 0]]),
+  }
+  mask = np.asarray(vae_task.valid_mask(batch))
+  assert mask.shape == (4, 5, 8, 12, 1)
+  assert list(mask.sum((1, 2, 3, 4))) == [5 * 8 * 12, 4 * 8, 3 * 8 * 12, 0]
+  assert mask[1, 0, :4, :8].all() and mask[2, :3].all()
+  # Latents count where all of their 4x4x4 (the first: 1x4x4) pixels do.
+  mask = np.asarray(vae_task.latent_mask(golden.VAE, batch))
+  assert mask.shape == (4, 2, 2, 3, 1)
+  assert list(mask.sum((1, 2, 3, 4))) == [12, 2, 6, 0]
+
+
+# --- DiT
+
+
+@fast_jit
+def dit_loss(params, batch):
+  return golden.CASES["dit"][0].loss(params, batch, KEY)
+
+
+def dit_batch(**changes):
+  return {**golden.dit_batch(0), "step": np.int32(0), **changes}
+
+
+def test_dit_loss_ignores_padding():
+  batch, params = dit_batch(), random_params(golden.CASES["dit"][0], 0.2)
+  loss, metrics = dit_loss(params, batch)
+  rng = np.random.default_rng(1)
+  padding, text_padding = batch["segment_L"] == 0, batch["text_segment_S"] == 0
+  patch, position, text = (
+    batch[name].copy() for name in ("patch_LP", "position_L3", "text_S")
+  )
+  assert padding.any() and text_padding.any()
+  patch[padding] = 100 * rng.standard_normal((padding.sum(), patch.shape[-1]))
+  position[padding] = rng.uniform(0, 50, (padding.sum(), 3))
+  text[text_padding] = rng.integers(1, 32, text_padding.sum())
+  changed = dit_batch(patch_LP=patch, position_L3=position, text_S=text)
+  other, other_metrics = dit_loss(params, changed)
+  assert other == loss
+  assert_equal(other_metrics, metrics)
+
+
+def test_dit_loss_is_the_mean_over_noisy_tokens():
+  """At init the prediction is 0, so the error of a token is |eps - x0|^2 itself."""
+  batch, params = dit_batch(), initial_params("dit")
+  assert not np.any(params["dit"]["head"]["kernel"])
+  real, given = batch["segment_L"] > 0, batch["group_L"] % 2 == 1
+  noisy = real & ~given
+  assert given.any() and (given <= real).all()
+  loss, metrics = dit_loss(params, batch)
+  # The targets of noisy tokens alone decide it.
+  patch = batch["patch_LP"].copy()
+  patch[~noisy] += 10.0
+  other, _ = dit_loss(params, dit_batch(patch_LP=patch))
+  assert other == loss
+  # (eps - x0)^2 grows by 2 * 10 * (x0 - eps) + 100, so two shifts give the curvature.
+  up, _ = dit_loss(params, dit_batch(patch_LP=batch["patch_LP"] + 1.0))
+  down, _ = dit_loss(params, dit_batch(patch_LP=batch["patch_LP"] - 1.0))
+  np.testing.assert_allclose(up + down - 2 * loss, 2.0, rtol=1e-4)
+  np.testing.assert_allclose(metrics["padding"], 1 - real.mean(), rtol=1e-6)
+  np.testing.assert_allclose(metrics["given"], given.sum() / real.sum(), rtol=1e-5)
+  bins = range(4)
+  weight = [float(metrics[f"loss_t/{i}:weight"]) for i in bins]
+  assert sum(weight) == noisy.sum()
+  by_bin = np.dot(weight, [float(metrics[f"loss_t/{i}"]) for i in bins])
+  np.testing.assert_allclose(by_bin / noisy.sum(), loss, rtol=1e-5)
+
+
+def test_given_tokens_are_seen_clean_and_captions_are_read():
+  params = random_params(golden.CASES["dit"][0], 0.2)
+  batch = dit_batch()
+  loss, _ = dit_loss(params, batch)
+  given = batch["group_L"] % 2 == 1
+  patch, text = batch["patch_LP"].copy(), batch["text_S"].copy()
+  patch[given] *= -1.0
+  text[batch["text_segment_S"] > 0] ^= 1
+  for changed in ({"patch_LP": patch}, {"text_S": text}):
+    other, _ = dit_loss(params, dit_batch(**changed))
+    assert abs(other - loss) > 1e-5
+
+
+def test_dit_step_is_finite_without_any_token():
+  """Rows whose records are all damaged."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  built = golden.build("dit", mesh)
+  _, state = one_device("dit")[0]
+  batch = {name: np.zeros_like(value) for name, value in golden.dit_batch(0).items()}
+  state = golden.to_device(state, built)
+  state, values = built.update(state, sharding.shard_batch(batch, mesh))
+  assert values["loss"] == values["grad_norm"] == 0.0 and values["padding"] == 1.0
+  for value in (*values.values(), *jax.tree.leaves(state)):
+    assert np.isfinite(value).all()
