@@ -6,6 +6,8 @@ Hardware: 2 CPU cores, 6 GB of memory.
 
 from ml_collections import ConfigDict
 
+from sora_jax import recipe
+
 
 def get_config(variant: str = "") -> ConfigDict:
   """The recipe; any key can be overridden with --config.key=value.
@@ -43,23 +45,25 @@ def get_config(variant: str = "") -> ConfigDict:
   c.vae.model.end_kernel = (1, 1, 1)
   c.vae.model.bottleneck = 64
   c.vae.model.middle = False
+  c.vae.model.head_width = 512
   c.vae.loss = ConfigDict()
-  c.vae.loss.kl_weight = 1e-5
+  c.vae.loss.mse_weight = 5.0
+  c.vae.loss.kl_weight = 5e-4
   c.vae.loss.gan_weight = 0.0
   c.vae.loss.gan_start = 0
   c.vae.batch_size = 8
   c.vae.crop = (17, 64, 64)
   c.vae.train = ConfigDict()
-  c.vae.train.steps = 1300
-  c.vae.train.learning_rate = 3e-3
+  c.vae.train.steps = 1200
+  c.vae.train.learning_rate = 5e-3
   c.vae.train.warmup_steps = 50
   c.vae.train.schedule = "cosine"
   c.vae.train.weight_decay = 1e-4
   c.vae.train.b2 = 0.99
   c.vae.train.ema_decay = 0.99
   c.vae.train.log_every = 50
-  c.vae.train.eval_every = 500
-  c.vae.train.save_every = 500
+  c.vae.train.eval_every = 600
+  c.vae.train.save_every = 600
 
   c.encode = ConfigDict()
   c.encode.batch_size = 8
@@ -69,11 +73,11 @@ def get_config(variant: str = "") -> ConfigDict:
   c.dit = ConfigDict()
   c.dit.model = ConfigDict()
   c.dit.model.patch_size = (1, 2, 2)
-  c.dit.model.width = 256
+  c.dit.model.width = 192
   c.dit.model.depth = 4
-  c.dit.model.heads = 4
-  c.dit.model.mlp_width = 1024
-  c.dit.model.remat = "none"
+  c.dit.model.heads = 3
+  c.dit.model.mlp_width = 768
+  c.dit.model.remat = "full"
   c.dit.text = ConfigDict()
   c.dit.text.vocab_size = 512
   c.dit.text.width = 128
@@ -81,20 +85,20 @@ def get_config(variant: str = "") -> ConfigDict:
   c.dit.text.heads = 2
   c.dit.rows = 4
   c.dit.tokens = 256
-  c.dit.text_tokens = 128
+  c.dit.text_tokens = 64
   c.dit.segments = 8
-  c.dit.max_text_tokens = 48
+  c.dit.max_text_tokens = 40
   c.dit.train = ConfigDict()
-  c.dit.train.steps = 3000
-  c.dit.train.learning_rate = 1e-3
+  c.dit.train.steps = 1400
+  c.dit.train.learning_rate = 1.5e-3
   c.dit.train.warmup_steps = 100
   c.dit.train.schedule = "cosine"
   c.dit.train.weight_decay = 0.01
   c.dit.train.b2 = 0.99
   c.dit.train.ema_decay = 0.998
-  c.dit.train.log_every = 100
-  c.dit.train.eval_every = 1000
-  c.dit.train.save_every = 1000
+  c.dit.train.log_every = 50
+  c.dit.train.eval_every = 700
+  c.dit.train.save_every = 700
 
   c.sample = ConfigDict()
   c.sample.prompts = (
@@ -133,4 +137,4 @@ def get_config(variant: str = "") -> ConfigDict:
     c.sample.prompts = c.sample.prompts[:2]
     c.sample.steps = 4
     c.evaluate.clips = 8
-  return c
+  return recipe.complete(c)

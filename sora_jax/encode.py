@@ -104,7 +104,9 @@ def limit_sizes(clips: list[Clip], max_sizes: int) -> list[Clip]:
   def nearest(clip):
     def distance(size):
       shape = math.log(size[0] * clip.width / (size[1] * clip.height))
-      return abs(shape) + abs(math.log(size[0] * size[1] / clip.height / clip.width))
+      area = math.log(size[0] * size[1] / clip.height / clip.width)
+      # Another shape cuts off a part of the picture, another area none.
+      return abs(shape) + 0.5 * abs(area)
 
     height, width = min(kept, key=distance)
     return dataclasses.replace(clip, height=height, width=width)

@@ -4,6 +4,7 @@ A config file returns a ConfigDict; `read` turns it into a `Recipe`, so that an 
 key, a wrong type or sizes that do not go together fail before any work is done.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -11,7 +12,9 @@ import typing
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from sora_jax import optim, sampler
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.text import TextEncoderConfig
 from sora_jax.models.vae import VAEConfig
@@ -19,6 +22,8 @@ from sora_jax.tasks.dit import DiTLossConfig
 from sora_jax.tasks.vae import VAELossConfig
 from sora_jax.train import TrainConfig
 
+# Keys of the DiT that are the VAE's and the text encoder's to decide.
+_DERIVED = {"channels", "text_width"}
 STAGES = ("data", "vae", "encode", "dit", "sample", "evaluate")
 
 
@@ -162,7 +167,11 @@ def read(config) -> Recipe:
   """
   config = config.to_dict() if hasattr(config, "to_dict") else config
   recipe = _read(Recipe, config, "config")
-  # The DiT's channels and text width are the VAE's and the text encoder's.
+  for key in _DERIVED & set(config["dit"].get("model", {})):
+    raise ValueError(
+      f"config.dit.model.{key} is not a key: it follows from config.vae.model and "
+      "config.dit.text"
+    )
   model = dataclasses.replace(
     recipe.dit.model,
     channels=recipe.vae.model.latent_channels,
@@ -173,7 +182,29 @@ def read(config) -> Recipe:
   return recipe
 
 
+def complete(config: ConfigDict) -> ConfigDict:
+  """Adds every key that a config leaves out, so that a flag can set it; returns it."""
+  _complete(Recipe, config, "config")
+  return config
+
+
+def _complete(cls, config, where):
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    kind, missing = hints[field.name], field.default is dataclasses.MISSING
+    if where == "config.dit.model" and field.name in _DERIVED:
+      continue
+    if dataclasses.is_dataclass(kind):
+      if field.name not in config:
+        config[field.name] = ConfigDict()
+      _complete(kind, config[field.name], f"{where}.{field.name}")
+    elif field.name not in config and not missing:
+      config[field.name] = field.default
+
+
 def _read(cls, values, where):
+  if not isinstance(values, dict):
+    raise ValueError(f"{where} must be a ConfigDict, not {values!r}")
   fields = {field.name: field for field in dataclasses.fields(cls)}
   for key in values:
     if key not in fields:
@@ -190,8 +221,15 @@ def _read(cls, values, where):
       and field.default_factory is dataclasses.MISSING
     ):
       raise ValueError(f"{where}.{name} is missing")
-  try:
+  with _naming(where):
     return cls(**read)
+
+
+@contextlib.contextmanager
+def _naming(where):
+  """Puts the key in front of the message of a ValueError."""
+  try:
+    yield
   except ValueError as error:
     raise ValueError(f"{where}: {error}") from error
 
@@ -227,12 +265,17 @@ def _check(recipe: Recipe) -> None:
   if recipe.precision not in ("auto", "float32", "bfloat16"):
     raise ValueError(f"config.precision {recipe.precision!r} is not auto, float32 or "
                      "bfloat16")  # fmt: skip
-  multiple = vae.space_factor * dit.model.patch_size[1]
+  pt, ph, pw = dit.model.patch_size
+  if pt != 1 or ph != pw:
+    # An image is one latent frame, and sizes have one size_multiple.
+    raise ValueError(
+      f"config.dit.model.patch_size {dit.model.patch_size} must be (1, n, n)"
+    )
+  multiple = vae.space_factor * ph
   if data.size_multiple % multiple:
     raise ValueError(
       f"config.data.size_multiple {data.size_multiple} must be a multiple of "
-      f"{multiple}: the VAE's space factor {vae.space_factor} x the DiT's patch "
-      f"{dit.model.patch_size[1]}"
+      f"{multiple}: the VAE's space factor {vae.space_factor} x the DiT's patch {ph}"
     )
   if vae.time_factor != 4:
     raise ValueError(f"config.vae.model compresses time {vae.time_factor} times, not 4")
@@ -241,14 +284,28 @@ def _check(recipe: Recipe) -> None:
       f"config.data.max_pixels {data.max_pixels} is less than one square of "
       f"size_multiple {data.size_multiple}"
     )
-  vae.latent_shape(*recipe.vae.crop)
+  with _naming("config.vae.crop"):
+    vae.latent_shape(*recipe.vae.crop)
+  # What a later stage would only find out after hours.
+  for name in ("vae", "dit"):
+    with _naming(f"config.{name}.train"):
+      optim.make_schedule(getattr(recipe, name).train, 1.0)
+  if recipe.sample.method not in sampler.METHODS:
+    raise ValueError(
+      f"config.sample.method {recipe.sample.method!r} is none of {sampler.METHODS}"
+    )
+  regexes = [regex for regex, _ in recipe.vae.train.learning_rates]
+  if recipe.vae.loss.gan_weight > 0 and not any("discriminator" in r for r in regexes):
+    raise ValueError(
+      "config.vae.loss.gan_weight needs an optimizer of its own for the discriminator: "
+      'config.vae.train.learning_rates = (("discriminator/.*", 1e-4),)'
+    )
   for frames in recipe.encode.frame_buckets:
     if (frames - 1) % 4:
       raise ValueError(f"config.encode.frame_buckets: {frames} is not 1 + 4k")
   longest = 1 + (data.max_frames - 1) // vae.time_factor
-  pt, ph, pw = dit.model.patch_size
   # Rounding sizes to the grid keeps their area below max_pixels.
-  most = -(-longest // pt) * (data.max_pixels // (multiple * multiple))
+  most = longest * (data.max_pixels // (multiple * multiple))
   if most > dit.tokens:
     raise ValueError(
       f"config.dit.tokens {dit.tokens}: a clip of config.data.max_frames "

@@ -3,7 +3,9 @@
   python -m sora_jax.sample --checkpoint=runs/quickstart \
     --prompt="a red circle moves right" --size=64x64 --frames=17 --out=x.mp4
 
-As a stage of a run it makes the prompts of config.sample.
+  python -m sora_jax.sample --config=configs/quickstart.py
+
+The second form is the stage "sample" of a run: the prompts of config.sample.
 """
 
 import dataclasses
@@ -351,6 +353,9 @@ def _main(argv):
   args = flags.FLAGS
   if len(argv) > 1:
     raise ValueError(f"unexpected arguments {argv[1:]}; quote the prompt")
+  if stages.CONFIG.value is not None:
+    recipe = recipes.read(stages.CONFIG.value)
+    return stages.run(("sample",), recipe, stages.workdir())
   if not args.checkpoint:
     raise ValueError("--checkpoint is missing: the folder of a run, as runs/quickstart")
   prompts = list(args.prompt)

@@ -85,7 +85,7 @@ def _describe(name, recipe, workdir):
   _, sections, inputs = STAGES[name]
   config = {"seed": recipe.seed}
   for section in sections:
-    config[section] = _bound(dataclasses.asdict(getattr(recipe, section)))
+    config[section] = _chosen(getattr(recipe, section))
   # Through JSON, so that it compares equal to what is read back.
   config = json.loads(json.dumps(config))
   for other in inputs:
@@ -97,11 +97,19 @@ def _describe(name, recipe, workdir):
   return {"config": config, "inputs": {i: fingerprint(i, workdir) for i in inputs}}
 
 
-def _bound(config):
-  """The config without the keys that do not change the result."""
-  if not isinstance(config, dict):
-    return config
-  return {key: _bound(value) for key, value in config.items() if key not in _FREE}
+def _chosen(section) -> dict:
+  """Keys that change the result and are not at their default.
+
+  So a key that a later version adds, with a default, leaves old runs as they are.
+  """
+  chosen = {}
+  for field in dataclasses.fields(section):
+    value = getattr(section, field.name)
+    if dataclasses.is_dataclass(value):
+      chosen[field.name] = _chosen(value)
+    elif field.name not in _FREE and value != field.default:
+      chosen[field.name] = value
+  return chosen
 
 
 def _check(name, stage, workdir):
@@ -114,9 +122,9 @@ def _check(name, stage, workdir):
     key, before, after = changed[0]
     more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
     raise ValueError(
-      f"{key} is {after!r}, but stage {name} in {folder} was made with {before!r}"
-      f"{more}. Put it back, choose another --workdir, or delete {folder} to make the "
-      "stage again"
+      f"{key} is {_shown(after)}, but stage {name} in {folder} was made with "
+      f"{_shown(before)}{more}. Put it back, choose another --workdir, or delete "
+      f"{folder} to make the stage again"
     )
   for other, value in stage["inputs"].items():
     if old["inputs"][other] != value:
@@ -124,6 +132,10 @@ def _check(name, stage, workdir):
         f"stage {name} in {folder} was made from another {other} than the one in "
         f"{workdir / other} now; delete {folder} to make it again"
       )
+
+
+def _shown(value):
+  return "the default" if value is None else repr(value)
 
 
 def _differences(old, new, where):
@@ -159,7 +171,7 @@ def _store(name, stage, workdir):
 
 def start_logging() -> None:
   """Shows our own lines at level INFO, and only warnings of the libraries."""
-  logging.set_verbosity(logging.INFO)
+  logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   package = os.path.dirname(os.path.abspath(__file__))
   logging.get_absl_logger().addFilter(
     lambda record: (
@@ -185,11 +197,14 @@ def command(*names: str) -> None:
 
 
 def workdir() -> str:
-  """The flag, or runs/<name of the config file>."""
+  """The flag, or runs/<name of the config file>[-<variant>]."""
   if WORKDIR.value:
     return WORKDIR.value
-  name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-  return os.path.join("runs", name)
+  file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(
+    ":"
+  )
+  name = pathlib.Path(file).stem
+  return os.path.join("runs", f"{name}-{variant}" if variant else name)
 
 
 def run_app(main: Callable) -> None:
@@ -201,7 +216,26 @@ def run_app(main: Callable) -> None:
     except ValueError as error:
       if logging.level_debug():
         raise
-      logging.error("%s", error)
+      logging.error("%s (--verbosity=1 shows where)", error)
       sys.exit(1)
 
-  app.run(guarded)
+  app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv):
+  """Parses flags; wrong keys and files of a config are one line, too."""
+  try:
+    rest = app.parse_flags_with_usage(argv)
+    getattr(CONFIG.value, "keys", None)  # raises if the file could not be loaded
+    return rest
+  # config_flags lets these through; the first two hold no more than the wrong key.
+  except (AttributeError, KeyError) as error:
+    while isinstance(error.args[0], Exception):
+      error = error.args[0]
+    reason = "; ".join(str(error.args[0]).splitlines())
+    names = [arg.lstrip("-").split("=")[0] for arg in argv]
+    key = reason.split("'")[1] if "'" in reason else ""
+    name = next((name for name in names if key in name.split(".")), "config")
+    sys.exit(f"FATAL Flags parsing error: --{name}: the config has no key {reason}")
+  except OSError as error:
+    sys.exit(f"FATAL Flags parsing error: {' '.join(str(error).split())}")

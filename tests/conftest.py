@@ -7,7 +7,22 @@ os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
+import pytest  # noqa: E402
+import tiny  # noqa: E402
 from absl import flags  # noqa: E402
 
 # Grain's workers read absl flags, which nothing parses under pytest.
 flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory) -> tiny.Commands:
+  """Commands as a user types them, see tiny.py."""
+  return tiny.Commands(tmp_path_factory.mktemp("commands"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(commands) -> tiny.Run:
+  """A finished run of all stages; tests must leave its folder as it is."""
+  workdir = commands.folder / "run"
+  return tiny.Run(workdir, commands.main(workdir))

@@ -1,4 +1,4 @@
-"""Attention: forms agree, segments do not mix, padding is finite."""
+"""Attention: forms agree, segments do not mix, padding is finite; rotary positions."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from golden.make_losses import FAST_COMPILE
 
-from sora_jax.models import attention
+from sora_jax.models import attention, layers
 
 fast_jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
 SEGMENTS_Q = np.array([[1, 1, 2, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]], np.int32)
@@ -17,11 +17,10 @@ SEGMENTS_K = np.array([[1, 2, 2, 2, 3, 3, 0], [1, 1, 1, 0, 0, 0, 0]], np.int32)
 
 def draw(dtype=jnp.float32, heads=3, width=8):
   """Queries, keys and values for the segments above."""
+  rng = np.random.default_rng(0)
   lengths = (SEGMENTS_Q.shape[1], SEGMENTS_K.shape[1], SEGMENTS_K.shape[1])
-  keys = jax.random.split(jax.random.key(0), 3)
   return [
-    jax.random.normal(key, (2, length, heads, width)).astype(dtype)
-    for key, length in zip(keys, lengths, strict=True)
+    rng.standard_normal((2, length, heads, width)).astype(dtype) for length in lengths
   ]
 
 
@@ -101,7 +100,9 @@ def test_padding_is_finite(form, dtype):
   q, k, v = draw(dtype)
   nothing = np.full_like(SEGMENTS_K, 9)
   for segments_k in (SEGMENTS_K, nothing):
-    out, gradients = compiled(form)(1e3 * q, 1e3 * k, v, segments_k, weights())
+    out, gradients = compiled(form)(
+      q * dtype(1e3), k * dtype(1e3), v, segments_k, weights()
+    )
     for value in (out, *gradients):
       assert np.isfinite(value).all()
 
@@ -132,3 +133,51 @@ def test_packed_equals_separate():
 
   for packed, alone in run(*draw()):
     np.testing.assert_allclose(packed, alone, atol=2e-6)
+
+
+def rotate(x_BLNK, position_BL3, dims):
+  cos, sin = layers.rope_angles(position_BL3, dims)
+  return layers.apply_rope(x_BLNK, cos, sin)
+
+
+def test_rope_is_a_complex_rotation():
+  """Pair j of an axis with K channels turns by position * 10000 ** (-2 j / K)."""
+  rng = np.random.default_rng(1)
+  dims = layers.video_rope_dims(16)
+  assert dims == (8, 4, 4) and layers.video_rope_dims(128) == (44, 42, 42)
+  x = rng.standard_normal((2, 5, 3, 16)).astype(np.float32)
+  position = rng.uniform(0, 30, (2, 5, 3)).astype(np.float32)
+  angle = np.concatenate(
+    [
+      position[..., i, None] * 10000.0 ** (-2 * np.arange(dim // 2) / dim)
+      for i, dim in enumerate(dims)
+    ],
+    axis=-1,
+  )
+  turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angle)[:, :, None]
+  expected = np.stack([turned.real, turned.imag], -1).reshape(x.shape)
+  out = fast_jit(rotate, static_argnums=2)(x, position, dims)
+  np.testing.assert_allclose(out, expected, atol=2e-5)
+  # Scores depend on differences of positions only.
+  moved = fast_jit(rotate, static_argnums=2)(x, position + [3.5, 1, 2], dims)
+  scores = [np.einsum("blnk,bsnk->bnls", y, y) for y in (out, moved)]
+  np.testing.assert_allclose(*scores, atol=1e-4)
+
+
+def test_timestep_embedding():
+  t = np.array([[0.0, 0.25, 1.0]], np.float32)
+  angle = 1000 * t[..., None] * 10000.0 ** (-np.arange(4) / 4)
+  expected = np.concatenate([np.cos(angle), np.sin(angle)], -1)
+  np.testing.assert_allclose(layers.timestep_embedding(t, 8), expected, atol=1e-4)
+
+
+def test_norms():
+  x = np.random.default_rng(2).standard_normal((3, 8)).astype(np.float32) * 5 + 1
+  expected = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+  np.testing.assert_allclose(layers.layer_norm(x), expected, atol=1e-5)
+  scale = np.arange(8, dtype=np.float32)
+  out = layers.RMSNorm().apply({"params": {"scale": scale}}, x)
+  expected = x / np.sqrt((x**2).mean(-1, keepdims=True)) * scale
+  np.testing.assert_allclose(out, expected, rtol=1e-5)
+  out = layers.RMSNorm().apply({"params": {"scale": scale}}, x.astype(jnp.bfloat16))
+  assert out.dtype == jnp.bfloat16

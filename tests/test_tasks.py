@@ -60,7 +60,7 @@ def test_tasks_learn(name):
 
 @pytest.mark.parametrize(
   "case, axes",
-  [("vae", {"data": 2, "fsdp": 4}), ("dit", {"fsdp": 8})],
+  [("vae", {"data": 2, "fsdp": 4}), ("dit", {"data": 2, "fsdp": 2, "tensor": 2})],
 )
 def test_eight_devices_equal_one(case, axes):
   steps = 3

@@ -140,6 +140,18 @@ def test_prefix_equals_the_whole(name):
     )
 
 
+def test_golden_outputs(name):
+  """Mean sizes of latents and frames, made by this code: change them knowingly."""
+  expected = {
+    "wan": (1.77177, 0.91573),
+    "fold": (1.9625, 0.93444),
+    "mixed": (0.62483, 0.77212),
+  }[name]
+  values = behaviour(name)
+  sizes = [np.abs(values[part]).mean() for part in ("encoded", "decoded")]
+  np.testing.assert_allclose(sizes, expected, rtol=1e-4)
+
+
 def test_shapes(name):
   """1 + 4k frames give 1 + k latents and the same number of frames again."""
   config = CONFIGS[name]

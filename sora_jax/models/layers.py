@@ -1,5 +1,7 @@
 """Layers shared by the networks: norms, rotary positions, timestep embedding, MLP."""
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -34,6 +36,42 @@ def dot_general(lhs, rhs, dimension_numbers, precision=None, **kwargs):
   rows = lhs.reshape(-1, lhs.shape[-1])
   out = jax.lax.dot_general(rows, rhs, (((1,), (0,)), ((), ())), precision, **kwargs)
   return out.reshape(*lhs.shape[:-1], *rhs.shape[1:])
+
+
+def conv_general_dilated(
+  lhs, rhs, window_strides, padding, dimension_numbers, **kwargs
+):
+  """`lax.conv_general_dilated` for `nn.Conv`; on CPU a matmul, for small kernels.
+
+  XLA's convolutions there, their gradients above all, are up to twice slower than a
+  matmul over the shifted copies of the input (channels last, stride 1).
+  """
+  kernel = rhs.shape[:-2]
+  small = math.prod(kernel) <= 9 and set(window_strides) == {1}
+  dense = kwargs.get("feature_group_count", 1) == 1 and not isinstance(padding, str)
+  dilated = any(
+    d != 1 for name in ("lhs_dilation", "rhs_dilation") for d in kwargs.get(name) or ()
+  )
+  if jax.default_backend() != "cpu" or not small or not dense or dilated:
+    return jax.lax.conv_general_dilated(
+      lhs,
+      rhs,
+      window_strides,
+      padding,
+      dimension_numbers=dimension_numbers,
+      **kwargs,
+    )
+  padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
+  sizes = [n - k + 1 for n, k in zip(padded.shape[1:-1], kernel, strict=True)]
+  taps = [
+    padded[
+      (slice(None), *(slice(o, o + n) for o, n in zip(offset, sizes, strict=True)))
+    ]
+    for offset in itertools.product(*(range(k) for k in kernel))
+  ]
+  rows = jnp.concatenate(taps, axis=-1).reshape(-1, math.prod(rhs.shape[:-1]))
+  out = rows @ rhs.reshape(-1, rhs.shape[-1])
+  return out.reshape(lhs.shape[0], *sizes, rhs.shape[-1])
 
 
 def layer_norm(x: Array, epsilon: float = 1e-6) -> Array:

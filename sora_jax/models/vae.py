@@ -36,6 +36,8 @@ class VAEConfig:
     bottleneck: channels between the two convolutions of a residual block, of which the
       second is then 1x1x1; 0 = as many as the block's, both with the kernel (Wan).
     middle: two more blocks with attention between them at the coarsest grid.
+    head_width: of one more 1x1x1 layer before the decoder's last convolution; 0 = none
+      (Wan). A folded patch has many pixels for that last, linear layer to draw.
   """
 
   width: int = 96
@@ -48,6 +50,7 @@ class VAEConfig:
   end_kernel: tuple[int, int, int] = (3, 3, 3)
   bottleneck: int = 0
   middle: bool = True
+  head_width: int = 0
 
   def __post_init__(self):
     if len(self.downsample) != len(self.width_multipliers) - 1:
@@ -133,7 +136,12 @@ class CausalConv(nn.Module):
     t, h, w = self.kernel
     padding = ((t - 1, 0), (h // 2, h // 2), (w // 2, w // 2))
     return nn.Conv(
-      self.features, self.kernel, padding=padding, dtype=self.dtype, name="conv"
+      self.features,
+      self.kernel,
+      padding=padding,
+      dtype=self.dtype,
+      conv_general_dilated=layers.conv_general_dilated,
+      name="conv",
     )(x_BTHWC)
 
 
@@ -253,6 +261,8 @@ class Upsample(nn.Module):
 
 
 class Encoder(nn.Module):
+  """Video -> mean and log-variance, side by side in the channels."""
+
   config: VAEConfig
   dtype: jnp.dtype
 
@@ -278,6 +288,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+  """Latent -> video."""
+
   config: VAEConfig
   dtype: jnp.dtype
 
@@ -300,6 +312,8 @@ class Decoder(nn.Module):
         kind = c.downsample[len(c.downsample) - 1 - i]
         x_BTHWC = Upsample(kind, dtype, name=f"up_{i}")(x_BTHWC)
     x_BTHWC = nn.silu(layers.RMSNorm(epsilon=1e-12, name="norm_out")(x_BTHWC))
+    if c.head_width:
+      x_BTHWC = nn.silu(conv(c.head_width, name="conv_head")(x_BTHWC))
     x_BTHWC = conv(3 * math.prod(c.patch_size), name="conv_out")(x_BTHWC)
     return _unfold(x_BTHWC, c.patch_size)
 

@@ -16,11 +16,14 @@ from sora_jax.tasks import Task
 class VAELossConfig:
   """Weights of the terms; L1 has weight 1.
 
+  mse_weight: of the mean squared error. It looks at the few pixels that are far off,
+  such as edges that move, which L1 weighs like the many that are nearly right.
   gan_weight 0 trains without a discriminator (and without its params). gan_start is
   the step at which the generator begins to feel the discriminator, which itself
   learns from the first step on.
   """
 
+  mse_weight: float = 0.0
   kl_weight: float = 1e-5
   gan_weight: float = 0.0
   gan_start: int = 0
@@ -66,6 +69,9 @@ def make(
     kl = _masked_mean(kl_BTHWC, latent_mask(model, batch))
     total = l1 + loss_config.kl_weight * kl
     metrics = {"l1": l1, "kl": kl}
+    if loss_config.mse_weight > 0:
+      metrics["mse"] = _masked_mean((decoded_BTHWC - video_BTHWC) ** 2, mask_BTHWC)
+      total += loss_config.mse_weight * metrics["mse"]
     if not adversarial:
       return total, metrics
 

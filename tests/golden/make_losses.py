@@ -107,7 +107,7 @@ def dit_batch(index: int) -> dict[str, np.ndarray]:
       word = rng.integers(1, TEXT.vocab_size)
       batch["patch_LP"][row, here] = 0.2 * batch["patch_LP"][row, here] + word / 16 - 1
       batch["position_L3"][row, here] = np.stack(
-        [token // 4, token // 2 % 2, token % 2], -1
+        [1.5 * (token // 4), 4 * (token // 2 % 2), 5 * (token % 2)], -1
       )
       batch["segment_L"][row, here] = n + 1
       batch["group_L"][row, here] = 2 * n + given

@@ -1,0 +1,137 @@
+"""Evaluation: PSNR and SSIM of known pairs, attributes of real and of wrong files."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+from golden import make_ssim
+
+from sora_jax import evaluate
+from sora_jax import recipe as recipes
+from sora_jax.data import shapes, sources, video
+from sora_jax.data.clips import Clip, read_rows
+
+
+@pytest.mark.parametrize("name", make_ssim.cases())
+def test_ssim_is_that_of_scikit_image(name):
+  """See golden/make_ssim.py."""
+  expected = json.loads(make_ssim.PATH.read_text())[name]
+  assert evaluate.ssim(*make_ssim.cases()[name]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_psnr():
+  a_THWC = np.full((2, 16, 16, 3), 100, np.uint8)
+  # Both ways round: the difference must not be taken in uint8.
+  for value in (110, 90):
+    assert evaluate.psnr(a_THWC, np.full_like(a_THWC, value)) == pytest.approx(
+      20 * np.log10(255 / 10)
+    )
+  one_off = a_THWC.copy()
+  one_off[0, 0, 0, 0] += 1
+  expected = 10 * np.log10(255**2 * a_THWC.size)
+  assert evaluate.psnr(a_THWC, one_off) == pytest.approx(expected)
+  assert evaluate.psnr(a_THWC, a_THWC) == 100
+
+
+def test_spread():
+  assert evaluate.spread(list("abc"), 5) == list("abc")
+  assert evaluate.spread(list(range(10)), 4) == [0, 2, 5, 7]
+  assert evaluate.spread(list(range(10)), 10) == list(range(10))
+
+
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory):
+  """Held-out rows of generated clips, each with its file."""
+  folder = tmp_path_factory.mktemp("shapes")
+  shapes.generate(folder, num_train=0, num_heldout=40, seed=11)
+  return [
+    {**row, "path": folder / row["path"]}
+    for _, row in read_rows(folder / sources.MANIFEST)
+  ]
+
+
+def test_attributes_of_real_and_of_shuffled_files(heldout):
+  """Real files score near 100 %, those of other prompts near chance."""
+  groups = [[r for r in heldout if (r["truth"]["frames"] == 1) == s] for s in (1, 0)]
+  rows = [row for group in groups for row in group]
+  wrong = [row for group in groups for row in group[1:] + group[:1]]
+  table = evaluate.attribute_table(
+    [row["truth"] for row in rows],
+    [row["path"] for row in wrong],
+    [row["path"] for row in rows],
+  )
+  assert set(table) == {"color", "shape", "motion", "count", "reappear"}
+  assert table["color"]["n"] == len(rows) == 40
+  assert table["motion"]["n"] == len(groups[1]) < 40
+  for name, row in table.items():
+    assert row["real"] >= 0.95, (name, row)
+    # 2.5 times the largest standard deviation of a share of so few.
+    assert abs(row["samples"] - row["chance"]) < 1.25 / np.sqrt(row["n"]), (name, row)
+  for name in ("color", "motion"):
+    assert table[name]["samples"] < 0.5
+
+
+def test_attributes_of_files_that_show_nothing(heldout, tmp_path):
+  """What an untrained model makes has no attribute right, and is not an error."""
+  path = tmp_path / "grey.mp4"
+  video.write(path, np.full((9, 64, 64, 3), 90, np.uint8), 12)
+  row = next(row for row in heldout if row["truth"]["frames"] > 1)
+  table = evaluate.attribute_table([row["truth"]], [path], [row["path"]])
+  assert {column["samples"] for column in table.values()} == {0.0}
+  assert {column["real"] for column in table.values()} == {1.0}
+
+
+def test_format_table():
+  table = {"color": {"samples": 0.5, "chance": 0.125, "real": 1.0, "n": 64}}
+  head, line = evaluate.format_table(table).splitlines()
+  assert head.split() == ["attribute", "samples", "+-", "chance", "real", "n"]
+  # 1.96 sqrt(0.25 / 64)
+  assert line.split() == ["color", "50.0%", "12.2%", "12.5%", "100.0%", "64"]
+
+
+# --- reconstruction, with an autoencoder that does nothing but count
+
+
+def make_clip(path, frames=9, height=32, width=32):
+  rng = np.random.default_rng(frames)
+  video.write(path, rng.integers(0, 256, (frames, height, width, 3), np.uint8), 8)
+  return Clip(path.stem, str(path), 0.0, frames, 8.0, height, width)
+
+
+def copies(batches, change=lambda x: x):
+  def decode(x):
+    batches.append(x.shape)
+    return change(x)
+
+  return types.SimpleNamespace(
+    batch_size=lambda wanted: wanted, encode=lambda x: x, decode=decode
+  )
+
+
+def test_reconstruction(tmp_path):
+  clips = [make_clip(tmp_path / f"{n}.mp4", frames) for n, frames in enumerate((9, 5))]
+  clips.append(make_clip(tmp_path / "image.png", 1))
+  broken = make_clip(tmp_path / "broken.mp4")
+  (tmp_path / "broken.mp4").write_bytes(b"no video")
+  config = recipes.Encode(batch_size=2, frame_buckets=(1, 9))
+  batches = []
+  made = evaluate.reconstruction([*clips, broken], copies(batches), config)
+  assert made == {"psnr": 100.0, "ssim": pytest.approx(1.0), "clips": 3, "unread": 1}
+  assert sorted(batches) == [(2, 1, 32, 32, 3), (2, 9, 32, 32, 3)]
+
+  # Only the clip's own frames count, not those that a shorter one is padded with.
+  def spoil_the_end(x):
+    return np.where(np.arange(x.shape[1])[:, None, None, None] < 5, x, 0)
+
+  made = evaluate.reconstruction([clips[1]], copies([], spoil_the_end), config)
+  assert made["psnr"] == 100.0
+  made = evaluate.reconstruction([clips[0]], copies([], spoil_the_end), config)
+  assert made["psnr"] < 20
+
+
+def test_reconstruction_without_a_readable_clip(tmp_path):
+  broken = make_clip(tmp_path / "broken.mp4")
+  (tmp_path / "broken.mp4").write_bytes(b"no video")
+  with pytest.raises(ValueError, match="none of 1 held-out clips could be read"):
+    evaluate.reconstruction([broken], copies([]), recipes.Encode())

@@ -1,0 +1,274 @@
+"""Every config builds; wrong ones fail with the key, before any work is done."""
+
+import ast
+import dataclasses
+import importlib.util
+import inspect
+import pathlib
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from sora_jax import optim, recipe, sharding
+from sora_jax.tasks import dit as dit_task
+from sora_jax.tasks import vae as vae_task
+
+ROOT = pathlib.Path(recipe.__file__).parent.parent
+KEY = jax.random.key(0)
+
+
+# File of configs/ -> what its get_config takes.
+VARIANTS = {"quickstart": ("short",)}
+
+
+def config_cases():
+  """Each file of configs/, and each of its variants."""
+  for path in sorted((ROOT / "configs").glob("*.py")):
+    spec = importlib.util.spec_from_file_location(f"configs_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+      continue
+    yield pytest.param(module.get_config, id=path.stem)
+    if inspect.signature(module.get_config).parameters:
+      for variant in VARIANTS[path.stem]:
+        yield pytest.param(
+          lambda module=module, variant=variant: module.get_config(variant),
+          id=f"{path.stem}:{variant}",
+        )
+
+
+def vae_batch(stage):
+  rows = stage.batch_size
+  return {
+    "video_THWC": ((rows, *stage.crop, 3), jnp.uint8),
+    "valid_3": ((rows, 3), jnp.int32),
+  }
+
+
+def dit_batch(stage):
+  """See data.pipeline.PackedDataset."""
+  L, S, P = stage.tokens, stage.text_tokens, stage.model.patch_width
+  shapes = {
+    "patch_LP": ((L, P), jnp.float32),
+    "position_L3": ((L, 3), jnp.float32),
+    **{name: ((L,), jnp.int32) for name in ("segment_L", "group_L")},
+    **{f"text{name}_S": ((S,), jnp.int32) for name in ("", "_segment", "_position")},
+  }
+  return {
+    name: ((stage.rows, *shape), dtype) for name, (shape, dtype) in shapes.items()
+  }
+
+
+def abstract(shapes):
+  batch = {name: jax.ShapeDtypeStruct(*value) for name, value in shapes.items()}
+  return {**batch, "step": jax.ShapeDtypeStruct((), jnp.int32)}
+
+
+def check_task(task, rules, batch, train):
+  """Shapes of init, loss, gradients and evaluation; sharding; optimizer."""
+  params = jax.eval_shape(task.init, KEY)
+  for leaf in jax.tree.leaves(params):
+    assert leaf.dtype == jnp.float32
+  sharding.param_shardings(params, rules, sharding.make_mesh())
+  optim.make(train, params)
+
+  def step(params, batch, key):
+    (loss, metrics), gradients = jax.value_and_grad(task.loss, has_aux=True)(
+      params, batch, key
+    )
+    return {"loss": loss, **metrics, **task.evaluate(params, batch, key)}, gradients
+
+  values, gradients = jax.eval_shape(step, params, batch, KEY)
+  shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (gradients, params)]
+  assert shapes[0] == shapes[1]
+  for name, value in values.items():
+    assert value.shape == () and value.dtype in (jnp.float32, jnp.int32), name
+
+
+@pytest.mark.parametrize("get_config", config_cases())
+def test_config_builds(get_config):
+  config = get_config()
+  config.lock()
+  built = recipe.read(config)
+  # All that the config says is in the recipe.
+  assert_same(config.to_dict(), dataclasses.asdict(built), "config")
+  assert len(list(leaves(config.to_dict()))) < 90
+  vae, dit = built.vae, built.dit
+  check_task(
+    vae_task.make(vae.model, vae.loss, built.dtype),
+    vae_task.sharding_rules(vae.model, vae.loss),
+    abstract(vae_batch(vae)),
+    vae.train,
+  )
+  check_task(
+    dit_task.make(dit.model, dit.text, dit.loss, dit.segments, built.dtype),
+    dit_task.SHARDING_RULES,
+    abstract(dit_batch(dit)),
+    dit.train,
+  )
+
+
+def leaves(config):
+  for value in config.values():
+    yield from leaves(value) if isinstance(value, dict) else [value]
+
+
+def assert_same(config, built, where):
+  for key, value in config.items():
+    if isinstance(value, dict):
+      assert_same(value, built[key], f"{where}.{key}")
+    else:
+      assert built[key] == value, f"{where}.{key}"
+
+
+# --- nothing is in the recipe that nothing reads
+
+
+def sections(cls):
+  """The dataclass and all dataclasses in its fields."""
+  yield cls
+  for kind in typing.get_type_hints(cls).values():
+    if dataclasses.is_dataclass(kind):
+      yield from sections(kind)
+
+
+def test_every_key_is_read():
+  """As an attribute somewhere, or as an argument where a section is spread out."""
+  read = set()
+  for path in (ROOT / "sora_jax").rglob("*.py"):
+    if path.name == "recipe.py":  # checking a key is not using it
+      continue
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+        read.add(node.attr)
+  spread = {recipe.Mesh: set(inspect.signature(sharding.make_mesh).parameters)}
+  # The property `dtype` is what the rest reads of it.
+  own = {recipe.Recipe: {"precision"}}
+  for section in sections(recipe.Recipe):
+    names = {field.name for field in dataclasses.fields(section)}
+    known = read | spread.get(section, set()) | own.get(section, set())
+    assert names <= known, (section.__name__, names - known)
+
+
+# --- messages
+
+
+def minimal():
+  return {
+    "data": {},
+    "vae": {"train": {"steps": 10}},
+    "dit": {"train": {"steps": 10}},
+  }
+
+
+def changed(path, value):
+  """The minimal config with one entry set, or removed where the value is `...`."""
+  config = minimal()
+  *sections, key = path.split(".")
+  inner = config
+  for section in sections:
+    inner = inner.setdefault(section, {})
+  if value is ...:
+    del inner[key]
+  else:
+    inner[key] = value
+  return config
+
+
+def test_minimal_config_gives_defaults():
+  built = recipe.read(ConfigDict(minimal()))
+  assert built.stages == recipe.STAGES and built.encode == recipe.Encode()
+  assert built.vae.train.steps == 10
+  assert recipe.read(minimal()) == built
+
+
+def test_derived_sizes():
+  config = changed("dit.text", {"width": 96})
+  config["vae"]["model"] = {"latent_channels": 12}
+  built = recipe.read(config)
+  assert built.dit.model.channels == 12 and built.dit.model.text_width == 96
+  assert built.dit.model.patch_width == 4 * 12
+
+
+def test_values_keep_or_get_their_type():
+  built = recipe.read(changed("data.fps", 8))
+  assert built.data.fps == 8.0 and isinstance(built.data.fps, float)
+  rates = [["discriminator/.*", 1]]
+  built = recipe.read(changed("vae.train.learning_rates", rates))
+  assert built.vae.train.learning_rates == (("discriminator/.*", 1.0),)
+  prompt = ("a circle", (64, 32), 17, 12)
+  built = recipe.read(changed("sample.prompts", (prompt,)))
+  assert built.sample.prompts == (("a circle", (64, 32), 17, 12.0),)
+  assert np.dtype(recipe.read(changed("precision", "bfloat16")).dtype) == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+  "path, value, message",
+  [
+    ("dita", {}, r"config\.dita is not a key .* did you mean config\.dit\?"),
+    ("vae.train.learning_rat", 1.0, r"vae\.train\.learning_rat is .*learning_rate\?"),
+    ("dit.model.zzz", 1, r"config\.dit\.model\.zzz is not a key that anything reads$"),
+    ("dit.model.channels", 16, r"config\.dit\.model\.channels .* follows from"),
+    ("dit.model.text_width", 16, r"config\.dit\.model\.text_width .* follows from"),
+    ("data", ..., r"config\.data is missing"),
+    ("vae.train", ..., r"config\.vae\.train is missing"),
+    ("dit.train.steps", ..., r"config\.dit\.train\.steps is missing"),
+    ("data", "shapes", r"config\.data must be a ConfigDict, not 'shapes'"),
+    ("encode", 3, r"config\.encode must be a ConfigDict, not 3"),
+    ("dit.rows", "4", r"config\.dit\.rows must be of type int, not '4'"),
+    ("dit.rows", 4.0, r"config\.dit\.rows must be of type int, not 4\.0"),
+    ("dit.rows", True, r"config\.dit\.rows must be of type int, not True"),
+    ("data.fps", True, r"config\.data\.fps must be of type float, not True"),
+    ("data.fps", None, r"config\.data\.fps must be of type float, not None"),
+    ("vae.model.middle", 1, r"config\.vae\.model\.middle must be of type bool, not 1"),
+    ("vae.crop", 17, r"config\.vae\.crop must be a tuple, not 17"),
+    ("vae.crop", (17, 64), r"config\.vae\.crop must have 3 entries, not \(17, 64\)"),
+    ("stages", "data", r"config\.stages must be a tuple, not 'data'"),
+    ("stages", ("data", 3), r"config\.stages\[1\] must be of type str, not 3"),
+    (
+      "sample.prompts",
+      (("a circle", (64, "64"), 17, 12.0),),
+      r"config\.sample\.prompts\[0\]\[1\]\[1\] must be of type int, not '64'",
+    ),
+    # What the sections check themselves.
+    ("dit.model.width", 385, r"config\.dit\.model: dit width 385 over 6 heads"),
+    ("dit.model.remat", "some", r"config\.dit\.model: dit remat 'some'"),
+    ("vae.model.downsample", ("s",), r"config\.vae\.model: vae downsample \('s',\)"),
+    # What has to fit together.
+    ("stages", ("data", "train"), r"config\.stages: \['train'\] are none of"),
+    ("precision", "float16", r"config\.precision 'float16' is not"),
+    (
+      "data.size_multiple",
+      24,
+      r"config\.data\.size_multiple 24 must be a multiple of 16: .* 8 x .* 2",
+    ),
+    ("dit.model.patch_size", (2, 2, 2), r"config\.dit\.model\.patch_size \(2, 2, 2\)"),
+    ("dit.model.patch_size", (1, 2, 1), r"config\.dit\.model\.patch_size \(1, 2, 1\)"),
+    (
+      "vae.model.downsample",
+      ("s", "s", "st"),
+      r"config\.vae\.model compresses time 2 times, not 4",
+    ),
+    ("data.max_pixels", 200, r"config\.data\.max_pixels 200 .* size_multiple 16"),
+    ("vae.crop", (18, 64, 64), r"config\.vae\.crop: .* 18 frames"),
+    ("vae.crop", (17, 64, 60), r"config\.vae\.crop: .* 17 frames of 60x64"),
+    ("encode.frame_buckets", (1, 8), r"config\.encode\.frame_buckets: 8 is not 1"),
+    (
+      "dit.tokens",
+      200,
+      r"config\.dit\.tokens 200: .*max_frames 33 and max_pixels 6144 .* 216 tokens",
+    ),
+    ("dit.train.schedule", "linear", r"config\.dit\.train: schedule 'linear'"),
+    ("vae.train.warmup_steps", 11, r"config\.vae\.train: warmup_steps 11"),
+    ("sample.method", "ddim", r"config\.sample\.method 'ddim' is none of"),
+  ],
+)  # fmt: skip
+def test_wrong_configs(path, value, message):
+  config = changed(path, value)
+  with pytest.raises(ValueError, match=message):
+    recipe.read(config)

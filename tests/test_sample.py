@@ -1,0 +1,255 @@
+"""Sampling: a packed video equals the video alone, seeds, the command and its files."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from sora_jax import sample, sharding
+from sora_jax.data import video
+from sora_jax.sample import Request
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compile():
+  """Compiling takes nearly all of the time, and the programs are tiny."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def sampler(tiny_run):
+  """The tiny model with random params, so that every input has a say."""
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  made = sample.Sampler.from_checkpoint(tiny_run.workdir, mesh)
+  rng = np.random.default_rng(0)
+  made.params = jax.tree.map(
+    lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), made.params
+  )
+  return made
+
+
+def make(sampler, *requests, **options):
+  options = {"steps": STEPS, **options}
+  return sampler.sample(requests, **options)
+
+
+def difference(a_THWC, b_THWC):
+  assert a_THWC.shape == b_THWC.shape and a_THWC.dtype == b_THWC.dtype == np.uint8
+  return np.abs(a_THWC.astype(int) - b_THWC).max()
+
+
+def brightness_error(a_THWC, b_THWC):
+  """Mean difference of what the codecs keep at full resolution."""
+  weights = np.array([0.2126, 0.7152, 0.0722])
+  return np.abs(a_THWC @ weights - b_THWC @ weights).mean()
+
+
+# Together they fill one row, so that alone they are computed in the same shapes.
+FILM = Request("a red circle moves right", 64, 64, 9, 12.0, seed=4)
+WIDE = Request("a blue star", 64, 32, 9, 16.0, seed=5)
+IMAGE = Request("white noise", 48, 32, 1, 8.0, seed=6)
+
+
+@pytest.fixture(scope="module")
+def film(sampler):
+  (made,) = make(sampler, FILM)
+  return made
+
+
+# --- what is made
+
+
+def test_a_video_alone_is_that_of_a_packed_row(sampler, film):
+  wide, packed, image = make(sampler, WIDE, FILM, IMAGE)
+  assert wide.shape == (9, 32, 64, 3) and image.shape == (1, 32, 48, 3)
+  assert difference(packed, film) <= 1
+  assert difference(make(sampler, IMAGE)[0], image) <= 1
+  assert np.std(film) > 5  # it is not all one grey
+
+
+def test_equal_requests_give_equal_videos(sampler, film):
+  np.testing.assert_array_equal(make(sampler, FILM)[0], film)
+  twice = make(sampler, dataclasses.replace(WIDE), WIDE)
+  assert difference(*twice) <= 1
+
+
+@pytest.mark.parametrize(
+  "change", [{"seed": 5}, {"prompt": "a blue square"}, {"fps": 24.0}], ids=str
+)
+def test_all_of_a_request_has_a_say(sampler, film, change):
+  (other,) = make(sampler, dataclasses.replace(FILM, **change))
+  assert difference(other, film) > 3
+
+
+def test_more_videos_than_rows(sampler):
+  """Four rows of one video, two rows at once, in the order of the requests."""
+  requests = [dataclasses.replace(FILM, seed=seed, frames=17) for seed in range(3)]
+  videos = make(sampler, *requests, rows=2)
+  alone = make(sampler, requests[1], rows=2)[0]
+  assert [video.shape for video in videos] == [(17, 64, 64, 3)] * 3
+  assert difference(videos[1], alone) <= 1
+  assert difference(videos[0], videos[1]) > 3 < difference(videos[1], videos[2])
+
+
+def test_heun_and_guidance(sampler, film):
+  (heun,) = make(sampler, FILM, method="heun")
+  (stronger,) = make(sampler, FILM, guidance_scale=6.0)
+  assert difference(heun, film) > 1 < difference(stronger, film)
+
+
+def test_without_guidance_and_longer_than_a_row_of_training(sampler):
+  # 9 latent frames of 16 tokens, where a row of training had 96.
+  request = dataclasses.replace(FILM, frames=33)
+  assert sampler.meta["tokens"] == 96
+  (longer,) = make(sampler, request, guidance_scale=1.0)
+  assert longer.shape == (33, 64, 64, 3)
+
+
+def test_sizes_off_the_grid_are_rounded(sampler, caplog):
+  request = Request("a star", width=70, height=5, frames=8, fps=12.0)
+  legal = sampler.legal(request)
+  assert (legal.width, legal.height, legal.frames) == (64, 16, 5)
+  assert "70x5, 8 frames is off" in caplog.text
+  assert "making 64x16, 5 frames" in caplog.text
+  caplog.clear()
+  assert sampler.legal(FILM) == FILM
+  assert not caplog.text
+
+
+# --- checkpoints that do not do
+
+
+@pytest.fixture
+def models(tiny_run, tmp_path):
+  """A copy of the finished models."""
+  for stage in ("vae", "dit"):
+    shutil.copytree(tiny_run.workdir / stage / "model", tmp_path / stage / "model")
+  return tmp_path
+
+
+@pytest.mark.parametrize("stage", ["vae", "dit"])
+def test_an_unfinished_run_is_an_error(models, stage):
+  (models / stage / "model" / "model.json").unlink()
+  with pytest.raises(ValueError, match=f"{stage}/model: no complete model here"):
+    sample.Sampler.from_checkpoint(models)
+
+
+def test_the_vae_of_another_run_is_an_error(models):
+  path = models / "vae" / "model" / "model.json"
+  model = json.loads(path.read_text())
+  model["meta"]["id"] = "another"
+  path.write_text(json.dumps(model))
+  with pytest.raises(ValueError, match="another VAE than vae/model .*and another"):
+    sample.Sampler.from_checkpoint(models)
+
+
+def test_a_dit_is_no_vae(models):
+  shutil.rmtree(models / "vae")
+  shutil.copytree(models / "dit", models / "vae")
+  with pytest.raises(ValueError, match="not a VAE"):
+    sample.Sampler.from_checkpoint(models)
+
+
+def test_a_model_without_its_tokenizer_is_an_error(models):
+  (models / "dit" / "model" / "tokenizer.model").unlink()
+  with pytest.raises(ValueError, match="tokenizer.model: no such tokenizer"):
+    sample.Sampler.from_checkpoint(models)
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def command(sampler):
+  """Runs the command in this process, with the model that is loaded already."""
+  values = flags.FLAGS
+  if "checkpoint" not in values:
+    sample._define_flags()
+
+  def run(*arguments):
+    with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
+      patch.setattr(sample.Sampler, "from_checkpoint", lambda folder: sampler)
+      rest = values(
+        ["sample", "--checkpoint=runs/tiny", f"--steps={STEPS}", *arguments]
+      )
+      sample._main(rest)
+
+  return run
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif"])
+def test_formats(command, film, tmp_path, suffix):
+  out = tmp_path / "new" / f"x{suffix}"
+  command(f"--prompt={FILM.prompt}", "--frames=9", "--seed=4", f"--out={out}")
+  read = video.read(out)
+  assert read.shape == film.shape
+  info = video.probe(out)
+  assert info.fps == pytest.approx(12, rel=0.05)
+  assert brightness_error(read, film) < 4
+  assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_an_image(command, sampler, tmp_path):
+  out = tmp_path / "x.png"
+  command("--prompt=white noise", "--size=48x32", "--fps=8", "--seed=6", f"--out={out}")
+  assert difference(video.read(out), make(sampler, IMAGE)[0]) == 0
+  with PIL.Image.open(out) as image:
+    assert image.text["comment"] == "white noise"
+
+
+def test_several_prompts(command, film, tmp_path):
+  prompts, out = tmp_path / "prompts.txt", tmp_path / "x.mp4"
+  prompts.write_text(f"\n{FILM.prompt}\n  \n ein Würfel, 立方体 \n")
+  sheet = tmp_path / "sheet.png"
+  command(
+    "--prompt=first",
+    f"--prompts_file={prompts}",
+    "--frames=9",
+    "--seed=3",
+    f"--out={out}",
+    f"--sheet={sheet}",
+  )
+  names = [f"x-00{n}.mp4" for n in range(3)]
+  assert sorted(path.name for path in tmp_path.glob("*.mp4")) == names
+  videos = [video.read(tmp_path / name) for name in names]
+  # The second prompt has the second seed, and is what it is by itself.
+  assert brightness_error(videos[1], film) < 4 < brightness_error(videos[0], film)
+  assert difference(videos[0], videos[2]) > 3
+  with PIL.Image.open(sheet) as image:
+    assert image.height > 3 * 128
+
+
+def test_an_odd_size_is_said(command, tmp_path, caplog):
+  out = tmp_path / "x.png"
+  command("--prompt=white noise", "--size=47x33", "--seed=6", f"--out={out}")
+  assert video.read(out).shape == (1, 32, 48, 3)
+  assert "47x33, 1 frames is off the model's grid" in caplog.text
+
+
+def test_as_a_user_types_it(tiny_run, commands, tmp_path):
+  prompts, sheet = tmp_path / "prompts.txt", tmp_path / "sheet.png"
+  prompts.write_text("a red circle moves right\na blue star moves left\n")
+  log = commands.run(
+    "sample",
+    f"--checkpoint={tiny_run.workdir}",
+    f"--prompts_file={prompts}",
+    "--size=60x70",
+    "--frames=10",
+    f"--steps={STEPS}",
+    f"--out={tmp_path / 'x.mp4'}",
+    f"--sheet={sheet}",
+  )
+  assert "60x70, 10 frames is off the model's grid" in log
+  for n in range(2):
+    assert video.read(tmp_path / f"x-00{n}.mp4").shape == (9, 64, 64, 3)
+  assert sheet.exists()

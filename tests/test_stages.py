@@ -1,0 +1,212 @@
+"""Stages: what is done is skipped, what changed is an error that names the key."""
+
+import dataclasses
+import json
+import sys
+import types
+
+import pytest
+
+from sora_jax import recipe as recipes
+from sora_jax import stages
+
+BASE = recipes.read(
+  {
+    "data": {},
+    "vae": {"train": {"steps": 10}},
+    "dit": {"train": {"steps": 10}},
+  }
+)
+
+
+def change(recipe, path, value):
+  """The recipe with one key, "dit.train.steps", set."""
+  key, _, rest = path.partition(".")
+  if rest:
+    value = change(getattr(recipe, key), rest, value)
+  return dataclasses.replace(recipe, **{key: value})
+
+
+@pytest.fixture
+def runs(monkeypatch):
+  """Stages replaced by ones that only note their name, in this list."""
+  names = []
+
+  def fake(name):
+    def run(recipe, workdir):
+      state = json.loads((workdir / name / "stage.json").read_text())
+      assert state["complete"] is False
+      if name in runs_that_fail:
+        raise RuntimeError(f"{name} failed")
+      names.append(name)
+
+    return types.SimpleNamespace(run=run)
+
+  for name, (module, _, _) in stages.STAGES.items():
+    monkeypatch.setitem(sys.modules, f"sora_jax.{module}", fake(name))
+  runs_that_fail.clear()
+  return names
+
+
+runs_that_fail = set()
+ALL = list(recipes.STAGES)
+
+
+def remake(name, recipe, workdir):
+  """Deletes a stage and makes it again."""
+  (workdir / name / "stage.json").unlink()
+  stages.run([name], recipe, workdir)
+
+
+def test_stages_are_those_of_the_recipe():
+  assert tuple(stages.STAGES) == recipes.STAGES
+  for name, (module, sections, inputs) in stages.STAGES.items():
+    assert (stages.pathlib.Path(stages.__file__).parent / f"{module}.py").exists()
+    assert set(sections) <= {field.name for field in dataclasses.fields(BASE)}
+    # A stage reads earlier ones only.
+    assert all(ALL.index(other) < ALL.index(name) for other in inputs)
+
+
+def test_complete_stages_are_skipped(runs, tmp_path):
+  stages.run(ALL, BASE, tmp_path)
+  assert runs == ALL
+  stages.run(ALL, BASE, str(tmp_path))
+  assert runs == ALL
+  for name in ALL:
+    assert json.loads((tmp_path / name / "stage.json").read_text())["complete"]
+
+
+def test_order_is_that_of_the_chain_and_some_may_be_left_out(runs, tmp_path):
+  stages.run(["vae", "data"], BASE, tmp_path)
+  stages.run(["encode"], BASE, tmp_path)
+  assert runs == ["data", "vae", "encode"]
+
+
+def test_a_stage_that_failed_is_run_again(runs, tmp_path):
+  runs_that_fail.add("vae")
+  with pytest.raises(RuntimeError, match="vae failed"):
+    stages.run(ALL, BASE, tmp_path)
+  with pytest.raises(ValueError, match="stage encode needs stage vae, which is not"):
+    stages.run(["encode"], BASE, tmp_path)
+  runs_that_fail.clear()
+  stages.run(ALL, BASE, tmp_path)
+  assert runs == ALL
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if stages.STAGES[n][2]])
+def test_missing_input(runs, tmp_path, name):
+  first = stages.STAGES[name][2][0]
+  message = f"stage {name} needs stage {first}, .*{tmp_path}.*sora_jax"
+  with pytest.raises(ValueError, match=message):
+    stages.run([name], BASE, tmp_path)
+  assert not runs and not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize(
+  "path, value, stage, old",
+  [
+    ("seed", 1, "data", "0"),
+    ("data.max_frames", 17, "data", "33"),
+    ("vae.model.width", 64, "vae", "96"),
+    ("vae.train.learning_rate", 1.0, "vae", "0.0001"),
+    ("encode.extras", 1, "encode", "2"),
+    ("dit.train.steps", 20, "dit", "10"),
+    ("dit.model.patch_size", (1, 1, 1), "dit", r"\[1, 2, 2\]"),
+    ("sample.steps", 5, "sample", "32"),
+    ("evaluate.clips", 5, "evaluate", "64"),
+  ],
+)
+def test_changed_key(runs, tmp_path, path, value, stage, old):
+  stages.run(ALL, BASE, tmp_path)
+  shown = list(value) if isinstance(value, tuple) else value
+  with pytest.raises(ValueError) as error:
+    stages.run(ALL, change(BASE, path, value), tmp_path)
+  message = str(error.value)
+  assert f"config.{path} is {shown}, but stage {stage} in {tmp_path / stage}" in message
+  assert f"made with {old}".replace("\\", "") in message
+  assert "--workdir" in message and "more keys" not in message
+  assert runs == ALL  # nothing ran, nothing was lost
+  stages.run(ALL, BASE, tmp_path)
+  assert runs == ALL
+
+
+def test_several_changed_keys_are_counted(runs, tmp_path):
+  stages.run(["data"], BASE, tmp_path)
+  recipe = change(change(BASE, "data.fps", 4.0), "data.max_frames", 17)
+  with pytest.raises(ValueError, match=r"and 1 more key"):
+    stages.run(["data"], recipe, tmp_path)
+
+
+def test_free_keys_may_change(runs, tmp_path):
+  stages.run(ALL, BASE, tmp_path)
+  recipe = BASE
+  for path, value in {
+    "data.workers": 3,
+    "vae.eval_batches": 1,
+    "vae.train.log_every": 1,
+    "dit.train.eval_every": 7,
+    "dit.train.save_every": 7,
+    "dit.train.keep": 1,
+    "mesh.fsdp": 8,
+    "precision": "bfloat16",
+    "stages": ("data",),
+  }.items():
+    recipe = change(recipe, path, value)
+  stages.run(ALL, recipe, tmp_path)
+  assert runs == ALL
+
+
+def test_later_stages_do_not_bind_earlier_ones(runs, tmp_path):
+  """Another DiT may be trained on the same VAE and latents."""
+  stages.run(["data", "vae", "encode", "dit"], BASE, tmp_path)
+  recipe = change(BASE, "dit.train.steps", 20)
+  stages.run(["data", "vae", "encode"], recipe, tmp_path)
+  remake("dit", recipe, tmp_path)
+  assert runs == ["data", "vae", "encode", "dit", "dit"]
+
+
+def test_input_that_was_made_anew(runs, tmp_path):
+  """Another VAE makes the latents and all behind them stale."""
+  stages.run(ALL, BASE, tmp_path)
+  recipe = change(BASE, "vae.train.steps", 20)
+  remake("vae", recipe, tmp_path)
+  with pytest.raises(ValueError, match="encode .* from another vae than .*delete"):
+    stages.run(ALL, recipe, tmp_path)
+  remake("encode", recipe, tmp_path)
+  with pytest.raises(ValueError, match="stage dit .* from another encode than"):
+    stages.run(ALL, recipe, tmp_path)
+  assert runs == [*ALL, "vae", "encode"]
+
+
+def test_the_same_stage_made_again_is_no_change(runs, tmp_path):
+  stages.run(ALL, BASE, tmp_path)
+  remake("data", BASE, tmp_path)
+  stages.run(ALL, BASE, tmp_path)
+  assert runs == [*ALL, "data"]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"complete": tru'])
+def test_damaged_stage_file(runs, tmp_path, text):
+  stages.run(["data", "vae"], BASE, tmp_path)
+  path = tmp_path / "vae" / "stage.json"
+  path.write_text(text)
+  message = f"{path} is damaged .*delete {path.parent}"
+  for names in (["vae"], ["encode"]):
+    with pytest.raises(ValueError, match=message):
+      stages.run(names, BASE, tmp_path)
+  assert runs == ["data", "vae"]
+
+
+def test_fingerprints(runs, tmp_path):
+  assert stages.fingerprint("data", tmp_path) == ""
+  stages.run(["data", "vae"], BASE, tmp_path)
+  data, vae = (stages.fingerprint(name, tmp_path) for name in ("data", "vae"))
+  assert len(data) == len(vae) == 16 and data != vae
+  other = tmp_path / "other"
+  recipe = change(BASE, "vae.train.log_every", 3)
+  stages.run(["data", "vae"], recipe, other)
+  assert stages.fingerprint("vae", other) == vae
+  another = tmp_path / "another"
+  stages.run(["data", "vae"], change(BASE, "data.fps", 4.0), another)
+  # Through its inputs, though its own section is the same.
+  assert stages.fingerprint("vae", another) != vae
