@@ -51,7 +51,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     records.write_shard(str(path), encoded)
     done, fresh = done + len(shard), fresh + len(shard)
     rate = fresh / (time.monotonic() - begin)
-    left = (len(clips) - done) / rate / jax.process_count()
+    left = (len(clips) / jax.process_count() - done) / rate
     logging.info(
       "encoded %d/%d clips (shard %d of %d), %.1f clips/s, ETA %s",
       done,

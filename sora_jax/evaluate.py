@@ -8,7 +8,6 @@ off the written files by `attributes`, beside chance and the score of the real f
 """
 
 import collections
-import dataclasses
 import json
 import pathlib
 
@@ -23,7 +22,7 @@ from sora_jax.autoencoder import Autoencoder
 from sora_jax.data import video
 from sora_jax.data.clips import Clip, read_manifest
 from sora_jax.encode import frame_bucket, limit_sizes
-from sora_jax.sample import Request, Sampler
+from sora_jax.sample import Request, Sampler, write_samples
 
 
 def run(recipe: recipes.Recipe, workdir) -> None:
@@ -31,6 +30,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   workdir = pathlib.Path(workdir)
   folder = workdir / "evaluate"
   clips = read_manifest(workdir / "data" / "manifest.jsonl")
+  clips = limit_sizes(clips, recipe.encode.max_sizes)  # as they were encoded
   heldout = [clip for clip in clips if clip.split == "heldout"]
   heldout = spread(heldout, recipe.evaluate.clips)
   mesh = sharding.make_mesh(devices=jax.local_devices())
@@ -53,11 +53,17 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
   logging.info("results are in %s", folder / "results.json")
+  captions = [caption for clip in heldout for caption in clip.captions[:1]]
+  longest = max(heldout, key=lambda clip: clip.frames)
   logging.info(
-    "Samples: %s. Try next: python -m sora_jax.sample --checkpoint=%s "
-    '--prompt="a blue star moves left" --size=96x64 --frames=33 --out=star.mp4',
+    "Look at %s. Try next: python -m sora_jax.sample --checkpoint=%s --prompt=%r "
+    "--size=%dx%d --frames=%d --out=sample.mp4",
     workdir / "sample" / "contact_sheet.png",
     workdir,
+    captions[-1] if captions else "anything",
+    longest.width,
+    longest.height,
+    longest.frames,
   )
 
 
@@ -76,7 +82,6 @@ def reconstruction(clips: list[Clip], autoencoder, encode: recipes.Encode) -> di
   Raises:
     ValueError: if none can be read.
   """
-  clips = limit_sizes(clips, encode.max_sizes)
   groups = collections.defaultdict(list)
   for clip in clips:
     frames = frame_bucket(clip.frames, encode.frame_buckets)
@@ -89,8 +94,9 @@ def reconstruction(clips: list[Clip], autoencoder, encode: recipes.Encode) -> di
       for clip in group[start : start + size]:
         try:
           videos.append(read_clip(clip))
-        except video.ClipError as error:
-          logging.warning("left out: %s", error)
+        # A file can break in more ways than the decoder names; none ends a run.
+        except (ValueError, RuntimeError, OSError) as error:
+          logging.warning("left out %s: %s", clip.id, error)
           unread += 1
       if not videos:
         continue
@@ -136,7 +142,12 @@ def ssim(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
 
   Wang et al. 2004: Gaussian window, sigma 1.5, 11x11, each channel by itself; the
   border that the window reaches over is left out.
+
+  Raises:
+    ValueError: if a frame is not larger than the window.
   """
+  if min(a_THWC.shape[1:3]) < 11:
+    raise ValueError(f"SSIM needs frames of at least 11x11, not {a_THWC.shape[1:3]}")
   a, b = (x.astype(np.float64) for x in (a_THWC, b_THWC))
   border = 5
 
@@ -213,20 +224,7 @@ def _sample(recipe, workdir, clips):
     rows=config.rows,
   )
   folder = pathlib.Path(workdir) / "evaluate" / "samples"
-  paths, rows = [], []
-  for i, (request, video_THWC) in enumerate(zip(requests, videos, strict=True)):
-    suffix = ".png" if len(video_THWC) == 1 else ".mp4"
-    paths.append(folder / f"{i:04d}{suffix}")
-    video.write(paths[-1], video_THWC, request.fps)
-    rows.append({"file": paths[-1].name, **dataclasses.asdict(request)})
-  shown = spread(list(range(len(videos))), 16)
-  video.contact_sheet(
-    folder / "contact_sheet.png",
-    [videos[i] for i in shown],
-    [requests[i].prompt for i in shown],
-  )
-  (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-  return paths
+  return write_samples(folder, requests, videos)
 
 
 if __name__ == "__main__":

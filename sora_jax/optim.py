@@ -44,7 +44,7 @@ def make_schedule(config, peak: float) -> optax.Schedule:
   then linearly to 0 over the last config.decay_steps (arXiv:2404.06395).
   """
   steps, warmup = config.steps, config.warmup_steps
-  decay = {"constant": 0, "cosine": steps - warmup, "wsd": config.decay_steps}
+  decay = {"constant": 0, "cosine": max(steps - warmup, 0), "wsd": config.decay_steps}
   if config.schedule not in SCHEDULES:
     raise ValueError(f"schedule {config.schedule!r} is none of {SCHEDULES}")
   if config.schedule == "wsd" and decay["wsd"] < 1:

@@ -57,15 +57,19 @@ def run(recipe: recipes.Recipe, workdir) -> None:
 
 def _with_both_splits(found, source):
   """Training needs a clip and so does evaluation; few files may leave one without."""
-  splits = {clip.split for clip in found}
-  if "train" not in splits:
-    raise ValueError(f"{source}: all {len(found)} clips are held out, none to train on")
-  if "heldout" in splits:
+  if {clip.split for clip in found} == {"train", "heldout"}:
     return found
   if len(found) == 1:
     raise ValueError(f"{source}: one clip only; training needs another to evaluate on")
-  logging.warning("no clip was held out: holding out the last one, %s", found[-1].id)
-  return [*found[:-1], dataclasses.replace(found[-1], split="heldout")]
+  logging.warning(
+    "all clips are of split %r: holding out the last one, %s",
+    found[0].split,
+    found[-1].id,
+  )
+  return [
+    *(dataclasses.replace(clip, split="train") for clip in found[:-1]),
+    dataclasses.replace(found[-1], split="heldout"),
+  ]
 
 
 if __name__ == "__main__":

@@ -294,6 +294,23 @@ def _check(recipe: Recipe) -> None:
     raise ValueError(
       f"config.sample.method {recipe.sample.method!r} is none of {sampler.METHODS}"
     )
+  if dit.max_text_tokens > dit.text_tokens:
+    raise ValueError(
+      f"config.dit.max_text_tokens {dit.max_text_tokens} is more than a row has: "
+      f"config.dit.text_tokens {dit.text_tokens}"
+    )
+  if dit.text.vocab_size < 261:
+    raise ValueError(
+      f"config.dit.text.vocab_size {dit.text.vocab_size} is less than 261: 256 bytes, "
+      "3 special pieces and a few characters"
+    )
+  for key, value in (
+    ("config.vae.eval_batches", recipe.vae.eval_batches),
+    ("config.dit.eval_batches", dit.eval_batches),
+    ("config.evaluate.clips", recipe.evaluate.clips),
+  ):
+    if value < 1:
+      raise ValueError(f"{key} must be at least 1, not {value}")
   regexes = [regex for regex, _ in recipe.vae.train.learning_rates]
   if recipe.vae.loss.gan_weight > 0 and not any("discriminator" in r for r in regexes):
     raise ValueError(

@@ -25,6 +25,7 @@ from sora_jax import checkpoint, metrics, patches, sampler, sharding, stages
 from sora_jax import recipe as recipes
 from sora_jax.autoencoder import Autoencoder, from_json
 from sora_jax.data import pack, sources, tokenizer, video
+from sora_jax.data.clips import read_manifest
 from sora_jax.encode import frame_bucket
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.text import TextEncoderConfig
@@ -126,6 +127,11 @@ class Sampler:
       rows: packed rows computed at once.
     """
     requests = [self.legal(request) for request in requests]
+    if not self.meta["conditional"]:
+      if any(request.prompt for request in requests):
+        logging.warning("the model was trained without captions: it ignores prompts")
+      requests = [dataclasses.replace(request, prompt="") for request in requests]
+      guidance_scale = 1.0
     grids = [self._grid(request) for request in requests]
     texts = [
       self._tokenizer.encode(r.prompt, self.meta["max_text_tokens"]) for r in requests
@@ -294,9 +300,7 @@ def _row_length(tokens: int, longest: int) -> int:
 def run(recipe: recipes.Recipe, workdir) -> None:
   """Makes the prompts of config.sample: files, a contact sheet, samples.jsonl."""
   folder, config = pathlib.Path(workdir) / "sample", recipe.sample
-  requests = requests_of(recipe)
-  if not requests:
-    raise ValueError("config.sample.prompts is empty: nothing to sample")
+  requests = requests_of(recipe, workdir)
   model = Sampler.from_checkpoint(workdir, dtype=recipe.dtype)
   videos = model.sample(
     requests,
@@ -306,23 +310,41 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     shift=config.shift,
     rows=config.rows,
   )
-  rows = []
-  for i, (request, video_THWC) in enumerate(zip(requests, videos, strict=True)):
-    words = re.sub(r"\W+", "-", request.prompt.lower()).strip("-")[:60]
-    suffix = ".png" if len(video_THWC) == 1 else ".mp4"
-    path = folder / f"{i:03d}-{words}{suffix}"
-    video.write(path, video_THWC, request.fps, metadata={"comment": request.prompt})
-    rows.append({"file": path.name, **dataclasses.asdict(request)})
-  video.contact_sheet(
-    folder / "contact_sheet.png", videos, [request.prompt for request in requests]
-  )
-  with open(folder / "samples.jsonl", "w") as file:
-    file.writelines(json.dumps(row) + "\n" for row in rows)
+  write_samples(folder, requests, videos)
   logging.info("%d samples and contact_sheet.png are in %s", len(videos), folder)
 
 
-def requests_of(recipe: recipes.Recipe) -> list[Request]:
-  """The prompts of config.sample."""
+def write_samples(folder, requests, videos, shown: int = 16) -> list[pathlib.Path]:
+  """Writes a file each, samples.jsonl and a sheet of up to `shown`; the paths."""
+  paths, rows = [], []
+  for i, (request, video_THWC) in enumerate(zip(requests, videos, strict=True)):
+    words = re.sub(r"\W+", "-", request.prompt.lower()).strip("-")[:60]
+    suffix = ".png" if len(video_THWC) == 1 else ".mp4"
+    paths.append(folder / f"{i:03d}-{words}{suffix}")
+    metadata = {"comment": request.prompt}
+    video.write(paths[-1], video_THWC, request.fps, metadata=metadata)
+    rows.append({"file": paths[-1].name, **dataclasses.asdict(request)})
+  chosen = range(0, len(videos), -(-len(videos) // shown))
+  video.contact_sheet(
+    folder / "contact_sheet.png",
+    [videos[i] for i in chosen],
+    [requests[i].prompt for i in chosen],
+  )
+  (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+  return paths
+
+
+def requests_of(recipe: recipes.Recipe, workdir, count=8) -> list[Request]:
+  """The prompts of config.sample, or else first captions of `count` held-out clips."""
+  if not recipe.sample.prompts:
+    clips = read_manifest(pathlib.Path(workdir) / "data" / "manifest.jsonl")
+    heldout = [clip for clip in clips if clip.split == "heldout"][:count]
+    return [
+      Request(
+        *(clip.captions[:1] or ("",)), clip.width, clip.height, clip.frames, clip.fps, i
+      )
+      for i, clip in enumerate(heldout)
+    ]
   return [
     Request(prompt, width, height, frames, fps or recipe.dit.reference_fps, seed)
     for seed, (prompt, (width, height), frames, fps) in enumerate(recipe.sample.prompts)
@@ -354,6 +376,10 @@ def _main(argv):
   if len(argv) > 1:
     raise ValueError(f"unexpected arguments {argv[1:]}; quote the prompt")
   if stages.CONFIG.value is not None:
+    if args.checkpoint or args.prompt or args.prompts_file:
+      raise ValueError(
+        "--config runs the stage; for prompts of your own give --checkpoint instead"
+      )
     recipe = recipes.read(stages.CONFIG.value)
     return stages.run(("sample",), recipe, stages.workdir())
   if not args.checkpoint:

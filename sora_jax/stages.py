@@ -20,7 +20,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sora_jax import metrics
+from sora_jax import metrics, sharding
 from sora_jax import recipe as recipes
 
 # Stage -> (module with run(recipe, workdir), sections of the config, stages it reads).
@@ -53,6 +53,9 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
     ValueError: if a stage on disk was made with another config, or from a stage that
       is missing or was made anew since; says which key and what to do.
   """
+  _check_mesh(recipe)
+  if "://" in str(workdir):
+    raise ValueError(f"--workdir={workdir} must be a path of a (shared) file system")
   workdir = pathlib.Path(workdir)
   for name in recipes.STAGES:
     if name not in names:
@@ -67,9 +70,29 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
     begin = time.monotonic()
     module = importlib.import_module(f"sora_jax.{STAGES[name][0]}")
     module.run(recipe, workdir)
+    if name == "data":
+      # The config says which folder, the manifest what was in it.
+      manifest = (workdir / "data" / "manifest.jsonl").read_bytes()
+      stage["made"] = hashlib.sha256(manifest).hexdigest()[:16]
     _store(name, {**stage, "complete": True}, workdir)
+    sharding.sync(f"stage {name}")
     seconds = metrics.format_seconds(time.monotonic() - begin)
     logging.info("stage %s: complete after %s", name, seconds)
+
+
+def _check_mesh(recipe):
+  """Batches must divide by the devices; better known now than after hours."""
+  mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  for key, rows, config in (
+    ("config.vae.batch_size", recipe.vae.batch_size, recipe.vae.train),
+    ("config.dit.rows", recipe.dit.rows, recipe.dit.train),
+  ):
+    if rows % (ways * config.grad_accumulation):
+      raise ValueError(
+        f"{key} {rows} must be a multiple of {ways} (devices along data and fsdp) x "
+        f"{config.grad_accumulation} (grad_accumulation); set it, or config.mesh"
+      )
 
 
 def fingerprint(name: str, workdir) -> str:
@@ -77,13 +100,16 @@ def fingerprint(name: str, workdir) -> str:
   stage = _load(name, pathlib.Path(workdir))
   if not stage:
     return ""
-  text = json.dumps([stage["config"], stage["inputs"]], sort_keys=True)
+  parts = [stage["config"], stage["inputs"], stage.get("made")]
+  text = json.dumps(parts, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _describe(name, recipe, workdir):
   _, sections, inputs = STAGES[name]
   config = {"seed": recipe.seed}
+  if recipe.precision != "auto":
+    config["precision"] = recipe.precision
   for section in sections:
     config[section] = _chosen(getattr(recipe, section))
   # Through JSON, so that it compares equal to what is read back.

@@ -66,6 +66,7 @@ class Setup(NamedTuple):
   names: list  # of the clips that the batches' indices point to
   flops_per_step: float
   units: Any  # batch -> number of frames or tokens in it
+  captioned: bool = False  # whether any training clip has a caption
 
 
 class NonFiniteError(ValueError):
@@ -150,15 +151,23 @@ def _gradients(task, params, batch, key, config):
 
   def add(total, part):
     index, rows = part
-    new = gradients_of({**rows, **scalars}, jax.random.fold_in(key, index))
-    return jax.tree.map(jnp.add, total, new), None
+    gradients, values = gradients_of(
+      {**rows, **scalars}, jax.random.fold_in(key, index)
+    )
+    # "x:weight" weighs "x", here as in metrics.Meter.
+    values = {k: v * values.get(f"{k}:weight", 1.0) for k, v in values.items()}
+    return jax.tree.map(jnp.add, total, (gradients, values)), None
 
   rows = jax.tree.map(split, rows)
   first = jax.tree.map(lambda value: value[0], rows)
   shapes = jax.eval_shape(gradients_of, {**first, **scalars}, key)
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-  total, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), rows))
-  return jax.tree.map(lambda value: value / parts, total)
+  (gradients, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(parts), rows))
+  values = {}
+  for name, value in sums.items():
+    weight = sums.get(f"{name}:weight")
+    values[name] = value / (parts if weight is None else jnp.maximum(weight, 1e-9))
+  return jax.tree.map(lambda value: value / parts, gradients), values
 
 
 class Built(NamedTuple):
@@ -250,7 +259,9 @@ def train(
     host = {"evaluated": 0}
     if start:
       state, host = checkpoints.restore(start, built.abstract)
-      if start == config.steps:
+      # A signal at the last step leaves its evaluation to be made up for.
+      owed = eval_batches and config.eval_every and host["evaluated"] != start
+      if start == config.steps and not owed:
         logging.info("%s: trained to step %d already, in %s", name, start, folder)
         return state
       data_iterator.set_state(host["data"])

@@ -63,6 +63,7 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
     names=[clip.id for clip in latents],
     flops_per_step=stage.rows * _flops_per_row(training, stage),
     units=lambda batch: int(np.count_nonzero(batch["segment_L"])),
+    captioned=any(clip.captions for clip in latents if clip.split == "train"),
   )
 
 
@@ -81,6 +82,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     "segments": stage.segments,
     "max_text_tokens": stage.max_text_tokens,
     "reference_fps": stage.reference_fps,
+    "conditional": made.captioned,
     "vae": stages.fingerprint("vae", workdir),
     "steps": stage.train.steps,
   }
@@ -112,7 +114,7 @@ class _Preview:
 
   def __init__(self, recipe, workdir, meta, vocabulary, mesh, count=4):
     self._config, self._sampler = recipe.sample, None
-    self._requests = sample.requests_of(recipe)[:count]
+    self._requests = sample.requests_of(recipe, workdir)[:count]
     self._make = lambda params: sample.Sampler(
       params,
       meta,
@@ -122,13 +124,13 @@ class _Preview:
     )
 
   def __call__(self, step, params, writer) -> None:
-    if not self._requests:
-      return
     self._sampler = self._sampler or self._make(params)
     self._sampler.params = params
     videos = self._sampler.sample(
       self._requests,
       steps=self._config.steps,
+      method=self._config.method,
+      rows=self._config.rows,
       guidance_scale=self._config.guidance_scale,
       shift=self._config.shift,
     )

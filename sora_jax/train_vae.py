@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax import checkpoint, sharding, stages, train
 from sora_jax import recipe as recipes
@@ -80,7 +81,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     mesh=mesh,
     rules=made.rules,
     eval_batches=lambda: made.eval_batches,
-    on_eval=functools.partial(_show, stage.model, made.eval_batches[0]),
+    on_eval=functools.partial(_show, stage.model, made.eval_batches[0], mesh),
     describe=lambda indices: [made.names[i] for i in indices],
     flops_per_step=made.flops_per_step,
   )
@@ -113,7 +114,7 @@ def latent_statistics(model, params, batches, mesh) -> tuple[np.ndarray, np.ndar
     ValueError: if no batch has a valid clip.
   """
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
   def moments(params, batch):
     video = vae_task.to_float(batch["video_THWC"])
     mean_BTHWC, _ = VAE(model).apply({"params": params}, video, method=VAE.encode)
@@ -140,17 +141,18 @@ def latent_statistics(model, params, batches, mesh) -> tuple[np.ndarray, np.ndar
   return mean, np.sqrt(np.maximum(squares / count - mean**2, 1e-12))
 
 
-def _show(model, batch, step, params, writer) -> None:
+def _show(model, batch, mesh, step, params, writer) -> None:
   """Writes held-out clips over their reconstructions to TensorBoard."""
-  real_BTHWC = batch["video_THWC"][:4]
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
   def reconstruct(params, video_BTHWC):
-    video_BTHWC = vae_task.to_float(video_BTHWC)
-    return vae_task.to_uint8(VAE(model).apply({"params": params["vae"]}, video_BTHWC))
+    decoded = VAE(model).apply(
+      {"params": params["vae"]}, vae_task.to_float(video_BTHWC)
+    )
+    return video_BTHWC, vae_task.to_uint8(decoded)
 
-  fake_BTHWC = np.asarray(jax.device_get(reconstruct(params, real_BTHWC)))
-  both_BTHWC = np.concatenate([real_BTHWC, fake_BTHWC], axis=2)
+  video = sharding.shard_batch({"video": batch["video_THWC"]}, mesh)["video"]
+  both_BTHWC = np.concatenate(jax.device_get(reconstruct(params, video)), axis=2)[:4]
   writer.videos(step, {"reconstruction": np.concatenate(both_BTHWC, axis=2)}, fps=8)
 
 

@@ -43,7 +43,7 @@ BACKGROUNDS = {
 _BAR = (24, 22, 26)
 
 _SIZES = ((64, 64), (64, 96), (96, 64))  # height, width
-_FRAMES = (9, 17, 33)
+_FRAMES = (9, 9, 17, 17, 33)  # long clips are rarer
 _RATES = (8, 12, 16, 24)
 _MARGIN = 1.5  # pixels between an object and the edge of its region
 

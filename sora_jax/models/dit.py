@@ -33,6 +33,9 @@ class DiTConfig:
   Attributes:
     patch_size: latent (t, h, w) of one token. channels: latent channels.
     width, depth, heads, mlp_width: of the transformer. text_width: of its text input.
+    pooled_text: add the mean of a clip's text features to its timestep embedding. A
+      short way for what the caption says of the whole clip (as in SD3,
+      arXiv:2403.03206); Wan has none.
     remat: a key of REMAT_POLICIES.
   """
 
@@ -44,6 +47,7 @@ class DiTConfig:
   mlp_width: int = 1536
   text_width: int = 256
   frequency_width: int = 256
+  pooled_text: bool = False
   remat: str = "none"
 
   def __post_init__(self):
@@ -102,6 +106,9 @@ class DiT(nn.Module):
     t_BGD = layers.timestep_embedding(t_BG, c.frequency_width)
     t_BGD = dense(c.width, "time_embed_1", dtype=jnp.float32)(t_BGD)
     t_BGD = dense(c.width, "time_embed_2", dtype=jnp.float32)(nn.silu(t_BGD))
+    if c.pooled_text:
+      pooled_BGE = _mean_text(text_BSE, text_segment_BS, t_BG.shape[1])
+      t_BGD = t_BGD + dense(c.width, "text_pooled", dtype=jnp.float32)(pooled_BGE)
     modulation_BG6D = dense(
       6 * c.width,
       "time_projection",
@@ -184,6 +191,15 @@ class _Block(nn.Module):
     h_BLD = nn.gelu(dense(c.mlp_width, "mlp_up")(h_BLD))
     x_BLD = x_BLD + gate2 * dense(c.width, "mlp_down")(h_BLD)
     return x_BLD, None
+
+
+def _mean_text(text_BSE: Array, text_segment_BS: Array, groups: int) -> Array:
+  """Mean text features of each group's clip: float32 [B, G, E]."""
+  # Groups 2n and 2n + 1 belong to segment n + 1.
+  one_hot_BSN = jax.nn.one_hot(text_segment_BS - 1, groups // 2, dtype=jnp.float32)
+  count_BN1 = one_hot_BSN.sum(axis=1)[..., None]
+  mean_BNE = jnp.einsum("bsn,bse->bne", one_hot_BSN, text_BSE.astype(jnp.float32))
+  return jnp.repeat(mean_BNE / jnp.maximum(count_BN1, 1.0), 2, axis=1)
 
 
 def _per_token(modulation_BGMD: Array, group_BL: Array) -> list[Array]:

@@ -19,6 +19,12 @@ class TextEncoderConfig:
   depth: int = 2
   heads: int = 4
 
+  def __post_init__(self):
+    if self.width % self.heads or (self.width // self.heads) % 2:
+      raise ValueError(
+        f"text width {self.width} over {self.heads} heads must be an even whole number"
+      )
+
 
 class TextEncoder(nn.Module):
   """Bidirectional pre-norm transformer with rotary positions.

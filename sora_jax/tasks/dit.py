@@ -93,7 +93,9 @@ def make(
   def evaluate(params, batch, key: Array):
     # Levels spread evenly over (0, 1), so that few batches give a steady number.
     rows = len(batch["segment_L"])
-    t_BN = (jnp.arange(rows * segments) * 0.618034 % 1.0).reshape(rows, segments)
+    t_BN = ((0.5 + jnp.arange(rows * segments)) * 0.618034 % 1.0).reshape(
+      rows, segments
+    )
     error_BL, noisy_BL, _ = errors(params, batch, key, t_BN)
     return {"loss": mean(error_BL, noisy_BL)}
 
@@ -133,7 +135,10 @@ SHARDING_RULES = (
   (r".*/blocks/((attention|cross)_out|mlp_down)/kernel", P(None, "tensor", "fsdp")),
   (r".*/blocks/modulation", P(None, None, "fsdp")),
   (r"text/token_embed/embedding", P(None, "fsdp")),
-  (r"dit/(patch_embed|(text|time)_embed_[12]|time_projection)/kernel", P(None, "fsdp")),
+  (
+    r"dit/(patch_embed|text_pooled|(text|time)_embed_[12]|time_projection)/kernel",
+    P(None, "fsdp"),
+  ),
   (r"dit/head/kernel", P("fsdp", None)),
   (r"dit/head_modulation", P(None, "fsdp")),
   (r".*/(bias|scale)", P()),

@@ -1,4 +1,4 @@
-"""What the VAE learns: L1 + KL, and an adversarial loss after a warm-up."""
+"""What the VAE learns: L1, squared error, KL, and an adversarial loss by config."""
 
 import dataclasses
 
