@@ -18,24 +18,15 @@ def get_config(variant: str = "") -> ConfigDict:
   if variant not in ("", "short"):
     raise ValueError(f"quickstart has no variant {variant!r}; there is 'short'")
   c = ConfigDict()
-  c.seed = 0
-  c.precision = "auto"
-  c.stages = ("data", "vae", "encode", "dit", "sample", "evaluate")
 
   c.data = ConfigDict()
   c.data.source = "shapes"  # or a folder of videos and images
   c.data.train_clips = 1200
   c.data.heldout_clips = 96
-  c.data.max_frames = 33
   c.data.max_pixels = 96 * 64
-  c.data.size_multiple = 16
-  c.data.fps = 0.0
-  c.data.heldout_share = 0.05
-  c.data.workers = 0
 
   c.vae = ConfigDict()
   c.vae.model = ConfigDict()
-  c.vae.model.latent_channels = 16
   c.vae.model.width = 192
   c.vae.model.width_multipliers = (1,)
   c.vae.model.downsample = ()
@@ -49,10 +40,6 @@ def get_config(variant: str = "") -> ConfigDict:
   c.vae.loss = ConfigDict()
   c.vae.loss.mse_weight = 5.0
   c.vae.loss.kl_weight = 5e-4
-  c.vae.loss.gan_weight = 0.0
-  c.vae.loss.gan_start = 0
-  c.vae.batch_size = 8
-  c.vae.crop = (17, 64, 64)
   c.vae.train = ConfigDict()
   c.vae.train.steps = 900
   c.vae.train.learning_rate = 5e-3
@@ -66,9 +53,7 @@ def get_config(variant: str = "") -> ConfigDict:
   c.vae.train.save_every = 450
 
   c.encode = ConfigDict()
-  c.encode.batch_size = 8
   c.encode.frame_buckets = (1, 9, 33)
-  c.encode.extras = 2
 
   c.dit = ConfigDict()
   c.dit.model = ConfigDict()
@@ -88,7 +73,6 @@ def get_config(variant: str = "") -> ConfigDict:
   c.dit.loss.logit_mean = 1.0
   c.dit.given_prob = 0.2
   c.dit.extra_prob = 0.1
-  c.dit.rows = 4
   c.dit.tokens = 256
   c.dit.text_tokens = 64
   c.dit.segments = 8
@@ -117,10 +101,7 @@ def get_config(variant: str = "") -> ConfigDict:
     ("a cyan triangle", (64, 64), 1, 12.0),
   )
   c.sample.steps = 24
-  c.sample.method = "euler"
-  c.sample.guidance_scale = 3.0
   c.sample.shift = 3.0
-  c.sample.rows = 4
 
   c.evaluate = ConfigDict()
   c.evaluate.clips = 64

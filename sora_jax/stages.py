@@ -7,6 +7,7 @@ no longer fits what is on disk is an error instead of a silent mixture.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -61,7 +62,7 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
     if name not in names:
       continue
     stage = _describe(name, recipe, workdir)
-    _check(name, stage, workdir)
+    _check(name, stage, workdir, recipe)
     if _load(name, workdir).get("complete"):
       logging.info("stage %s: complete already, in %s", name, workdir / name)
       continue
@@ -69,7 +70,9 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
     logging.info("stage %s: begins, in %s", name, workdir / name)
     begin = time.monotonic()
     module = importlib.import_module(f"sora_jax.{STAGES[name][0]}")
-    module.run(recipe, workdir)
+    if name != "data" or jax.process_index() == 0:
+      module.run(recipe, workdir)
+    sharding.sync(f"stage {name} ran")
     if name == "data":
       # The config says which folder, the manifest what was in it.
       manifest = (workdir / "data" / "manifest.jsonl").read_bytes()
@@ -138,7 +141,7 @@ def _chosen(section) -> dict:
   return chosen
 
 
-def _check(name, stage, workdir):
+def _check(name, stage, workdir, recipe):
   old = _load(name, workdir)
   if not old:
     return
@@ -146,10 +149,12 @@ def _check(name, stage, workdir):
   changed = list(_differences(old["config"], stage["config"], "config"))
   if changed:
     key, before, after = changed[0]
+    default = _default(recipe, key)
+    before, after = (default if x is None else x for x in (before, after))
     more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
     raise ValueError(
-      f"{key} is {_shown(after)}, but stage {name} in {folder} was made with "
-      f"{_shown(before)}{more}. Put it back, choose another --workdir, or delete "
+      f"{key} is {after!r}, but stage {name} in {folder} was made with "
+      f"{before!r}{more}. Put it back, choose another --workdir, or delete "
       f"{folder} to make the stage again"
     )
   for other, value in stage["inputs"].items():
@@ -160,8 +165,14 @@ def _check(name, stage, workdir):
       )
 
 
-def _shown(value):
-  return "the default" if value is None else repr(value)
+def _default(recipe, key):
+  """Default of a key such as config.vae.model.width, as JSON has it."""
+  *path, last = key.split(".")[1:]
+  section = functools.reduce(getattr, path, recipe)
+  for field in dataclasses.fields(section):
+    if field.name == last and field.default is not dataclasses.MISSING:
+      return json.loads(json.dumps(field.default))
+  return None
 
 
 def _differences(old, new, where):

@@ -24,9 +24,13 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
   folder = workdir / "dit"
   latents = records.read_latents_manifest(str(workdir / "encode" / "latents.jsonl"))
   vocabulary = folder / "tokenizer.model"
-  if not vocabulary.exists() and jax.process_index() == 0:
+  vocab_size = stage.text.vocab_size
+  fits = vocabulary.exists() and (
+    tokenizer.Tokenizer(str(vocabulary)).vocab_size <= vocab_size
+  )
+  if not fits and jax.process_index() == 0:
     captions = [c for clip in latents if clip.split == "train" for c in clip.captions]
-    tokenizer.train(captions, str(vocabulary), stage.text.vocab_size)
+    tokenizer.train(captions, str(vocabulary), vocab_size)
   sharding.sync("tokenizer")
   host, hosts = sharding.host_shard(mesh)
   shard = {"process_index": host, "process_count": hosts}

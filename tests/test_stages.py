@@ -14,7 +14,7 @@ BASE = recipes.read(
   {
     "data": {},
     "vae": {"train": {"steps": 10}},
-    "dit": {"train": {"steps": 10}},
+    "dit": {"train": {"steps": 10}, "rows": 8},  # the tests have 8 devices
   }
 )
 
@@ -39,6 +39,8 @@ def runs(monkeypatch):
       if name in runs_that_fail:
         raise RuntimeError(f"{name} failed")
       names.append(name)
+      if name == "data":
+        (workdir / "data" / "manifest.jsonl").write_text(manifest["text"])
 
     return types.SimpleNamespace(run=run)
 
@@ -49,6 +51,7 @@ def runs(monkeypatch):
 
 
 runs_that_fail = set()
+manifest = {"text": "one clip"}
 ALL = list(recipes.STAGES)
 
 
@@ -106,6 +109,7 @@ def test_missing_input(runs, tmp_path, name):
   "path, value, stage, old",
   [
     ("seed", 1, "data", "0"),
+    ("precision", "bfloat16", "data", "auto"),
     ("data.max_frames", 17, "data", "33"),
     ("vae.model.width", 64, "vae", "96"),
     ("vae.train.learning_rate", 1.0, "vae", "0.0001"),
@@ -122,7 +126,9 @@ def test_changed_key(runs, tmp_path, path, value, stage, old):
   with pytest.raises(ValueError) as error:
     stages.run(ALL, change(BASE, path, value), tmp_path)
   message = str(error.value)
-  assert f"config.{path} is {shown}, but stage {stage} in {tmp_path / stage}" in message
+  assert (
+    f"config.{path} is {shown!r}, but stage {stage} in {tmp_path / stage}" in message
+  )
   assert f"made with {old}".replace("\\", "") in message
   assert "--workdir" in message and "more keys" not in message
   assert runs == ALL  # nothing ran, nothing was lost
@@ -148,7 +154,6 @@ def test_free_keys_may_change(runs, tmp_path):
     "dit.train.save_every": 7,
     "dit.train.keep": 1,
     "mesh.fsdp": 8,
-    "precision": "bfloat16",
     "stages": ("data",),
   }.items():
     recipe = change(recipe, path, value)
@@ -210,3 +215,13 @@ def test_fingerprints(runs, tmp_path):
   stages.run(["data", "vae"], change(BASE, "data.fps", 4.0), another)
   # Through its inputs, though its own section is the same.
   assert stages.fingerprint("vae", another) != vae
+
+
+def test_a_folder_with_other_files_makes_the_stages_after_it_stale(
+  runs, tmp_path, monkeypatch
+):
+  stages.run(["data", "vae"], BASE, tmp_path)
+  monkeypatch.setitem(manifest, "text", "two clips")
+  remake("data", BASE, tmp_path)
+  with pytest.raises(ValueError, match="vae.*was made from another data"):
+    stages.run(["vae"], BASE, tmp_path)

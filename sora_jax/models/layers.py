@@ -1,12 +1,12 @@
 """Layers shared by the networks: norms, rotary positions, timestep embedding, MLP."""
 
-import itertools
 import math
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -67,7 +67,7 @@ def conv_general_dilated(
     padded[
       (slice(None), *(slice(o, o + n) for o, n in zip(offset, sizes, strict=True)))
     ]
-    for offset in itertools.product(*(range(k) for k in kernel))
+    for offset in np.ndindex(*kernel)
   ]
   rows = jnp.concatenate(taps, axis=-1).reshape(-1, math.prod(rhs.shape[:-1]))
   out = rows @ rhs.reshape(-1, rhs.shape[-1])
