@@ -54,7 +54,8 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
     ValueError: if a stage on disk was made with another config, or from a stage that
       is missing or was made anew since; says which key and what to do.
   """
-  _check_mesh(recipe)
+  if {"vae", "dit"} & set(names):
+    _check_mesh(recipe)
   if "://" in str(workdir):
     raise ValueError(f"--workdir={workdir} must be a path of a (shared) file system")
   workdir = pathlib.Path(workdir)
@@ -209,10 +210,10 @@ def _store(name, stage, workdir):
 def start_logging() -> None:
   """Shows our own lines at level INFO, and only warnings of the libraries."""
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
-  package = os.path.dirname(os.path.abspath(__file__))
+  own = (os.path.dirname(os.path.abspath(__file__)), os.path.abspath(sys.argv[0]))
   logging.get_absl_logger().addFilter(
     lambda record: (
-      record.levelno >= 30 or os.path.abspath(record.pathname).startswith(package)
+      record.levelno >= 30 or os.path.abspath(record.pathname).startswith(own)
     )
   )
 

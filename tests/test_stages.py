@@ -109,7 +109,7 @@ def test_missing_input(runs, tmp_path, name):
   "path, value, stage, old",
   [
     ("seed", 1, "data", "0"),
-    ("precision", "bfloat16", "data", "auto"),
+    ("precision", "bfloat16", "data", "'auto'"),
     ("data.max_frames", 17, "data", "33"),
     ("vae.model.width", 64, "vae", "96"),
     ("vae.train.learning_rate", 1.0, "vae", "0.0001"),
