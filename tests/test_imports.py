@@ -68,6 +68,7 @@ COMMANDS = (
 ALLOWED = {
   PURE: PURE,
   ("models",): ("models", "patches"),
+  ("weights",): ("weights", "models"),
   ("tasks",): ("tasks", "models", *PURE),
   LEAVES: LEAVES,
   ("train",): ("tasks", *LEAVES),

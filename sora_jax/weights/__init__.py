@@ -1,0 +1,1 @@
+"""Published weights: which tensor of a safetensors file is which of our params."""
