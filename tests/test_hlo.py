@@ -1,0 +1,158 @@
+"""What the parser counts in compiled programs, against what they are known to do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sora_jax import hlo, sharding
+
+
+def report_of(function, *args, chips=1, **kwargs):
+  text = jax.jit(function, **kwargs).lower(*args).compile().as_text()
+  return hlo.analyze(text, chips)
+
+
+def test_a_matmul_counts_two_flops_a_multiply_add():
+  report = report_of(jnp.matmul, jnp.ones((64, 96)), jnp.ones((96, 128)))
+  assert report.matmul_flops == 2 * 64 * 96 * 128
+
+
+def test_a_scan_counts_as_often_as_it_runs():
+  def loop(x, kernels):
+    return jax.lax.scan(lambda x, k: (jnp.tanh(x @ k), None), x, kernels)[0]
+
+  report = report_of(loop, jnp.ones((64, 32)), jnp.ones((17, 32, 32)))
+  assert report.matmul_flops == 17 * 2 * 64 * 32 * 32
+  assert set(report.trips.values()) == {17}
+
+
+def test_nested_loops_multiply():
+  def inner(x, k):
+    return jax.lax.fori_loop(0, 5, lambda _, y: y @ k, x)
+
+  def outer(x, k):
+    return jax.lax.fori_loop(0, 3, lambda _, y: inner(y, k) + 1, x)
+
+  report = report_of(outer, jnp.ones((16, 16)), jnp.ones((16, 16)))
+  assert report.matmul_flops == 3 * 5 * 2 * 16**3
+
+
+def test_convolutions_count_the_taps_inside():
+  convolve = functools.partial(
+    jax.lax.conv_general_dilated,
+    window_strides=(1, 1),
+    padding=((1, 1), (1, 1)),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+  report = report_of(convolve, jnp.ones((2, 9, 7, 4)), jnp.ones((3, 3, 4, 8)))
+  # 3 taps for each pixel along an axis, but for one at each border.
+  taps = (3 * 9 - 2) * (3 * 7 - 2)
+  assert report.matmul_flops == 2 * taps * 2 * 4 * 8
+
+
+def conv_text(window):
+  return f"""HloModule m
+ENTRY %main (a: f32[1,8,4], b: f32[8,4,16]) -> f32[1,8,16] {{
+  %a = f32[1,8,4]{{2,1,0}} parameter(0)
+  %b = f32[8,4,16]{{2,1,0}} parameter(1)
+  ROOT %c = f32[1,8,16]{{2,1,0}} convolution(%a, %b), window={{{window}}}, \
+dim_labels=b0f_0io->b0f
+}}
+"""
+
+
+def test_a_batched_matmul_in_the_form_of_a_convolution():
+  # The form of the TPU compiler: 8 batches, of which each meets its own kernel only.
+  window = "size=8 stride=7 pad=0_0 lhs_dilate=8"
+  report = hlo.analyze(conv_text(window), 1)
+  assert report.matmul_flops == 2 * 8 * 4 * 16
+
+
+def place(mesh, shape, spec, dtype=jnp.float32):
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def test_collectives_of_a_sharded_matmul():
+  mesh = sharding.make_mesh(fsdp=8)
+  x = place(mesh, (64, 256), P("fsdp"))
+  kernel = place(mesh, (256, 512), P("fsdp"))
+  out = NamedSharding(mesh, P("fsdp"))
+  report = report_of(jnp.matmul, x, kernel, chips=8, out_shardings=out)
+  gather = report.collectives["all-gather"]
+  assert (gather.runs, gather.groups) == (1, {8})
+  assert gather.bytes == 256 * 512 * 4
+  assert gather.wire == gather.bytes * 7 / 8
+
+
+def test_an_all_reduce_sends_everything_twice():
+  mesh = sharding.make_mesh(fsdp=8)
+  report = report_of(
+    lambda x: jnp.sum(x, axis=0),
+    place(mesh, (8, 1024), P("fsdp")),
+    chips=8,
+    out_shardings=NamedSharding(mesh, P()),
+  )
+  reduce = report.collectives["all-reduce"]
+  assert reduce.wire == 2 * 7 / 8 * 1024 * 4
+
+
+FUSED = """HloModule m
+%all-reduce-scatter.1 (input: bf16[512,64]) -> bf16[128,64] {
+  %input = bf16[512,64]{1,0} parameter(0)
+  %r = bf16[512,64]{1,0} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %s = bf16[128,64]{1,0} dynamic-slice(%r), dynamic_slice_sizes={128,64}
+}
+
+ENTRY %main (a: bf16[512,64]) -> bf16[128,64] {
+  %a = bf16[512,64]{1,0} parameter(0)
+  %attend.3 = bf16[512,64]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"x":"y"
+}}
+  ROOT %f = bf16[128,64]{1,0} fusion(%attend.3), kind=kCustom, \
+calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_reduce_scatters_and_kernels_of_the_tpu_compiler():
+  report = hlo.analyze(FUSED, 16, lambda name, type_text, rest: 100.0)
+  scatter = report.collectives["reduce-scatter"]
+  assert (scatter.runs, scatter.groups) == (1, {4})
+  assert scatter.wire == 3 / 4 * 512 * 64 * 2
+  assert report.kernels["attend"] == hlo.Kernel(launches=1.0, flops=100.0)
+
+
+ASYNC = """HloModule m
+ENTRY %main (a: bf16[8,64]) -> bf16[32,64] {
+  %a = bf16[8,64]{1,0} parameter(0)
+  %s = (bf16[8,64]{1,0}, bf16[32,64]{1,0}) all-gather-start(%a), replica_groups=[2,4]
+  %t = bf16[8,64]{1,0} tanh(%a), backend_config={"estimated_cycles":"CYCLES"}
+  ROOT %d = bf16[32,64]{1,0} all-gather-done(%s)
+}
+"""
+
+
+@pytest.mark.parametrize("cycles", [0, 70])
+def test_wire_is_hidden_where_work_is_scheduled_inside(cycles):
+  report = hlo.analyze(ASYNC.replace("CYCLES", str(cycles)), 8)
+  gather = report.collectives["all-gather"]
+  assert gather.wire == 3 / 4 * 32 * 64 * 2
+  assert gather.hidden == (gather.wire if cycles else 0.0)
+
+
+def test_other_text_is_an_error():
+  with pytest.raises(ValueError, match="ENTRY"):
+    hlo.parse("module @jit_f {}")
+
+
+def test_bytes_of_types():
+  assert hlo.num_bytes("(f32[2,3]{1,0:T(8,128)}, bf16[4], pred[], s4[6])") == (
+    24 + 8 + 1 + 3
+  )
+  assert np.isclose(hlo.num_bytes("f8e4m3fn[10]"), 10)
