@@ -51,7 +51,7 @@ def own(name):
 
 
 PURE = ("patches", "diffusion", "sampler")
-LEAVES = ("sharding", "optim", "checkpoint", "metrics")
+LEAVES = ("sharding", "optim", "checkpoint", "metrics", "hlo")
 COMMANDS = (
   "main",
   "stages",
@@ -124,7 +124,7 @@ def test_flax_is_only_in_models():
 
 @pytest.mark.parametrize("layer", ["models", "tasks", *PURE])
 def test_networks_and_math_do_no_io(layer):
-  allowed = ["jax", "numpy", "flax", "math", "functools", "dataclasses"]
+  allowed = ["jax", "numpy", "flax", "tokamax", "math", "functools", "dataclasses"]
   allowed += ["collections", "typing", "sora_jax"]
   for name in inside(layer):
     wrong = {i for i in IMPORTS[name] if not is_in(i, allowed)}

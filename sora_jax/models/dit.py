@@ -63,6 +63,26 @@ class DiTConfig:
     return math.prod(self.patch_size) * self.channels
 
 
+def _preset(width, depth, heads, mlp_width=None, **kwargs):
+  mlp_width = mlp_width or 4 * width
+  return DiTConfig(width=width, depth=depth, heads=heads, mlp_width=mlp_width, **kwargs)
+
+
+PRESETS = {
+  # The sizes of arXiv:2212.09748, and two for pods.
+  "S": _preset(384, 12, 6),
+  "B": _preset(768, 12, 12),
+  "L": _preset(1024, 24, 16),
+  "XL": _preset(1152, 28, 16),
+  "2b": _preset(2048, 28, 16),
+  "14b": _preset(5120, 40, 40, 13824),
+  # arXiv:2503.20314, with UMT5-XXL's features.
+  "wan2.1-t2v-1.3b": _preset(1536, 30, 12, 8960, text_width=4096),
+  "wan2.1-t2v-14b": _preset(5120, 40, 40, 13824, text_width=4096),
+  "wan2.2-ti2v-5b": _preset(3072, 30, 24, 14336, text_width=4096, channels=48),
+}
+
+
 class DiT(nn.Module):
   """Predicts the target (velocity by default) of every token of packed rows.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -74,3 +75,42 @@ def conv(name, kernel, fan_in, fan_out, path, layer=None) -> Entry:
     layer,
     order=(*axes, 1, 0),
   )
+
+
+def assemble(entries: Sequence[Entry], read: Callable[[str], np.ndarray]) -> dict:
+  """Param tree of plain numpy arrays; layers of a leaf are stacked in their order.
+
+  Args:
+    entries: of one network.
+    read: name of a tensor -> its value.
+  """
+  params = {}
+  for path, parts in by_leaf(entries).items():
+    if parts[0].layer is None:
+      value = parts[0].load(read(parts[0].name))
+    else:
+      value = np.stack([entry.load(read(entry.name)) for entry in parts])
+    *outer, last = path.split("/")
+    node = params
+    for key in outer:
+      node = node.setdefault(key, {})
+    node[last] = value
+  return params
+
+
+def by_leaf(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+  """Entries of each leaf of ours, by path, layers in order."""
+  leaves = {}
+  for entry in entries:
+    leaves.setdefault(entry.path, []).append(entry)
+  for path, parts in leaves.items():
+    parts.sort(key=lambda entry: -1 if entry.layer is None else entry.layer)
+    layers = [entry.layer for entry in parts]
+    assert layers in ([None], list(range(len(parts)))), (path, layers)
+  return leaves
+
+
+def leaf_shape(parts: Sequence[Entry]) -> tuple[int, ...]:
+  """Shape of a leaf of ours from its entries."""
+  shape = parts[0].our_shape
+  return shape if parts[0].layer is None else (len(parts), *shape)
