@@ -50,6 +50,9 @@ _MIDDLE = {
 }
 
 
+LAYOUTS = tuple(_BLOCK)
+
+
 def entries(config: VAEConfig, layout: str) -> list[Entry]:
   """Every tensor of a Wan VAE file, by layout "diffusers" or "original".
 
@@ -59,8 +62,8 @@ def entries(config: VAEConfig, layout: str) -> list[Entry]:
   Raises:
     ValueError: for another layout, and if no Wan VAE has this config's structure.
   """
-  if layout not in _BLOCK:
-    raise ValueError(f"layout {layout!r} of VAE weights is not one of {[*_BLOCK]}")
+  if layout not in LAYOUTS:
+    raise ValueError(f"layout {layout!r} of VAE weights is not one of {LAYOUTS}")
   structure = {
     "patch_size": (1, *config.patch_size[1:]),
     "kernel": (3, 3, 3),
