@@ -17,9 +17,11 @@ def get_config(variant: str = "") -> ConfigDict:
 
   Variant "short" (--config=configs/quickstart.py:short) does the same on a handful of
   clips in a minute or two: to see that everything runs, not to learn anything.
+  Variant "ddpm" trains and samples the DiT as DDPM does (arXiv:2006.11239, algorithms 1
+  and 2, but 250 of the 1000 steps).
   """
-  if variant not in ("", "short"):
-    raise ValueError(f"quickstart has no variant {variant!r}; there is 'short'")
+  if variant not in ("", "short", "ddpm"):
+    raise ValueError(f"quickstart has no variant {variant!r}; there are short and ddpm")
   c = ConfigDict()
 
   c.data = ConfigDict()
@@ -60,7 +62,6 @@ def get_config(variant: str = "") -> ConfigDict:
 
   c.dit = ConfigDict()
   c.dit.model = ConfigDict()
-  c.dit.model.patch_size = (1, 2, 2)
   c.dit.model.width = 192
   c.dit.model.depth = 4
   c.dit.model.heads = 3
@@ -109,6 +110,13 @@ def get_config(variant: str = "") -> ConfigDict:
   c.evaluate = ConfigDict()
   c.evaluate.clips = 64
 
+  if variant == "ddpm":
+    c.dit.loss.process = "ddpm_linear"
+    c.dit.loss.target = "eps"
+    c.dit.loss.timesteps = "discrete"
+    c.sample.method = "ddpm"
+    c.sample.steps = 250
+    del c.dit.loss.logit_mean, c.sample.shift
   if variant == "short":
     c.data.train_clips = 48
     c.data.heldout_clips = 8

@@ -215,14 +215,8 @@ def _sample(recipe, workdir, clips):
     Request(clip.captions[0], clip.width, clip.height, clip.frames, clip.fps, seed)
     for seed, clip in enumerate(clips)
   ]
-  videos = Sampler.from_checkpoint(workdir, dtype=recipe.dtype).sample(
-    requests,
-    steps=config.steps,
-    method=config.method,
-    guidance_scale=config.guidance_scale,
-    shift=config.shift,
-    rows=config.rows,
-  )
+  model = Sampler.from_checkpoint(workdir, dtype=recipe.dtype)
+  videos = model.sample(requests, config, rows=config.rows)
   folder = pathlib.Path(workdir) / "evaluate" / "samples"
   return write_samples(folder, requests, videos)
 

@@ -114,17 +114,15 @@ class DiTStage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class Sample(sampler.Options):
   """What the sample stage makes, and how sampling is done everywhere.
 
   prompts: (text, (width, height), frames, fps) each; fps 0 = reference_fps.
+  negative_prompt: what guidance leads away from. rows: packed rows computed at once.
   """
 
   prompts: tuple[tuple[str, tuple[int, int], int, float], ...] = ()
-  steps: int = 32
-  method: str = "euler"
-  guidance_scale: float = 3.0
-  shift: float = 1.0
+  negative_prompt: str = ""
   rows: int = 4
 
 
@@ -290,10 +288,8 @@ def _check(recipe: Recipe) -> None:
   for name in ("vae", "dit"):
     with _naming(f"config.{name}.train"):
       optim.make_schedule(getattr(recipe, name).train, 1.0)
-  if recipe.sample.method not in sampler.METHODS:
-    raise ValueError(
-      f"config.sample.method {recipe.sample.method!r} is none of {sampler.METHODS}"
-    )
+  with _naming("config.sample"):
+    recipe.sample.check(dit.loss.process, dit.loss.target)
   if dit.max_text_tokens > dit.text_tokens:
     raise ValueError(
       f"config.dit.max_text_tokens {dit.max_text_tokens} is more than a row has: "

@@ -21,7 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
-from sora_jax import checkpoint, metrics, patches, sampler, sharding, stages
+from sora_jax import (
+  checkpoint,
+  diffusion,
+  metrics,
+  patches,
+  sampler,
+  sharding,
+  stages,
+)
 from sora_jax import recipe as recipes
 from sora_jax.autoencoder import Autoencoder, from_json
 from sora_jax.data import pack, sources, tokenizer, video
@@ -34,7 +42,10 @@ from sora_jax.tasks import dit as dit_task
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One video to make; frames 1 is an image. Equal requests give equal videos."""
+  """One video to make; frames 1 is an image. Equal requests give equal videos.
+
+  negative_prompt is what guidance leads away from, instead of from no caption at all.
+  """
 
   prompt: str
   width: int
@@ -42,6 +53,7 @@ class Request:
   frames: int
   fps: float
   seed: int = 0
+  negative_prompt: str = ""
 
 
 class Sampler:
@@ -50,13 +62,16 @@ class Sampler:
   def __init__(self, params, meta, autoencoder, vocabulary, dtype):
     """Args: as `from_checkpoint` loads them; vocabulary is a sentencepiece file."""
     self.params, self.meta, self.autoencoder = params, meta, autoencoder
+    self.vocabulary, self.dtype = vocabulary, dtype
     self.mesh = autoencoder.mesh
     self.model = DiTConfig(**from_json(meta["model"]))
     self._tokenizer = tokenizer.Tokenizer(str(vocabulary))
     text = TextEncoderConfig(**from_json(meta["text"]))
+    noise = meta.get("noise", {"process": "flow", "target": "velocity"})
+    self._process, self._target = noise["process"], noise["target"]
     self._integrate = jax.jit(
-      functools.partial(_integrate, self.model, text, dtype),
-      static_argnames=("method", "guided"),
+      functools.partial(_integrate, self.model, text, dtype, **noise),
+      static_argnames="options",
     )
 
   @classmethod
@@ -111,30 +126,39 @@ class Sampler:
   def sample(
     self,
     requests: Sequence[Request],
+    options: sampler.Options | None = None,
     *,
-    steps: int = 32,
-    method: str = "euler",
-    guidance_scale: float = 3.0,
-    shift: float = 1.0,
     rows: int = 4,
   ) -> list[np.ndarray]:
     """Videos of the requests, in order: uint8 [T, H, W, 3] each, of legal sizes.
 
     Args:
       requests: what to make.
-      steps, method, shift: of the ODE solver, see `sampler`.
-      guidance_scale: of classifier-free guidance; 1 = none, and half the work.
+      options: of the solver and of guidance (guidance_scale 1 is half the work); the
+        defaults of `sampler.Options` if not given.
       rows: packed rows computed at once.
+
+    Raises:
+      ValueError: for options that the model's noise process cannot be sampled with.
     """
+    options = options or sampler.Options()
+    options.check(self._process, self._target)
     requests = [self.legal(request) for request in requests]
     if not self.meta["conditional"]:
       if any(request.prompt for request in requests):
         logging.warning("the model was trained without captions: it ignores prompts")
-      requests = [dataclasses.replace(request, prompt="") for request in requests]
-      guidance_scale = 1.0
+      requests = [
+        dataclasses.replace(request, prompt="", negative_prompt="")
+        for request in requests
+      ]
+      options = dataclasses.replace(options, guidance_scale=1.0)
     grids = [self._grid(request) for request in requests]
     texts = [
-      self._tokenizer.encode(r.prompt, self.meta["max_text_tokens"]) for r in requests
+      tuple(
+        self._tokenizer.encode(text, self.meta["max_text_tokens"])
+        for text in (request.prompt, request.negative_prompt)
+      )
+      for request in requests
     ]
     budget = pack.Budget(
       # Longer clips than in training get a longer row, in steps, for few compiles.
@@ -143,11 +167,11 @@ class Sampler:
       self.meta["segments"],
     )
     lengths = [
-      (int(np.prod(grid)), len(ids)) for grid, ids in zip(grids, texts, strict=True)
+      (int(np.prod(grid)), max(map(len, both)))
+      for grid, both in zip(grids, texts, strict=True)
     ]
     planned = pack.plan(lengths, budget, seed=0, epoch=0)
     rows = self.autoencoder.batch_size(min(rows, len(planned)))
-    levels = sampler.schedule(steps, shift)
     latents, begin = {}, time.monotonic()
     for i in range(0, len(planned), rows):
       part = planned[i : i + rows]
@@ -156,10 +180,16 @@ class Sampler:
         patch_BLP = self._integrate(
           self.params,
           sharding.shard_batch(batch, self.mesh),
-          levels,
-          guidance_scale,
-          method=method,
-          guided=guidance_scale != 1.0,
+          self._table(batch, options),
+          options.guidance_scale,
+          # What is an array anyway must not make another program.
+          options=dataclasses.replace(
+            options,
+            steps=1,
+            shift=1.0,
+            shift_tokens=0,
+            guidance_scale=float(options.guidance_scale != 1.0),
+          ),
         )
       patch_BLP = np.asarray(jax.device_get(patch_BLP))
       for row, indices in enumerate(part):
@@ -183,6 +213,16 @@ class Sampler:
     )
     return patches.grid_shape(shape, self.model.patch_size)
 
+  def _table(self, batch, options) -> sampler.Table:
+    """The solver's coefficients for each clip of the rows: [calls, ..., B, N]."""
+    ids_N = 1 + np.arange(self.meta["segments"])
+    tokens_BN = (batch["segment_L"][:, :, None] == ids_N).sum(axis=1)
+    shift_BN = diffusion.resolution_shift(
+      options.shift, np.maximum(tokens_BN, 1.0), options.shift_tokens
+    )
+    levels = sampler.schedule(options.steps, np.broadcast_to(shift_BN, tokens_BN.shape))
+    return sampler.make_table(options.method, levels, self._process, options.eta)
+
   def _batch(self, part, rows, budget, requests, grids, texts):
     L, S, P = budget.tokens, budget.text_tokens, self.model.patch_width
     batch = {
@@ -190,15 +230,14 @@ class Sampler:
       "segment_L": np.zeros((rows, L), np.int32),
       "position_L3": np.zeros((rows, L, 3), np.float32),
       "group_L": np.zeros((rows, L), np.int32),
+      "seed_L": np.zeros((rows, L), np.uint32),
+      "token_L": np.zeros((rows, L), np.uint32),
     }
     for name in ("text_S", "text_segment_S", "text_position_S"):
       batch[name] = np.zeros((rows, S), np.int32)
       batch[f"empty_{name}"] = np.zeros((rows, S), np.int32)
-    batch["t_scale_G"] = np.tile(
-      np.array([1.0, 0.0], np.float32), (rows, self.meta["segments"])
-    )
     for row, indices in enumerate(part):
-      start = text_start = 0
+      start, text_starts = 0, [0, 0]
       for n, index in enumerate(indices):
         request, grid = requests[index], grids[index]
         here = slice(start, start + int(np.prod(grid)))
@@ -213,13 +252,17 @@ class Sampler:
         batch["position_L3"][row, here] = position_L3
         batch["segment_L"][row, here] = n + 1
         batch["group_L"][row, here] = 2 * n
-        there = slice(text_start, text_start + len(texts[index]))
-        batch["text_S"][row, there] = texts[index]
-        batch["text_segment_S"][row, there] = n + 1
-        batch["text_position_S"][row, there] = np.arange(len(texts[index]))
-        batch["empty_text_S"][row, n] = tokenizer.EOS
-        batch["empty_text_segment_S"][row, n] = n + 1
-        start, text_start = here.stop, there.stop
+        batch["seed_L"][row, here] = request.seed % 2**32
+        batch["token_L"][row, here] = np.arange(here.stop - here.start)
+        for k, (prefix, ids) in enumerate(
+          zip(("", "empty_"), texts[index], strict=True)
+        ):
+          there = slice(text_starts[k], text_starts[k] + len(ids))
+          batch[f"{prefix}text_S"][row, there] = ids
+          batch[f"{prefix}text_segment_S"][row, there] = n + 1
+          batch[f"{prefix}text_position_S"][row, there] = np.arange(len(ids))
+          text_starts[k] = there.stop
+        start = here.stop
     return batch
 
   def _decode(self, latents, requests) -> list[np.ndarray]:
@@ -251,9 +294,20 @@ class Sampler:
 
 
 def _integrate(
-  model, text, dtype, params, batch, levels, guidance_scale, *, method, guided
+  model,
+  text,
+  dtype,
+  params,
+  batch,
+  table,
+  guidance_scale,
+  *,
+  process,
+  target,
+  options,
 ):
-  """Noise to latents of packed rows; pure."""
+  """Noise to latents of packed rows; pure. options: their guidance_scale says if."""
+  segment_BL = batch["segment_L"]
 
   def text_of(prefix):
     names = ("text_S", "text_segment_S", "text_position_S")
@@ -261,30 +315,74 @@ def _integrate(
     return packed, dit_task.encode_text(text, params, packed, dtype)
 
   (packed, text_BSE), (empty, empty_BSE) = text_of(""), text_of("empty_")
+  context = {**batch, **packed}
+  # Both in one call of twice the rows.
+  twice = {
+    name: jnp.concatenate([context[name], {**context, **empty}[name]])
+    for name in ("segment_L", "position_L3", "group_L", "text_segment_S")
+  }
+  ids_N = 1 + jnp.arange(table.level.shape[-1])
+  clip_BLN = (segment_BL[:, :, None] == ids_N).astype(jnp.float32)
 
-  def velocity(x_BLP, t):
-    def predict(x_BLP, t_scale_BG, context, text_BSE):
-      return dit_task.predict(
-        model, params, x_BLP, t * t_scale_BG, context, text_BSE, dtype
-      )
+  def per_token(c_BN):
+    return jnp.einsum("bn,bln->bl", c_BN, clip_BLN)[..., None]
 
-    context = {**batch, **packed}
-    if not guided:
-      return predict(x_BLP, batch["t_scale_G"], context, text_BSE)
-    # Both in one call of twice the rows.
-    twice = {
-      name: jnp.concatenate([context[name], {**context, **empty}[name]])
-      for name in ("segment_L", "position_L3", "group_L", "text_segment_S")
-    }
-    v = predict(
+  def clip_mean(x_BL):
+    total_BN = jnp.einsum("bl,bln->bn", x_BL, clip_BLN)
+    mean_BN = total_BN / jnp.maximum(clip_BLN.sum(axis=1), 1.0)
+    return jnp.einsum("bn,bln->bl", mean_BN, clip_BLN)
+
+  def network(x_BLP, level_BN, context, text_BSE):
+    # Each clip has two groups: noisy tokens, and given ones at level 0.
+    t_BG = jnp.stack([level_BN, jnp.zeros_like(level_BN)], -1).reshape(
+      len(level_BN), -1
+    )
+    return dit_task.predict(model, params, x_BLP, t_BG, context, text_BSE, dtype)
+
+  def plain(x_BLP, level_BN):
+    return network(x_BLP, level_BN, context, text_BSE)
+
+  def guided(x_BLP, level_BN):
+    predicted = network(
       jnp.concatenate([x_BLP, x_BLP]),
-      jnp.concatenate([batch["t_scale_G"]] * 2),
+      jnp.concatenate([level_BN, level_BN]),
       twice,
       jnp.concatenate([text_BSE, empty_BSE]),
     )
-    return sampler.guide(*jnp.split(v, 2), guidance_scale)
+    low, high = options.guidance_interval
+    inside_BN = (level_BN >= low) & (level_BN <= high)
+    scale_BL1 = per_token(jnp.where(inside_BN, guidance_scale, 1.0))
+    return sampler.guide(*jnp.split(predicted, 2), scale_BL1, options, clip_mean)
 
-  return sampler.integrate(velocity, batch["noise_LP"], levels, method)
+  def data(x_BLP, level_BN, index):
+    low, high = options.guidance_interval
+    if not options.guidance_scale:
+      predicted = plain(x_BLP, level_BN)
+    elif (low, high) == (0.0, 1.0):
+      predicted = guided(x_BLP, level_BN)
+    else:
+      inside = jnp.any((level_BN >= low) & (level_BN <= high))
+      predicted = jax.lax.cond(inside, guided, plain, x_BLP, level_BN)
+    if options.cfg_zero:
+      predicted = jnp.where(index < options.zero_steps, 0.0, predicted)
+    return diffusion.to_x0(predicted, x_BLP, per_token(level_BN), target, process)
+
+  def noise(index):
+    """Of each token by its clip's seed, so that it does not depend on the row."""
+
+    def draw(seed, token):
+      key = jax.random.fold_in(jax.random.key(seed), index)
+      return jax.random.normal(jax.random.fold_in(key, token), (model.patch_width,))
+
+    return jax.vmap(jax.vmap(draw))(batch["seed_L"], batch["token_L"])
+
+  return sampler.integrate(
+    data,
+    batch["noise_LP"],
+    table,
+    noise if options.stochastic else None,
+    per_token,
+  )
 
 
 def _row_length(tokens: int, longest: int) -> int:
@@ -302,14 +400,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   folder, config = pathlib.Path(workdir) / "sample", recipe.sample
   requests = requests_of(recipe, workdir)
   model = Sampler.from_checkpoint(workdir, dtype=recipe.dtype)
-  videos = model.sample(
-    requests,
-    steps=config.steps,
-    method=config.method,
-    guidance_scale=config.guidance_scale,
-    shift=config.shift,
-    rows=config.rows,
-  )
+  videos = model.sample(requests, config, rows=config.rows)
   write_samples(folder, requests, videos)
   logging.info("%d samples and contact_sheet.png are in %s", len(videos), folder)
 
@@ -341,12 +432,17 @@ def requests_of(recipe: recipes.Recipe, workdir, count=8) -> list[Request]:
     heldout = [clip for clip in clips if clip.split == "heldout"][:count]
     return [
       Request(
-        *(clip.captions[:1] or ("",)), clip.width, clip.height, clip.frames, clip.fps, i
+        *(clip.captions[:1] or ("",)),
+        *(clip.width, clip.height, clip.frames, clip.fps, i),
+        recipe.sample.negative_prompt,
       )
       for i, clip in enumerate(heldout)
     ]
   return [
-    Request(prompt, width, height, frames, fps or recipe.dit.reference_fps, seed)
+    Request(
+      *(prompt, width, height, frames, fps or recipe.dit.reference_fps, seed),
+      recipe.sample.negative_prompt,
+    )
     for seed, (prompt, (width, height), frames, fps) in enumerate(recipe.sample.prompts)
   ]
 
@@ -364,10 +460,36 @@ def _define_flags():
   flags.DEFINE_integer("seed", 0, "Seed of the first prompt; the next gets the next.")
   flags.DEFINE_string("out", "sample.mp4", "File to write: .mp4, .webm, .gif or .png.")
   flags.DEFINE_string("sheet", None, "Also write a contact sheet, a .png.")
-  flags.DEFINE_integer("steps", 32, "Steps of the solver.", 1)
-  flags.DEFINE_enum("method", "euler", sampler.METHODS, "Solver.")
-  flags.DEFINE_float("guidance_scale", 3.0, "Classifier-free guidance; 1 = none.")
-  flags.DEFINE_float("shift", 1.0, "Shift of the noise levels; above 1: more noise.")
+  flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
+  default = sampler.Options()
+  flags.DEFINE_integer("steps", default.steps, "Steps of the solver.", 1)
+  flags.DEFINE_enum("method", default.method, sampler.METHODS, "Solver.")
+  flags.DEFINE_float("eta", default.eta, "Noise of ddim, 0 to 1.")
+  flags.DEFINE_float("shift", default.shift, "Above 1: more steps at much noise.")
+  flags.DEFINE_integer(
+    "shift_tokens", 0, "Tokens that `shift` is for; others get more or less. 0 = all."
+  )
+  flags.DEFINE_float(
+    "guidance_scale", default.guidance_scale, "Classifier-free guidance; 1 = none."
+  )
+  flags.DEFINE_list("guidance_interval", ["0", "1"], "Noise levels where it acts.")
+  flags.DEFINE_float("guidance_rescale", 0.0, "Against too much contrast, 0 to 1.")
+  flags.DEFINE_bool("cfg_zero", default.cfg_zero, "CFG-Zero* guidance.")
+  flags.DEFINE_integer("zero_steps", default.zero_steps, "Its still first steps.")
+
+
+def _options(args) -> sampler.Options:
+  values = {
+    field.name: getattr(args, field.name)
+    for field in dataclasses.fields(sampler.Options)
+  }
+  try:
+    low, high = map(float, args.guidance_interval)
+  except ValueError:
+    raise ValueError(
+      f"--guidance_interval={','.join(args.guidance_interval)} is not LOW,HIGH"
+    ) from None
+  return sampler.Options(**{**values, "guidance_interval": (low, high)})
 
 
 def _main(argv):
@@ -402,16 +524,14 @@ def _main(argv):
   if out.suffix == ".png" and frames > 1:
     raise ValueError(f"--out={out} holds one image, but --frames={frames}")
   requests = [
-    Request(prompt, int(size[1]), int(size[2]), frames, args.fps, args.seed + i)
+    Request(
+      *(prompt, int(size[1]), int(size[2]), frames, args.fps, args.seed + i),
+      args.negative_prompt,
+    )
     for i, prompt in enumerate(prompts)
   ]
-  videos = Sampler.from_checkpoint(args.checkpoint).sample(
-    requests,
-    steps=args.steps,
-    method=args.method,
-    guidance_scale=args.guidance_scale,
-    shift=args.shift,
-  )
+  options = _options(args)
+  videos = Sampler.from_checkpoint(args.checkpoint).sample(requests, options)
   for i, (request, video_THWC) in enumerate(zip(requests, videos, strict=True)):
     name = out.name if len(videos) == 1 else f"{out.stem}-{i:03d}{out.suffix}"
     path = out.with_name(name)

@@ -1,60 +1,293 @@
-"""ODE solvers and guidance, as pure functions of a velocity function."""
+"""Solvers and guidance, as pure functions of a network's prediction of the data.
 
+Every solver here is linear in what it has seen: the state, the state before it, and
+the last three predictions. So a method is a table of coefficients, made in float64 from
+the noise levels, and one scan runs them all. Levels may differ from clip to clip.
+"""
+
+import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from sora_jax import diffusion
 
-METHODS = ("euler", "heun")
+METHODS = ("euler", "heun", "ddpm", "ddim", "dpmpp_2m", "unipc")
 
 
-def schedule(steps: int, shift: float = 1.0) -> Array:
-  """Noise levels from 1 to 0, float32 [steps + 1], shifted towards noise."""
-  return diffusion.shift_timesteps(jnp.linspace(1.0, 0.0, steps + 1), shift)
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How to sample.
+
+  Attributes:
+    steps: of the solver.
+    method: one of METHODS.
+    eta: noise of the method ddim; 0 = none, 1 = about as much as ddpm.
+    shift, shift_tokens: of the levels, see `diffusion.resolution_shift`.
+    guidance_scale: of classifier-free guidance (arXiv:2207.12598); 1 = none.
+    guidance_interval: (low, high) noise levels where it acts (arXiv:2404.07724).
+    guidance_rescale: share of the guided prediction brought back to the standard
+      deviation of the conditional one (arXiv:2305.08891, section 3.4).
+    cfg_zero: project the unconditional prediction on the conditional one first, and
+      stay still for the first `zero_steps` steps (CFG-Zero*, arXiv:2503.18886).
+  """
+
+  steps: int = 32
+  method: str = "euler"
+  eta: float = 0.0
+  shift: float = 1.0
+  shift_tokens: int = 0
+  guidance_scale: float = 3.0
+  guidance_interval: tuple[float, float] = (0.0, 1.0)
+  guidance_rescale: float = 0.0
+  cfg_zero: bool = False
+  zero_steps: int = 1
+
+  def __post_init__(self):
+    low, high = self.guidance_interval
+    for name, value, ok in (
+      ("steps", self.steps, self.steps >= 1),
+      ("method", self.method, self.method in METHODS),
+      ("eta", self.eta, 0 <= self.eta <= 1),
+      ("shift", self.shift, self.shift > 0),
+      ("shift_tokens", self.shift_tokens, self.shift_tokens >= 0),
+      ("guidance_interval", self.guidance_interval, 0 <= low <= high <= 1),
+      ("guidance_rescale", self.guidance_rescale, 0 <= self.guidance_rescale <= 1),
+      ("zero_steps", self.zero_steps, self.zero_steps >= 0),
+    ):
+      if not ok:
+        allowed = f"one of {METHODS}" if name == "method" else "in its range"
+        raise ValueError(f"sampling {name} {value!r} is not {allowed}")
+    if self.eta and self.method != "ddim":
+      raise ValueError(f"sampling eta {self.eta} is for ddim, not {self.method}")
+
+  @property
+  def stochastic(self) -> bool:
+    """Whether steps draw noise."""
+    return self.method == "ddpm" or self.eta > 0
+
+  def check(self, process: str, target: str) -> None:
+    """Raises ValueError if a model of this process and target cannot be sampled so."""
+    if process == "flow" and target == "eps":
+      raise ValueError(
+        "a flow starts from noise alone, where a prediction of eps says nothing about "
+        "the data: train it with the target velocity, v or x0 to sample"
+      )
+    if self.cfg_zero and (process, target) != ("flow", "velocity"):
+      raise ValueError(
+        f"cfg_zero is for the velocity of a flow, not {target} of {process}"
+      )
 
 
-def integrate(
-  velocity: Callable[[Array, Array], Array],
-  x: Array,
-  levels: Array,
-  method: str = "euler",
-) -> Array:
-  """Solves dx/dt = velocity(x, t) from levels[0] to levels[-1].
+class Table(NamedTuple):
+  """Coefficients of a method; R calls of the network, then any axes of the levels.
+
+  Attributes:
+    level [R, ...]: noise level that the network is asked at.
+    correct [R, 5, ...]: of (state, state before, data now, one ago, two ago) in the
+      state after the call.
+    predict [R, 3, ...]: of (that state, data now, one ago) in the next state.
+    noise [R, ...]: standard deviation of what is added to it.
+  """
+
+  level: np.ndarray
+  correct: np.ndarray
+  predict: np.ndarray
+  noise: np.ndarray
+
+
+def schedule(steps: int, shift=1.0) -> np.ndarray:
+  """Noise levels from 1 to 0, float64 [steps + 1, ...], shifted towards noise."""
+  levels = np.linspace(1.0, 0.0, steps + 1).reshape(-1, *np.ones(np.ndim(shift), int))
+  return diffusion.shift_timesteps(levels, np.asarray(shift))
+
+
+def make_table(method: str, levels, process: str = "flow", eta: float = 0.0) -> Table:
+  """Coefficients of a solver from levels[0] to levels[-1] = 0.
 
   Args:
-    velocity: (x, scalar t) -> array like x.
-    x: state at levels[0].
-    levels: decreasing noise levels [steps + 1].
-    method: "euler", one call a step; "heun", two (but one in the last step, where the
-      second would ask the network about clean data).
+    method: "euler" and "heun" solve dx = x0 dalpha + eps dsigma, one and two calls a
+      step; "ddpm" samples the posterior (arXiv:2006.11239, algorithm 2, with its
+      smaller variance) and "ddim" (arXiv:2010.02502) a narrower one; "dpmpp_2m" is
+      DPM-Solver++(2M) (arXiv:2211.01095), "unipc" UniPC-2 with B(h) = e^h - 1
+      (arXiv:2302.04867).
+    levels: decreasing noise levels [steps + 1, ...].
+    process: one of diffusion.PROCESSES.
+    eta: of ddim.
 
   Raises:
     ValueError: for an unknown method.
   """
   if method not in METHODS:
     raise ValueError(f"sampling method {method!r} is not one of {METHODS}")
+  levels = np.asarray(levels, np.float64)
+  alpha, sigma = diffusion.alpha_sigma(process, levels, np)
+  # The ends may have no logarithm: their steps are of first order.
+  with np.errstate(divide="ignore", invalid="ignore"):
+    log_snr = np.log(alpha) - np.log(sigma)
+  rows, steps = [], len(levels) - 1
+  for i in range(steps):
+    correct, noise = _keep(levels[i]), np.zeros_like(levels[i])
+    if method == "euler":
+      predict = _euler(alpha, sigma, i)
+    elif method == "heun":
+      predict = _euler(alpha, sigma, i)
+      if i + 1 < steps:
+        rows.append((levels[i], correct, predict, noise))
+        stay = np.stack([1.0 + noise, noise, noise])
+        rows.append((levels[i + 1], _trapezoid(alpha, sigma, i), stay, noise))
+        continue
+    elif method == "ddpm":
+      predict, noise = _posterior(alpha, sigma, i)
+    elif method == "ddim":
+      predict, noise = _ddim(alpha, sigma, i, eta)
+    else:
+      order = 1 if i in (0, steps - 1) else 2
+      predict = _multistep(alpha, sigma, log_snr, i, order)
+      if method == "unipc" and i > 0:
+        correct = _unipc_correct(alpha, sigma, log_snr, i, 1 if i == 1 else 2)
+    rows.append((levels[i], correct, predict, noise))
+  columns = (np.stack(c).astype(np.float32) for c in zip(*rows, strict=True))
+  return Table(*columns)
 
-  def euler(x, pair):
-    t, t_next = pair
-    return x + (t_next - t) * velocity(x, t), None
 
-  def heun(x, pair):
-    t, t_next = pair
-    v = velocity(x, t)
-    v_next = velocity(x + (t_next - t) * v, t_next)
-    return x + (t_next - t) * 0.5 * (v + v_next), None
+def integrate(
+  predict: Callable[[Array, Array, Array], Array],
+  x: Array,
+  table: Table,
+  noise: Callable[[Array], Array] | None = None,
+  expand: Callable[[Array], Array] = lambda c: c,
+) -> Array:
+  """Runs a solver.
 
-  pairs = (levels[:-1], levels[1:])
-  if method == "euler":
-    return jax.lax.scan(euler, x, pairs)[0]
-  body, last = jax.tree.map(lambda p: p[:-1], pairs), tuple(p[-1] for p in pairs)
-  x, _ = jax.lax.scan(heun, x, body)
-  return euler(x, last)[0]
+  Args:
+    predict: (state, level as in the table, index of the call) -> data that the state
+      comes from, like x.
+    x: state at the first level.
+    table: of the method.
+    noise: index of the call -> standard normal noise like x; for methods that need it.
+    expand: a coefficient [...] -> something that broadcasts against x.
+  """
+
+  def combine(coefficients, values):
+    terms = zip(coefficients, values, strict=True)
+    return sum(expand(c) * value for c, value in terms)
+
+  def step(state, row):
+    (x, before, data_1, data_2), (row, index) = state, row
+    data = predict(x, row.level, index)
+    x = combine(row.correct, (x, before, data, data_1, data_2))
+    following = combine(row.predict, (x, data, data_1))
+    if noise is not None:
+      following += expand(row.noise) * noise(index)
+    return (following, x, data, data_1), None
+
+  table = jax.tree.map(jnp.asarray, table)
+  zeros = jnp.zeros_like(x)
+  rows = (table, jnp.arange(len(table.level)))
+  return jax.lax.scan(step, (x, zeros, zeros, zeros), rows)[0][0]
 
 
-def guide(conditional: Array, unconditional: Array, scale: float) -> Array:
-  """Classifier-free guidance (arXiv:2207.12598); scale 1 is no guidance."""
-  return unconditional + scale * (conditional - unconditional)
+def _keep(level):
+  return np.stack([1.0 + 0.0 * level] + [0.0 * level] * 4)
+
+
+def _euler(alpha, sigma, i):
+  ratio = sigma[i + 1] / sigma[i]
+  return np.stack([ratio, alpha[i + 1] - alpha[i] * ratio, 0.0 * ratio])
+
+
+def _trapezoid(alpha, sigma, i):
+  """The state at i + 1 from both ends of the step: Heun's second half."""
+  (a, b), (s, r) = alpha[i : i + 2], sigma[i : i + 2]
+  da, ds = 0.5 * (b - a), 0.5 * (r - s)
+  return np.stack([ds / r, 1.0 + ds / s, da - ds * b / r, da - ds * a / s, 0.0 * s])
+
+
+def _posterior(alpha, sigma, i):
+  """x_{i+1} given x_i and data: coefficients and standard deviation."""
+  (a, b), (s, r) = alpha[i : i + 2], sigma[i : i + 2]
+  ratio = a / b
+  fresh = s**2 - ratio**2 * r**2  # variance that the step i + 1 -> i adds
+  predict = np.stack([ratio * r**2 / s**2, b * fresh / s**2, 0.0 * s])
+  return predict, np.sqrt(np.maximum(fresh, 0.0)) * r / s
+
+
+def _ddim(alpha, sigma, i, eta):
+  (a, b), (s, r) = alpha[i : i + 2], sigma[i : i + 2]
+  noise = eta * _posterior(alpha, sigma, i)[1]
+  ratio = np.sqrt(np.maximum(r**2 - noise**2, 0.0)) / s
+  return np.stack([ratio, b - a * ratio, 0.0 * s]), noise
+
+
+def _multistep(alpha, sigma, log_snr, i, order):
+  """Exponential integrator over the data: DPM-Solver++ and UniPC's predictor."""
+  h = log_snr[i + 1] - log_snr[i]
+  weight = -alpha[i + 1] * np.expm1(-h)
+  bend = 0.0 * weight
+  if order == 2:
+    bend = 0.5 * weight * h / (log_snr[i] - log_snr[i - 1])
+  return np.stack([sigma[i + 1] / sigma[i], weight + bend, -bend])
+
+
+def _unipc_correct(alpha, sigma, log_snr, i, order):
+  """The state at i again, from i - 1, with the data predicted at i."""
+  h = log_snr[i] - log_snr[i - 1]
+  weight = -alpha[i] * np.expm1(-h)
+  none = np.zeros_like(h)  # h is infinite where the state is noise alone
+  new, old = none + 0.5, none
+  if order == 2:
+    ratio = (log_snr[i - 2] - log_snr[i - 1]) / h  # negative
+    phi_1 = np.expm1(-h)
+    phi_2 = -phi_1 / h - 1.0
+    phi_3 = -phi_2 / h - 0.5
+    # rho_1 + rho_2 = b_1 and ratio rho_1 + rho_2 = b_2, arXiv:2302.04867, eq. 9.
+    b_1, b_2 = phi_2 / phi_1, 2.0 * phi_3 / phi_1
+    rho_1 = (b_1 - b_2) / (1.0 - ratio)
+    new, old = b_1 - rho_1, rho_1 / ratio
+  return np.stack(
+    [
+      none,
+      sigma[i] / sigma[i - 1],
+      weight * new,
+      weight * (1.0 - new - old),
+      weight * old,
+    ]
+  )
+
+
+def guide(
+  conditional: Array,
+  unconditional: Array,
+  scale,
+  options: Options = Options(),
+  clip_mean: Callable[[Array], Array] | None = None,
+) -> Array:
+  """Classifier-free guidance of predictions of a target [B, L, P].
+
+  Args:
+    conditional, unconditional: predictions with and without the caption.
+    scale: strength, broadcasts against them; 1 = none.
+    options: for guidance_rescale and cfg_zero.
+    clip_mean: [B, L] -> mean over the clip of each token, [B, L]; clips in one row do
+      not change each other. Needed for those two.
+  """
+  if options.cfg_zero:
+    product = clip_mean(jnp.mean(conditional * unconditional, axis=-1))
+    square = clip_mean(jnp.mean(jnp.square(unconditional), axis=-1))
+    unconditional = (product / jnp.maximum(square, 1e-12))[..., None] * unconditional
+  guided = unconditional + scale * (conditional - unconditional)
+  if options.guidance_rescale:
+
+    def deviation(x_BLP):
+      mean_BL = clip_mean(jnp.mean(x_BLP, axis=-1))
+      square_BL = jnp.mean(jnp.square(x_BLP - mean_BL[..., None]), axis=-1)
+      return jnp.sqrt(clip_mean(square_BL))[..., None]
+
+    rescaled = guided * deviation(conditional) / jnp.maximum(deviation(guided), 1e-12)
+    guided += options.guidance_rescale * (rescaled - guided)
+  return guided

@@ -87,6 +87,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     "max_text_tokens": stage.max_text_tokens,
     "reference_fps": stage.reference_fps,
     "conditional": made.captioned,
+    "noise": {"process": stage.loss.process, "target": stage.loss.target},
     "vae": stages.fingerprint("vae", workdir),
     "steps": stage.train.steps,
   }
@@ -130,14 +131,7 @@ class _Preview:
   def __call__(self, step, params, writer) -> None:
     self._sampler = self._sampler or self._make(params)
     self._sampler.params = params
-    videos = self._sampler.sample(
-      self._requests,
-      steps=self._config.steps,
-      method=self._config.method,
-      rows=self._config.rows,
-      guidance_scale=self._config.guidance_scale,
-      shift=self._config.shift,
-    )
+    videos = self._sampler.sample(self._requests, self._config, rows=self._config.rows)
     for request, video_THWC in zip(self._requests, videos, strict=True):
       if len(video_THWC) == 1:
         writer.images(step, {request.prompt: video_THWC[0]})

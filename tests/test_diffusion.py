@@ -27,7 +27,7 @@ def test_velocity_is_the_derivative_and_leads_to_both_ends():
   x, derivative = jax.jvp(
     lambda t: diffusion.add_noise(x0, eps, t), (t,), (jnp.ones(()),)
   )
-  v = diffusion.velocity(x0, eps)
+  v = diffusion.make_target(x0, eps, t)
   np.testing.assert_allclose(derivative, v, rtol=1e-6)
   np.testing.assert_allclose(x - t * v, x0, atol=1e-6)
   np.testing.assert_allclose(x + (1 - t) * v, eps, atol=1e-6)
@@ -80,6 +80,76 @@ def test_shift():
     np.testing.assert_allclose(ratio, shift * t[inner] / (1 - t[inner]), rtol=1e-5)
   there_and_back = diffusion.shift_timesteps(diffusion.shift_timesteps(t, 3.0), 1 / 3)
   np.testing.assert_allclose(there_and_back, t, atol=1e-6)
+
+
+def alpha_bar(process):
+  """Of steps 1 to 1000, as the papers define them."""
+  if process == "ddpm_linear":
+    return np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+  f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+  return np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], 0.999))
+
+
+@pytest.mark.parametrize("process", ["ddpm_linear", "ddpm_cosine"])
+def test_published_noise_schedules(process):
+  t = np.arange(1001, dtype=np.float32) / 1000
+  alpha, sigma = (np.asarray(x) for x in diffusion.alpha_sigma(process, t))
+  assert (alpha[0], sigma[0]) == (1.0, 0.0)
+  np.testing.assert_allclose(alpha[1:] ** 2, alpha_bar(process), rtol=2e-4, atol=1e-8)
+  np.testing.assert_allclose(alpha**2 + sigma**2, 1.0, atol=1e-6)
+  between = np.linspace(0, 1, 777, dtype=np.float32)
+  assert np.all(np.diff(diffusion.alpha_sigma(process, between)[0]) < 0)
+
+
+@pytest.mark.parametrize("target", diffusion.TARGETS)
+@pytest.mark.parametrize("process", diffusion.PROCESSES)
+def test_every_target_leads_back_to_the_data(process, target):
+  x0, eps = draw(5, 4), draw(1, 5, 4)[0]
+  for t in np.array([0.0, 1e-3, 0.3, 0.7, 0.9], np.float32):
+    x = diffusion.add_noise(x0, eps, t, process)
+    if not t:
+      np.testing.assert_array_equal(x, x0)
+    predicted = diffusion.make_target(x0, eps, t, target, process)
+    back = diffusion.to_x0(predicted, x, t, target, process)
+    np.testing.assert_allclose(back, x0, atol=2e-5)
+
+
+@pytest.mark.parametrize("process", ["ddpm_linear", "ddpm_cosine"])
+def test_min_snr_weights_of_the_paper(process):
+  t = np.linspace(0.01, 0.9, 30, dtype=np.float32)
+  alpha, sigma = (np.asarray(x, np.float64) for x in diffusion.alpha_sigma(process, t))
+  snr = alpha**2 / sigma**2
+  clipped = np.minimum(snr, 5.0)
+  for target, expected in {
+    "x0": clipped,
+    "eps": clipped / snr,
+    "v": clipped / (snr + 1),
+    "velocity": clipped / (alpha / sigma + 1) ** 2,
+  }.items():
+    weight = diffusion.loss_weight(t, 5.0, target, process)
+    np.testing.assert_allclose(weight, expected, rtol=1e-3)
+
+
+def test_kinds_of_timesteps():
+  def draws(kind, **kwargs):
+    t = diffusion.sample_timesteps(jax.random.key(2), (20000,), kind, **kwargs)
+    return np.asarray(t, np.float64)
+
+  assert scipy.stats.kstest(draws("uniform"), "uniform").pvalue > 1e-3
+  discrete = draws("discrete") * 1000
+  np.testing.assert_allclose(discrete, np.round(discrete), atol=1e-3)
+  assert np.round(discrete.min()) == 1 and np.round(discrete.max()) == 1000
+  # Quantiles, t being a decreasing function of a uniform u.
+  for scale in (0.0, 0.81, 1.29):
+    u = np.linspace(0.05, 0.95, 19)
+    expected = 1 - u - scale * (np.cos(np.pi * u / 2) ** 2 - 1 + u)
+    found = np.quantile(draws("mode", mode_scale=scale), 1 - u)
+    np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_resolution_shift():
+  assert diffusion.resolution_shift(3.0, 4096, 0) == 3.0
+  assert diffusion.resolution_shift(3.0, 1024, 256) == 6.0
 
 
 def test_loss_bins():

@@ -22,7 +22,7 @@ KEY = jax.random.key(0)
 
 
 # File of configs/ -> what its get_config takes.
-VARIANTS = {"quickstart": ("short",)}
+VARIANTS = {"quickstart": ("short", "ddpm")}
 
 
 def config_cases():
@@ -270,7 +270,10 @@ def test_values_keep_or_get_their_type():
     ),
     ("dit.train.schedule", "linear", r"config\.dit\.train: schedule 'linear'"),
     ("vae.train.warmup_steps", 11, r"config\.vae\.train: warmup_steps 11"),
-    ("sample.method", "ddim", r"config\.sample\.method 'ddim' is none of"),
+    ("sample.method", "rk4", r"config\.sample: sampling method 'rk4' is not one of"),
+    ("sample.eta", 0.5, r"config\.sample: sampling eta 0\.5 is for ddim"),
+    ("dit.loss.target", "score", r"dit target 'score' is none of"),
+    ("dit.loss.target", "eps", r"config\.sample: a flow starts from noise alone"),
   ],
 )  # fmt: skip
 def test_wrong_configs(path, value, message):

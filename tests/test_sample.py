@@ -14,6 +14,7 @@ from absl.testing import flagsaver
 from sora_jax import sample, sharding
 from sora_jax.data import video
 from sora_jax.sample import Request
+from sora_jax.sampler import Options
 
 STEPS = 2
 
@@ -39,8 +40,9 @@ def sampler(tiny_run):
 
 
 def make(sampler, *requests, **options):
-  options = {"steps": STEPS, **options}
-  return sampler.sample(requests, **options)
+  rows = options.pop("rows", 4)
+  options = Options(**{"steps": STEPS, **options})
+  return sampler.sample(requests, options, rows=rows)
 
 
 def difference(a_THWC, b_THWC):
@@ -99,6 +101,43 @@ def test_more_videos_than_rows(sampler):
   assert [video.shape for video in videos] == [(17, 64, 64, 3)] * 3
   assert difference(videos[1], alone) <= 1
   assert difference(videos[0], videos[1]) > 3 < difference(videos[1], videos[2])
+
+
+def test_noise_and_statistics_of_a_clip_do_not_depend_on_the_row(sampler):
+  options = {
+    "method": "ddim",
+    "eta": 1.0,
+    "cfg_zero": True,
+    "zero_steps": 0,
+    "guidance_rescale": 0.5,
+    "guidance_interval": (0.3, 1.0),
+    "shift_tokens": 16,
+  }
+  together = make(sampler, WIDE, FILM, IMAGE, **options)
+  (alone,) = make(sampler, FILM, **options)
+  assert difference(together[1], alone) <= 1
+  (again,) = make(sampler, dataclasses.replace(FILM, seed=9), **options)
+  assert difference(again, alone) > 20
+
+
+def test_negative_prompt(sampler):
+  """Led away from its own prompt, guidance has no effect."""
+  own = dataclasses.replace(FILM, negative_prompt=FILM.prompt)
+  strong = make(sampler, own, guidance_scale=8.0)[0]
+  assert difference(strong, make(sampler, FILM, guidance_scale=1.0)[0]) <= 2
+  other = dataclasses.replace(FILM, negative_prompt="a blue star that turns")
+  plain = make(sampler, FILM, guidance_scale=8.0)[0]
+  assert difference(make(sampler, other, guidance_scale=8.0)[0], plain) > 2
+
+
+def test_a_model_is_sampled_by_its_own_noise_process(sampler):
+  meta = {**sampler.meta, "noise": {"process": "ddpm_linear", "target": "eps"}}
+  parts = (sampler.params, meta, sampler.autoencoder, sampler.vocabulary)
+  made = sample.Sampler(*parts, sampler.dtype)
+  (ours,), (flow,) = make(made, FILM), make(sampler, FILM)
+  assert difference(ours, flow) > 20
+  with pytest.raises(ValueError, match="cfg_zero is for the velocity of a flow"):
+    make(made, FILM, cfg_zero=True)
 
 
 def test_heun_and_guidance(sampler, film):

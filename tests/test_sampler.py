@@ -1,15 +1,26 @@
 """Solvers: order of convergence, an analytic Gaussian, guidance, schedule."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax import sampler
+from sora_jax import diffusion, sampler
 
 DIM = 6
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "schedulers.npz"
+
+
+def solve(velocity, x, levels, method="euler", noise=None):
+  """Solves dx/dt = velocity(x, t) of a flow."""
+
+  def data(x, t, _):
+    return diffusion.to_x0(velocity(x, t), x, t)
+
+  return sampler.integrate(data, x, sampler.make_table(method, levels), noise)
 
 
 def gaussian():
@@ -31,7 +42,7 @@ def solve_gaussian(x_BD, steps, method):
     eps_BD = t * y_BD @ basis.T
     return eps_BD - x0_BD
 
-  return sampler.integrate(velocity, x_BD, sampler.schedule(steps), method)
+  return solve(velocity, x_BD, sampler.schedule(steps), method)
 
 
 def whiten(covariance):
@@ -40,7 +51,12 @@ def whiten(covariance):
   return basis.T @ covariance @ basis / np.sqrt(variance[:, None] * variance)
 
 
-@pytest.mark.parametrize("method, tolerance", [("euler", 3e-2), ("heun", 2e-3)])
+@pytest.mark.parametrize(
+  "method, tolerance",
+  # The multistep methods end with a step of first order.
+  [("euler", 3e-2), ("heun", 2e-3), ("ddim", 3e-2), ("dpmpp_2m", 5e-3)]
+  + [("unipc", 5e-3)],
+)
 def test_solves_a_gaussian(method, tolerance):
   """The flow is affine, x -> A x + b, so N(0, I) goes to exactly N(b, A A^T)."""
   corners = np.concatenate([np.zeros((1, DIM)), np.eye(DIM)]).astype(np.float32)
@@ -61,27 +77,36 @@ def test_samples_have_the_moments_of_a_gaussian():
   assert np.abs(whitened - np.eye(DIM)).max() < 6 * np.sqrt(2 / count)
 
 
-@pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2)])
-def test_order_of_convergence(method, order):
-  """dx/dt = x cos(3 t) from t = 1 to 0, whose solution is known."""
-  exact = np.exp(-np.sin(3.0) / 3)
+def slopes(method, levels_of, steps, exact):
+  """Orders of convergence on dx/dt = x cos(3 t), between each two numbers of steps."""
 
-  def error(steps):
-    out = sampler.integrate(
-      lambda x, t: x * jnp.cos(3 * t), jnp.ones(()), sampler.schedule(steps), method
-    )
+  def error(n):
+    out = solve(lambda x, t: x * jnp.cos(3 * t), jnp.ones(()), levels_of(n), method)
     return abs(float(out) - exact)
 
-  errors = np.array([error(steps) for steps in (32, 64, 128)])
-  np.testing.assert_allclose(np.log2(errors[:-1] / errors[1:]), order, atol=0.3)
+  errors = np.array([error(n) for n in steps])
+  return np.log2(errors[:-1] / errors[1:])
 
 
-@pytest.mark.parametrize("method", sampler.METHODS)
+@pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2)])
+def test_order_of_convergence(method, order):
+  exact = np.exp(-np.sin(3.0) / 3)  # from t = 1 to 0
+  found = slopes(method, sampler.schedule, (32, 64, 128), exact)
+  np.testing.assert_allclose(found, order, atol=0.3)
+
+
+@pytest.mark.parametrize("method", ["dpmpp_2m", "unipc"])
+def test_multistep_methods_are_of_second_order_at_least(method):
+  # Without the ends, where their steps in log(alpha / sigma) are infinite.
+  exact = np.exp((np.sin(0.3) - np.sin(2.7)) / 3)
+  found = slopes(method, lambda n: np.linspace(0.9, 0.1, n + 1), (16, 32, 64), exact)
+  assert np.all(found > 1.7)
+
+
+@pytest.mark.parametrize("method", set(sampler.METHODS) - {"ddpm"})
 def test_straight_paths_need_one_step(method):
   noise, data = jnp.arange(3.0), jnp.array([5.0, -1.0, 2.0])
-  out = sampler.integrate(
-    lambda x, t: noise - data, noise, sampler.schedule(1, 3.0), method
-  )
+  out = solve(lambda x, t: noise - data, noise, sampler.schedule(1, 3.0), method)
   np.testing.assert_allclose(out, data, atol=1e-6)
 
 
@@ -93,7 +118,7 @@ def test_network_is_never_asked_about_clean_data(method, calls):
     jax.debug.callback(lambda t: levels.append(float(t)), t)
     return jnp.zeros_like(x)
 
-  sampler.integrate(velocity, jnp.zeros(2), sampler.schedule(4), method)
+  solve(velocity, jnp.zeros(2), sampler.schedule(4), method)
   jax.effects_barrier()
   assert len(levels) == calls
   assert min(levels) == pytest.approx(0.25) and max(levels) == 1.0
@@ -101,7 +126,7 @@ def test_network_is_never_asked_about_clean_data(method, calls):
 
 def test_unknown_method():
   with pytest.raises(ValueError, match="'rk4' is not one of"):
-    sampler.integrate(lambda x, t: x, jnp.zeros(2), sampler.schedule(2), "rk4")
+    sampler.make_table("rk4", sampler.schedule(2))
 
 
 def test_guidance():
@@ -116,7 +141,145 @@ def test_schedule():
   levels = np.asarray(sampler.schedule(8))
   np.testing.assert_allclose(levels, np.linspace(1, 0, 9), atol=1e-7)
   shifted = np.asarray(sampler.schedule(8, 3.0))
-  assert shifted.dtype == np.float32 and shifted.shape == (9,)
+  assert shifted.dtype == np.float64 and shifted.shape == (9,)
   assert shifted[0] == 1.0 and shifted[-1] == 0.0
   assert np.all(np.diff(shifted) < 0)
   np.testing.assert_allclose(shifted, 3 * levels / (1 + 2 * levels), atol=1e-6)
+
+
+# What golden/make_schedulers.py ran: process, target, eta.
+GOLDEN_CASES = {
+  "euler": ("flow", "velocity", 0.0),
+  "unipc": ("flow", "velocity", 0.0),
+  "dpmpp_2m": ("flow", "velocity", 0.0),
+  "unipc-eps": ("ddpm_linear", "eps", 0.0),
+  "dpmpp_2m-eps": ("ddpm_linear", "eps", 0.0),
+  "ddpm-eps": ("ddpm_linear", "eps", 0.0),
+  "ddpm-v": ("ddpm_cosine", "v", 0.0),
+  "ddim-eps": ("ddpm_linear", "eps", 0.0),
+  "ddim-v-eta": ("ddpm_cosine", "v", 0.7),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN_CASES)
+def test_trajectory_equals_diffusers(name):
+  process, target, eta = GOLDEN_CASES[name]
+  with np.load(GOLDEN) as golden:
+    levels, draws, states = (
+      golden[f"{name}/{k}"] for k in ("levels", "draws", "states")
+    )
+  method = name.split("-")[0]
+  table = sampler.make_table(method, levels, process, eta)
+  stochastic = sampler.Options(method=method, eta=eta).stochastic
+
+  seen = []
+
+  def data(x, t, _):
+    jax.debug.callback(seen.append, x, ordered=True)
+    predicted = jnp.sin(1.5 * x) * (0.3 + t) + 0.5 * x - 0.2 * t
+    return diffusion.to_x0(predicted, x, t, target, process)
+
+  noise = (lambda i: jnp.asarray(draws[1:])[i]) if stochastic else None
+  out = sampler.integrate(data, jnp.asarray(draws[0]), table, noise)
+  jax.effects_barrier()
+  for ours, state in zip([*seen[1:], out], states, strict=True):
+    assert np.linalg.norm(ours - state) <= 1e-5 * np.linalg.norm(state)
+
+
+def test_levels_of_their_own_for_each_clip():
+  x = jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)
+  shift = np.array([1.0, 4.0])
+
+  def velocity(x, t):
+    return x * jnp.cos(3 * t)
+
+  def data(x, t, _):
+    return diffusion.to_x0(velocity(x, t[:, None]), x, t[:, None])
+
+  for method in ("heun", "unipc"):
+    table = sampler.make_table(method, sampler.schedule(7, shift))
+    out = sampler.integrate(data, x, table, expand=lambda c: c[:, None])
+    for i in range(2):
+      alone = solve(velocity, x[i], sampler.schedule(7, shift[i]), method)
+      np.testing.assert_allclose(out[i], alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("process", ["ddpm_linear", "ddpm_cosine"])
+@pytest.mark.parametrize("method, eta", [("ddpm", 0.0), ("ddim", 1.0)])
+def test_ancestral_samples_have_the_moments_of_the_data(process, method, eta):
+  """Algorithm 2 of arXiv:2006.11239, all steps, with the best eps of Gaussian data."""
+  mean, deviation, count = 1.5, 0.4, 8192
+
+  def data(x, t, _):
+    alpha, sigma = diffusion.alpha_sigma(process, t)
+    variance = alpha**2 * deviation**2 + sigma**2
+    eps = sigma * (x - alpha * mean) / variance
+    return diffusion.to_x0(eps, x, t, "eps", process)
+
+  table = sampler.make_table(method, sampler.schedule(1000), process, eta)
+  x = jax.random.normal(jax.random.key(0), (count,))
+
+  def noise(i):
+    return jax.random.normal(jax.random.fold_in(jax.random.key(1), i), (count,))
+
+  samples = np.asarray(sampler.integrate(data, x, table, noise))
+  assert abs(samples.mean() - mean) < 4 * deviation / np.sqrt(count)
+  assert abs(samples.std() / deviation - 1) < 0.04
+
+
+def two_clips():
+  """Predictions of two clips in a row and padding, and the mean over each clip."""
+  rng = np.random.default_rng(0)
+  conditional, unconditional = rng.standard_normal((2, 1, 9, 4)).astype(np.float32)
+  clips = [slice(0, 5), slice(5, 8)]
+
+  def clip_mean(x_BL):
+    means = [jnp.full_like(x_BL[:, c], x_BL[:, c].mean()) for c in clips]
+    return jnp.concatenate([*means, jnp.zeros_like(x_BL[:, 8:])], axis=1)
+
+  return conditional, unconditional, clips, clip_mean
+
+
+def test_rescaled_guidance_has_the_deviation_of_the_conditional():
+  conditional, unconditional, clips, clip_mean = two_clips()
+  options = sampler.Options(guidance_rescale=1.0)
+  out = sampler.guide(conditional, unconditional, 5.0, options, clip_mean)
+  plain = sampler.guide(conditional, unconditional, 5.0)
+  half = sampler.guide(
+    conditional, unconditional, 5.0, sampler.Options(guidance_rescale=0.5), clip_mean
+  )
+  for clip in clips:
+    expected = plain[:, clip] * conditional[:, clip].std() / plain[:, clip].std()
+    np.testing.assert_allclose(out[:, clip], expected, rtol=1e-4)
+    np.testing.assert_allclose(
+      half[:, clip], 0.5 * (plain + out)[:, clip], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_cfg_zero_projects_each_clip():
+  conditional, unconditional, clips, clip_mean = two_clips()
+  options = sampler.Options(cfg_zero=True)
+  out = sampler.guide(conditional, unconditional, 3.0, options, clip_mean)
+  for clip in clips:
+    c, u = conditional[:, clip], unconditional[:, clip]
+    projected = np.sum(c * u) / np.sum(u * u) * u
+    expected = projected + 3.0 * (c - projected)
+    np.testing.assert_allclose(out[:, clip], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "wrong",
+  [
+    {"steps": 0},
+    {"method": "rk4"},
+    {"eta": 2.0, "method": "ddim"},
+    {"eta": 0.5},
+    {"shift": 0.0},
+    {"guidance_interval": (0.6, 0.4)},
+    {"guidance_rescale": 1.5},
+    {"zero_steps": -1},
+  ],
+)
+def test_options_out_of_range(wrong):
+  with pytest.raises(ValueError, match=f"sampling {next(iter(wrong))}"):
+    sampler.Options(**wrong)

@@ -1,4 +1,4 @@
-"""What the DiT learns: the velocity of noisy tokens, given clean ones and a caption."""
+"""What the DiT learns: the target of noisy tokens, given clean ones and a caption."""
 
 import dataclasses
 
@@ -15,14 +15,41 @@ from sora_jax.tasks import Task
 
 @dataclasses.dataclass(frozen=True)
 class DiTLossConfig:
-  """Noise levels of training are sigmoid(N(logit_mean, logit_std)), one a clip.
+  """The noise of training, one level a clip; see `diffusion` for the terms.
 
-  bins: parts of [0, 1] for the reported loss by noise level.
+  Attributes:
+    process, target: one of diffusion.PROCESSES and of diffusion.TARGETS.
+    timesteps: how levels are drawn, one of diffusion.TIMESTEPS, with logit_mean and
+      logit_std, or mode_scale, for the kinds that have them.
+    shift, shift_tokens: moves the drawn levels, see `diffusion.resolution_shift`.
+    min_snr_gamma: limit of the min-SNR weights (arXiv:2303.09556: 5); 0 = no weights.
+    bins: parts of [0, 1] for the reported loss by noise level.
   """
 
+  process: str = "flow"
+  target: str = "velocity"
+  timesteps: str = "logit_normal"
   logit_mean: float = 0.0
   logit_std: float = 1.0
+  mode_scale: float = 1.29
+  shift: float = 1.0
+  shift_tokens: int = 0
+  min_snr_gamma: float = 0.0
   bins: int = 4
+
+  def __post_init__(self):
+    for name, known in (
+      ("process", diffusion.PROCESSES),
+      ("target", diffusion.TARGETS),
+      ("timesteps", diffusion.TIMESTEPS),
+    ):
+      if getattr(self, name) not in known:
+        raise ValueError(f"dit {name} {getattr(self, name)!r} is none of {known}")
+    for name in ("shift_tokens", "min_snr_gamma"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"dit {name} {getattr(self, name)} is negative")
+    if self.shift <= 0:
+      raise ValueError(f"dit shift {self.shift} is not positive")
 
 
 def make(
@@ -39,6 +66,7 @@ def make(
     segments: most clips that a row can hold.
     dtype: of the computation; params, modulation and loss are float32.
   """
+  process, target = loss_config.process, loss_config.target
 
   def init(key: Array):
     text_key, dit_key = jax.random.split(key)
@@ -63,24 +91,39 @@ def make(
     t_BG = jnp.stack([t_BN, jnp.zeros_like(t_BN)], -1).reshape(len(t_BN), -1)
     t_BL = jnp.take_along_axis(t_BG, batch["group_L"], axis=1)
     eps_BLP = jax.random.normal(key, x0_BLP.shape)
-    x_BLP = diffusion.add_noise(x0_BLP, eps_BLP, t_BL[..., None])
+    t_BL1 = t_BL[..., None]
+    x_BLP = diffusion.add_noise(x0_BLP, eps_BLP, t_BL1, process)
     text_BSE = encode_text(text, params, batch, dtype)
-    velocity_BLP = predict(model, params, x_BLP, t_BG, batch, text_BSE, dtype)
-    error_BLP = jnp.square(velocity_BLP - diffusion.velocity(x0_BLP, eps_BLP))
+    predicted_BLP = predict(model, params, x_BLP, t_BG, batch, text_BSE, dtype)
+    target_BLP = diffusion.make_target(x0_BLP, eps_BLP, t_BL1, target, process)
+    error_BLP = jnp.square(predicted_BLP - target_BLP)
     noisy_BL = (batch["segment_L"] > 0) & (batch["group_L"] % 2 == 0)
     return error_BLP.mean(-1), noisy_BL.astype(jnp.float32), t_BL
 
   def mean(error_BL, noisy_BL):
     return jnp.sum(error_BL * noisy_BL) / jnp.maximum(jnp.sum(noisy_BL), 1.0)
 
-  def loss(params, batch, key: Array):
-    t_key, eps_key = jax.random.split(key)
+  def draw_levels(key, segment_BL):
     t_BN = diffusion.sample_timesteps(
-      t_key,
-      (len(batch["segment_L"]), segments),
+      key,
+      (len(segment_BL), segments),
+      loss_config.timesteps,
       mean=loss_config.logit_mean,
       std=loss_config.logit_std,
+      mode_scale=loss_config.mode_scale,
     )
+    if loss_config.shift == 1.0 and not loss_config.shift_tokens:
+      return t_BN
+    ids_N = 1 + jnp.arange(segments)
+    tokens_BN = jnp.sum(segment_BL[:, :, None] == ids_N, axis=1)
+    shift_BN = diffusion.resolution_shift(
+      loss_config.shift, jnp.maximum(tokens_BN, 1), loss_config.shift_tokens
+    )
+    return diffusion.shift_timesteps(t_BN, shift_BN)
+
+  def loss(params, batch, key: Array):
+    t_key, eps_key = jax.random.split(key)
+    t_BN = draw_levels(t_key, batch["segment_L"])
     error_BL, noisy_BL, t_BL = errors(params, batch, eps_key, t_BN)
     real_BL = batch["segment_L"] > 0
     metrics = {
@@ -88,6 +131,9 @@ def make(
       "given": 1.0 - jnp.sum(noisy_BL) / jnp.maximum(jnp.sum(real_BL), 1),
       **diffusion.loss_bins(error_BL, noisy_BL, t_BL, loss_config.bins),
     }
+    gamma = loss_config.min_snr_gamma
+    if gamma:
+      error_BL *= diffusion.loss_weight(t_BL, gamma, target, process)
     return mean(error_BL, noisy_BL), metrics
 
   def evaluate(params, batch, key: Array):
@@ -115,7 +161,7 @@ def encode_text(config: TextEncoderConfig, params, batch, dtype=jnp.float32) -> 
 def predict(
   config: DiTConfig, params, x_BLP, t_BG, batch, text_BSE, dtype=jnp.float32
 ) -> Array:
-  """Velocity [B, L, P] of packed rows, float32."""
+  """The network's output [B, L, P] for packed rows, float32."""
   return DiT(config, dtype).apply(
     {"params": params["dit"]},
     x_BLP,

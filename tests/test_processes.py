@@ -1,0 +1,154 @@
+"""Which noise process, target and sampler go together: each trains, and samples."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden.make_losses import FAST_COMPILE
+
+from sora_jax import diffusion, sample, sampler
+from sora_jax.models.dit import DiTConfig
+from sora_jax.models.text import TextEncoderConfig
+from sora_jax.tasks import dit as dit_task
+
+MODEL = DiTConfig(
+  width=16, depth=1, heads=2, mlp_width=16, channels=2, text_width=8, frequency_width=8
+)
+TEXT = TextEncoderConfig(vocab_size=300, width=8, depth=1, heads=2)
+SEGMENTS = 2
+ALL = sampler.METHODS
+# process, target: the methods that sample what it has learnt.
+TABLE = {
+  ("flow", "velocity"): ALL,
+  ("flow", "eps"): (),  # at t = 1 there is no data in x, nor in a prediction of eps
+  ("flow", "x0"): ALL,
+  ("flow", "v"): ALL,
+  ("ddpm_linear", "velocity"): ALL,
+  ("ddpm_linear", "eps"): ALL,
+  ("ddpm_linear", "x0"): ALL,
+  ("ddpm_linear", "v"): ALL,
+  ("ddpm_cosine", "velocity"): ALL,
+  ("ddpm_cosine", "eps"): ALL,
+  ("ddpm_cosine", "x0"): ALL,
+  ("ddpm_cosine", "v"): ALL,
+}
+
+
+# Compiling takes nearly all of the time, and the programs are tiny.
+fast_jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+
+
+def rows():
+  """One row: a clip of 6 tokens with a given one, one of 3, and padding."""
+  rng = np.random.default_rng(0)
+  segment_L = np.array([1] * 6 + [2] * 3 + [0])
+  group_L = np.array([1] + [0] * 5 + [2] * 3 + [0])
+  text_segment_S = np.array([1, 1, 2, 0])
+  batch = {
+    "patch_LP": rng.standard_normal((10, MODEL.patch_width)).astype(np.float32),
+    "segment_L": segment_L,
+    "group_L": group_L,
+    "position_L3": rng.integers(0, 3, (10, 3)).astype(np.float32),
+    "text_S": rng.integers(3, 300, 4),
+    "text_segment_S": text_segment_S,
+    "text_position_S": np.array([0, 1, 0, 0]),
+    "seed_L": segment_L.astype(np.uint32),
+    "token_L": np.arange(10, dtype=np.uint32),
+  }
+  batch["noise_LP"] = rng.standard_normal(batch["patch_LP"].shape).astype(np.float32)
+  for name in ("text_S", "text_segment_S", "text_position_S"):
+    batch[f"empty_{name}"] = batch[name]
+  return {k: jnp.asarray(v)[None] for k, v in batch.items()}
+
+
+def task_of(process, target, **kwargs):
+  config = dit_task.DiTLossConfig(process=process, target=target, **kwargs)
+  return dit_task.make(MODEL, TEXT, config, SEGMENTS)
+
+
+@functools.cache
+def params(seed):
+  """Random ones: a fresh head is zero, and would hide what a sampler does."""
+  shapes = jax.eval_shape(task_of("flow", "velocity").init, jax.random.key(0))
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda s: 0.3 * rng.standard_normal(s.shape).astype(np.float32), shapes
+  )
+
+
+def test_the_table_is_whole():
+  assert set(TABLE) == {(p, t) for p in diffusion.PROCESSES for t in diffusion.TARGETS}
+
+
+@pytest.mark.parametrize("process, target", TABLE)
+def test_trains(process, target):
+  """A step down the gradient lowers the loss."""
+  timesteps = {"flow": "mode", "ddpm_linear": "discrete", "ddpm_cosine": "uniform"}
+  task = task_of(
+    process,
+    target,
+    timesteps=timesteps[process],
+    shift=2.0,
+    shift_tokens=4,
+    min_snr_gamma=5.0,
+  )
+  step = fast_jit(
+    jax.value_and_grad(lambda p: task.loss(p, rows(), jax.random.key(1)), has_aux=True)
+  )
+  (before, values), gradients = step(params(0))
+  size = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradients)))
+  lower = jax.tree.map(lambda p, g: p - 1e-2 * g / size, params(0), gradients)
+  (after, _), _ = step(lower)
+  assert np.isfinite(before) and after < before
+  np.testing.assert_allclose(values["given"], 1 / 9, rtol=1e-5)
+
+
+@functools.cache
+def program(process, target):
+  return fast_jit(
+    functools.partial(
+      sample._integrate, MODEL, TEXT, jnp.float32, process=process, target=target
+    ),
+    static_argnames="options",
+  )
+
+
+def sampled(process, target, method, params=None, **kwargs):
+  # Five calls each, so that methods share a program.
+  steps = 3 if method == "heun" else 5
+  options = sampler.Options(steps=steps, method=method, **kwargs)
+  options.check(process, target)
+  levels = sampler.schedule(steps, np.ones((1, SEGMENTS)))
+  table = sampler.make_table(method, levels, process, options.eta)
+  kind = "ddpm" if options.stochastic else "euler"
+  options = sampler.Options(method=kind, **kwargs)
+  run = program(process, target)
+  return np.asarray(run(params, rows(), table, 2.0, options=options))
+
+
+@pytest.mark.parametrize("process, target", TABLE)
+def test_samples(process, target):
+  if not TABLE[process, target]:
+    with pytest.raises(ValueError, match="starts from noise alone"):
+      sampled(process, target, "euler", params(0))
+    return
+  real = np.asarray(rows()["segment_L"]) > 0
+  methods = TABLE[process, target]
+  found = {m: sampled(process, target, m, params(0))[real] for m in methods}
+  for method, out in found.items():
+    assert np.all(np.isfinite(out)), method
+    same = [m for m in found if np.array_equal(found[m], out)]
+    assert len(same) == 1 or set(same) == {"euler", "ddim"}, same
+
+
+def test_a_network_that_says_zero():
+  """Samples follow by hand."""
+  zeros = jax.tree.map(np.zeros_like, params(0))
+  noise = np.asarray(rows()["noise_LP"])
+  real = np.asarray(rows()["segment_L"])[..., None] > 0
+  # A velocity of zero leaves the noise as it is; data of zero ends in zero.
+  stay = sampled("flow", "velocity", "euler", zeros)
+  np.testing.assert_allclose(stay, np.where(real, noise, 0), atol=1e-6)
+  np.testing.assert_array_equal(sampled("ddpm_linear", "x0", "ddpm", zeros), 0 * noise)
