@@ -1,19 +1,24 @@
 """A trained VAE as other stages use it: pixels to normalised latents and back."""
 
 import functools
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import checkpoint, sharding
+from sora_jax import checkpoint, sharding, tiling
 from sora_jax.models.vae import VAE, VAEConfig
+from sora_jax.models.vae_stream import decode_chunk, encode_chunk
 from sora_jax.tasks import vae as vae_task
 
 
 class Autoencoder:
-  """Jitted encode and decode of a model folder, sharded over the batch.
+  """Jitted encode and decode of a model folder, sharded over the mesh.
+
+  The batch goes over `data` and `fsdp`, the height of frames over `context`, so that
+  several devices can share one large clip.
 
   Latents leave and enter normalised: (posterior mean - latent mean) / latent std per
   channel, with the statistics that are stored with the model.
@@ -32,17 +37,31 @@ class Autoencoder:
     std = np.asarray(meta["latent_std"], np.float32)
     vae = VAE(self.config, dtype)
 
-    @functools.partial(jax.jit, out_shardings=replicated)
-    def encode(params, video_BTHWC):
-      video_BTHWC = vae_task.to_float(video_BTHWC)
-      latent, _ = vae.apply({"params": params}, video_BTHWC, method=VAE.encode)
-      return (latent - mean) / std
+    # A donated cache is overwritten by the next one.
+    jit = functools.partial(
+      jax.jit,
+      out_shardings=(replicated, None),
+      static_argnames="keep",
+      donate_argnames="cache",
+    )
 
-    @functools.partial(jax.jit, out_shardings=replicated)
-    def decode(params, latent_BTHWC):
-      latent_BTHWC = latent_BTHWC * std + mean
-      video = vae.apply({"params": params}, latent_BTHWC, method=VAE.decode)
-      return vae_task.to_uint8(video)
+    @jit
+    def encode(params, video_BTHWC, cache=None, keep=False):
+      video_BTHWC = vae_task.to_float(self._shard(video_BTHWC))
+      if keep:
+        (latent, _), cache = encode_chunk(vae, params, video_BTHWC, cache)
+      else:
+        latent, _ = vae.apply({"params": params}, video_BTHWC, method=VAE.encode)
+      return (latent - mean) / std, jax.tree.map(self._shard_evenly, cache)
+
+    @jit
+    def decode(params, latent_BTHWC, cache=None, keep=False):
+      latent_BTHWC = self._shard(latent_BTHWC) * std + mean
+      if keep:
+        video, cache = decode_chunk(vae, params, latent_BTHWC, cache)
+      else:
+        video = vae.apply({"params": params}, latent_BTHWC, method=VAE.decode)
+      return vae_task.to_uint8(video), jax.tree.map(self._shard_evenly, cache)
 
     self._encode, self._decode = encode, decode
 
@@ -51,21 +70,85 @@ class Autoencoder:
 
     B must divide by the mesh. Compiles once for each shape.
     """
-    return self._apply(self._encode, video_BTHWC)
+    return self._apply(self._encode, video_BTHWC)[0]
 
   def decode(self, latent_BTHWC: np.ndarray) -> np.ndarray:
     """Normalised latents -> uint8 video; B must divide by the mesh."""
-    return self._apply(self._decode, latent_BTHWC)
+    return self._apply(self._decode, latent_BTHWC)[0]
+
+  def encode_stream(
+    self, chunks: Iterable[np.ndarray], tile: int | None = None
+  ) -> Iterator[np.ndarray]:
+    """Latents of a video that comes in chunks, as `encode` of the whole would give.
+
+    Args:
+      chunks: uint8 [B, T, H, W, 3], the first of 1 + 4k frames, later ones of 4k; see
+        `in_chunks`. Memory does not grow with their number.
+      tile: pixels a side of the tiles that frames are cut into, where they are larger.
+        Neighbours overlap by a quarter at least and are blended, so that the latents
+        are nearly those of the whole frame.
+
+    Raises:
+      ValueError: for a chunk off the grid, and a tile that is no multiple of the space
+        factor, or of one latent only.
+    """
+    return self._stream(self._encode, chunks, tile, self.config.space_factor, 1)
+
+  def decode_stream(
+    self, chunks: Iterable[np.ndarray], tile: int | None = None
+  ) -> Iterator[np.ndarray]:
+    """uint8 video of latents that come in chunks of any sizes; see `encode_stream`."""
+    return self._stream(self._decode, chunks, tile, 1, self.config.space_factor)
 
   def batch_size(self, wanted: int) -> int:
     """Smallest multiple of the mesh's batch shards that is at least `wanted`."""
     ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
     return -(-wanted // ways) * ways
 
-  def _apply(self, function, x):
+  def _stream(self, step, chunks, tile, scale_in, scale_out):
+    tiles = None
+    for chunk in chunks:
+      if tiles is None:
+        tiles = self._tiles(chunk.shape, tile, scale_in)
+        caches = [None] * len(tiles)
+      made = []
+      for i, part in enumerate(tiles.cut(chunk, scale_in)):
+        out, caches[i] = self._apply(step, part, caches[i], keep=True)
+        made.append(out)
+      yield made[0] if len(made) == 1 else tiles.blend(made, scale_out)
+
+  def _tiles(self, shape, tile, scale):
+    factor = self.config.space_factor
+    if tile is not None and tile % factor:
+      raise ValueError(f"a tile of {tile} pixels is not a multiple of {factor}")
+    if shape[2] % scale or shape[3] % scale:
+      self.config.latent_shape(1, *shape[2:4])
+    grid = (shape[2] // scale, shape[3] // scale)
+    return tiling.plan(grid, max(2, *grid) if tile is None else tile // factor)
+
+  def _apply(self, step, x, cache=None, keep=False):
     with jax.set_mesh(self.mesh):
       x = sharding.shard_batch({"x": x}, self.mesh)["x"]
-      return np.asarray(jax.device_get(function(self._params, x)))
+      out, cache = step(self._params, x, cache, keep)
+      return np.asarray(jax.device_get(out)), cache
+
+  def _shard(self, x_BTHWC):
+    rows = "context" if x_BTHWC.shape[2] >= self.mesh.shape["context"] else None
+    spec = PartitionSpec(sharding.BATCH_AXES, None, rows)
+    return jax.lax.with_sharding_constraint(x_BTHWC, NamedSharding(self.mesh, spec))
+
+  def _shard_evenly(self, x_BTHWC):
+    # Inside a program a height may be shared unevenly, but not between two of them.
+    divides = x_BTHWC.shape[2] % self.mesh.shape["context"] == 0
+    spec = PartitionSpec(sharding.BATCH_AXES, None, "context" if divides else None)
+    return jax.lax.with_sharding_constraint(x_BTHWC, NamedSharding(self.mesh, spec))
+
+
+def in_chunks(x_BTHWC: np.ndarray, size: int) -> Iterator[np.ndarray]:
+  """Cuts a video or latent for streaming: 1 + size frames, size, ..., the remainder."""
+  yield x_BTHWC[:, : 1 + size]
+  for start in range(1 + size, x_BTHWC.shape[1], size):
+    yield x_BTHWC[:, start : start + size]
 
 
 def from_json(config: dict) -> dict:

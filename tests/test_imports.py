@@ -50,7 +50,7 @@ def own(name):
   return {i for i in IMPORTS[name] if i in IMPORTS and i != "sora_jax"}
 
 
-PURE = ("patches", "diffusion", "sampler")
+PURE = ("patches", "tiling", "diffusion", "sampler")
 LEAVES = ("sharding", "optim", "checkpoint", "metrics", "hlo")
 COMMANDS = (
   "main",
