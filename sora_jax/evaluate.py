@@ -212,7 +212,10 @@ def _sample(recipe, workdir, clips):
   """Samples each clip's first caption at the clip's size; paths of the files."""
   config = recipe.sample
   requests = [
-    Request(clip.captions[0], clip.width, clip.height, clip.frames, clip.fps, seed)
+    Request(
+      *(clip.captions[0], clip.width, clip.height, clip.frames, clip.fps, seed),
+      config.negative_prompt,
+    )
     for seed, clip in enumerate(clips)
   ]
   model = Sampler.from_checkpoint(workdir, dtype=recipe.dtype)

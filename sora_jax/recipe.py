@@ -289,7 +289,9 @@ def _check(recipe: Recipe) -> None:
     with _naming(f"config.{name}.train"):
       optim.make_schedule(getattr(recipe, name).train, 1.0)
   with _naming("config.sample"):
-    recipe.sample.check(dit.loss.process, dit.loss.target)
+    recipe.sample.check(
+      dit.loss.process, dit.loss.target, recipe.sample.negative_prompt
+    )
   if dit.max_text_tokens > dit.text_tokens:
     raise ValueError(
       f"config.dit.max_text_tokens {dit.max_text_tokens} is more than a row has: "

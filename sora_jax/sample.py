@@ -142,7 +142,8 @@ class Sampler:
       ValueError: for options that the model's noise process cannot be sampled with.
     """
     options = options or sampler.Options()
-    options.check(self._process, self._target)
+    negative_prompts = "".join(request.negative_prompt for request in requests)
+    options.check(self._process, self._target, negative_prompts)
     requests = [self.legal(request) for request in requests]
     if not self.meta["conditional"]:
       if any(request.prompt for request in requests):
@@ -151,7 +152,9 @@ class Sampler:
         dataclasses.replace(request, prompt="", negative_prompt="")
         for request in requests
       ]
-      options = dataclasses.replace(options, guidance_scale=1.0)
+      options = dataclasses.replace(
+        options, guidance_scale=1.0, guidance_rescale=0.0, cfg_zero=False
+      )
     grids = [self._grid(request) for request in requests]
     texts = [
       tuple(
@@ -306,8 +309,12 @@ def _integrate(
   target,
   options,
 ):
-  """Noise to latents of packed rows; pure. options: their guidance_scale says if."""
-  segment_BL = batch["segment_L"]
+  """Noise to latents of packed rows; pure.
+
+  In noise_LP given tokens (of odd groups) hold their data, and keep it. Of options the
+  guidance_scale is 0 for no guidance; how much is the argument.
+  """
+  segment_BL, given_BL = batch["segment_L"], batch["group_L"] % 2 == 1
 
   def text_of(prefix):
     names = ("text_S", "text_segment_S", "text_position_S")
@@ -322,15 +329,16 @@ def _integrate(
     for name in ("segment_L", "position_L3", "group_L", "text_segment_S")
   }
   ids_N = 1 + jnp.arange(table.level.shape[-1])
-  clip_BLN = (segment_BL[:, :, None] == ids_N).astype(jnp.float32)
+  counts_BLN = (segment_BL[:, :, None] == ids_N) & ~given_BL[:, :, None]
 
   def per_token(c_BN):
-    return jnp.einsum("bn,bln->bl", c_BN, clip_BLN)[..., None]
+    # No matmul with a one-hot: accelerators round a float32 matmul's inputs.
+    c_BL = jnp.take_along_axis(c_BN, jnp.maximum(segment_BL - 1, 0), axis=1)
+    return jnp.where(segment_BL > 0, c_BL, 0.0)[..., None]
 
   def clip_mean(x_BL):
-    total_BN = jnp.einsum("bl,bln->bn", x_BL, clip_BLN)
-    mean_BN = total_BN / jnp.maximum(clip_BLN.sum(axis=1), 1.0)
-    return jnp.einsum("bn,bln->bl", mean_BN, clip_BLN)
+    total_BN = jnp.sum(jnp.where(counts_BLN, x_BL[:, :, None], 0.0), axis=1)
+    return per_token(total_BN / jnp.maximum(counts_BLN.sum(axis=1), 1))[..., 0]
 
   def network(x_BLP, level_BN, context, text_BSE):
     # Each clip has two groups: noisy tokens, and given ones at level 0.
@@ -364,7 +372,8 @@ def _integrate(
       inside = jnp.any((level_BN >= low) & (level_BN <= high))
       predicted = jax.lax.cond(inside, guided, plain, x_BLP, level_BN)
     if options.cfg_zero:
-      predicted = jnp.where(index < options.zero_steps, 0.0, predicted)
+      step = index // 2 if options.method == "heun" else index
+      predicted = jnp.where(step < options.zero_steps, 0.0, predicted)
     return diffusion.to_x0(predicted, x_BLP, per_token(level_BN), target, process)
 
   def noise(index):
@@ -382,6 +391,7 @@ def _integrate(
     table,
     noise if options.stochastic else None,
     per_token,
+    given_BL[..., None],
   )
 
 

@@ -70,8 +70,17 @@ class Options:
     """Whether steps draw noise."""
     return self.method == "ddpm" or self.eta > 0
 
-  def check(self, process: str, target: str) -> None:
+  def check(self, process: str, target: str, negative_prompt: str = "") -> None:
     """Raises ValueError if a model of this process and target cannot be sampled so."""
+    if self.guidance_scale == 1.0:
+      for name, idle in (
+        ("guidance_interval", self.guidance_interval == (0.0, 1.0)),
+        ("guidance_rescale", not self.guidance_rescale),
+        ("cfg_zero", not self.cfg_zero),
+        ("negative_prompt", not negative_prompt),
+      ):
+        if not idle:
+          raise ValueError(f"{name} does nothing without guidance: guidance_scale is 1")
     if process == "flow" and target == "eps":
       raise ValueError(
         "a flow starts from noise alone, where a prediction of eps says nothing about "
@@ -161,6 +170,7 @@ def integrate(
   table: Table,
   noise: Callable[[Array], Array] | None = None,
   expand: Callable[[Array], Array] = lambda c: c,
+  given: Array | None = None,
 ) -> Array:
   """Runs a solver.
 
@@ -171,6 +181,7 @@ def integrate(
     table: of the method.
     noise: index of the call -> standard normal noise like x; for methods that need it.
     expand: a coefficient [...] -> something that broadcasts against x.
+    given: True where x is data and stays exactly as it is; broadcasts against x.
   """
 
   def combine(coefficients, values):
@@ -180,11 +191,13 @@ def integrate(
   def step(state, row):
     (x, before, data_1, data_2), (row, index) = state, row
     data = predict(x, row.level, index)
-    x = combine(row.correct, (x, before, data, data_1, data_2))
-    following = combine(row.predict, (x, data, data_1))
+    corrected = combine(row.correct, (x, before, data, data_1, data_2))
+    following = combine(row.predict, (corrected, data, data_1))
     if noise is not None:
       following += expand(row.noise) * noise(index)
-    return (following, x, data, data_1), None
+    if given is not None:
+      following = jnp.where(given, x, following)
+    return (following, corrected, data, data_1), None
 
   table = jax.tree.map(jnp.asarray, table)
   zeros = jnp.zeros_like(x)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from golden.make_losses import FAST_COMPILE
 
@@ -122,8 +123,8 @@ def sampled(process, target, method, params=None, **kwargs):
   options.check(process, target)
   levels = sampler.schedule(steps, np.ones((1, SEGMENTS)))
   table = sampler.make_table(method, levels, process, options.eta)
-  kind = "ddpm" if options.stochastic else "euler"
-  options = sampler.Options(method=kind, **kwargs)
+  # The program of the random methods does for all: the others have noise of size 0.
+  options = sampler.Options(method="ddpm", **kwargs)
   run = program(process, target)
   return np.asarray(run(params, rows(), table, 2.0, options=options))
 
@@ -134,11 +135,15 @@ def test_samples(process, target):
     with pytest.raises(ValueError, match="starts from noise alone"):
       sampled(process, target, "euler", params(0))
     return
-  real = np.asarray(rows()["segment_L"]) > 0
+  batch = {name: np.asarray(value) for name, value in rows().items()}
+  real, given = batch["segment_L"] > 0, batch["group_L"] % 2 == 1
   methods = TABLE[process, target]
-  found = {m: sampled(process, target, m, params(0))[real] for m in methods}
-  for method, out in found.items():
-    assert np.all(np.isfinite(out)), method
+  whole = {m: sampled(process, target, m, params(0)) for m in methods}
+  for method, out in whole.items():
+    assert np.all(np.isfinite(out[real])), method
+    np.testing.assert_array_equal(out[given], batch["noise_LP"][given])
+  found = {m: out[real] for m, out in whole.items()}
+  for out in found.values():
     same = [m for m in found if np.array_equal(found[m], out)]
     assert len(same) == 1 or set(same) == {"euler", "ddim"}, same
 
@@ -151,4 +156,65 @@ def test_a_network_that_says_zero():
   # A velocity of zero leaves the noise as it is; data of zero ends in zero.
   stay = sampled("flow", "velocity", "euler", zeros)
   np.testing.assert_allclose(stay, np.where(real, noise, 0), atol=1e-6)
-  np.testing.assert_array_equal(sampled("ddpm_linear", "x0", "ddpm", zeros), 0 * noise)
+  given = np.asarray(rows()["group_L"])[..., None] % 2 == 1
+  out = sampled("ddpm_linear", "x0", "ddpm", zeros)
+  np.testing.assert_array_equal(out, np.where(given, noise, 0))
+
+
+def test_cfg_zero_stays_still_for_whole_steps():
+  """Heun asks twice a step: three calls are one still step and half of the next."""
+  noise, noisy = (np.asarray(rows()[k]) for k in ("noise_LP", "group_L"))
+  noisy = (noisy % 2 == 0) & (np.asarray(rows()["segment_L"]) > 0)
+  levels = sampler.schedule(3, np.ones((1, SEGMENTS)))
+  run = program("flow", "velocity")
+
+  def moved(method, calls):
+    options = sampler.Options(method=method, cfg_zero=True)
+    table = sampler.make_table(method, levels)
+    table = jax.tree.map(lambda c: c[:calls], table)
+    out = np.asarray(run(params(0), rows(), table, 2.0, options=options))
+    return np.abs(out - noise)[noisy].max()
+
+  assert moved("heun", 2) < 1e-6 < 1e-2 < moved("heun", 3)
+  assert moved("euler", 1) < 1e-6 < 1e-2 < moved("euler", 2)
+
+
+def test_ddpm_learns_and_samples():
+  """Algorithms 1 and 2 of arXiv:2006.11239: a network learns tokens of a Gaussian."""
+  mean, deviation, count = 1.0, 0.5, 16
+  one = {k: v[:, :9] if k[-2:] in ("_L", "LP", "L3") else v for k, v in rows().items()}
+  batch = {k: jnp.tile(v, (count, *[1] * (v.ndim - 1))) for k, v in one.items()}
+  batch["group_L"] = 2 * (batch["segment_L"] - 1)  # none is given
+  task = task_of("ddpm_linear", "eps", timesteps="discrete")
+  optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 800))
+
+  def update(state, step):
+    params, moments = state
+    data_key, key = jax.random.split(jax.random.fold_in(jax.random.key(0), step))
+    shape = batch["patch_LP"].shape
+    data = {"patch_LP": mean + deviation * jax.random.normal(data_key, shape)}
+    (loss, _), gradients = jax.value_and_grad(task.loss, has_aux=True)(
+      params, {**batch, **data}, key
+    )
+    updates, moments = optimizer.update(gradients, moments)
+    return (optax.apply_updates(params, updates), moments), loss
+
+  @fast_jit
+  def train(params):
+    start = params, optimizer.init(params)
+    (params, _), losses = jax.lax.scan(update, start, jnp.arange(800))
+    return params, losses
+
+  trained, losses = train(fast_jit(task.init)(jax.random.key(0)))
+  assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:5])
+  table = sampler.make_table(
+    "ddpm", sampler.schedule(1000, np.ones((count, SEGMENTS))), "ddpm_linear"
+  )
+  key = jax.random.key(1)
+  batch["noise_LP"] = jax.random.normal(key, batch["noise_LP"].shape)
+  batch["seed_L"] += jnp.arange(count, dtype=jnp.uint32)[:, None] * 100
+  options = sampler.Options(method="ddpm", guidance_scale=0.0)
+  run = program("ddpm_linear", "eps")
+  samples = np.asarray(run(trained, batch, table, 1.0, options=options))
+  assert abs(samples.mean() - mean) < 0.1 * deviation
+  assert abs(samples.std() / deviation - 1) < 0.1

@@ -267,6 +267,50 @@ def test_cfg_zero_projects_each_clip():
     np.testing.assert_allclose(out[:, clip], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", sampler.METHODS)
+def test_given_entries_stay_exactly(method):
+  x = jnp.array([1.1, -0.3, 0.7])
+  given = jnp.array([False, True, False])
+
+  def data(x, t, _):
+    return jnp.sin(3 * x)
+
+  table = sampler.make_table(method, sampler.schedule(5), "ddpm_linear")
+  noise = (lambda i: jnp.ones_like(x)) if method == "ddpm" else None
+  out = sampler.integrate(data, x, table, noise, given=given)
+  free = sampler.integrate(data, x, table, noise)
+  assert out[1] == x[1] != free[1]
+  np.testing.assert_array_equal(out[::2], free[::2])
+
+
+@pytest.mark.parametrize(
+  "options, process, target, message",
+  [
+    ({}, "flow", "eps", "starts from noise alone"),
+    ({"cfg_zero": True}, "ddpm_linear", "velocity", "cfg_zero is for the velocity"),
+    ({"cfg_zero": True}, "flow", "v", "cfg_zero is for the velocity"),
+    ({"guidance_scale": 1.0, "cfg_zero": True}, "flow", "velocity", "cfg_zero does no"),
+    (
+      {"guidance_scale": 1.0, "guidance_rescale": 0.5},
+      *("flow", "velocity", "guidance_rescale does nothing"),
+    ),
+    (
+      {"guidance_scale": 1.0, "guidance_interval": (0.2, 1.0)},
+      *("flow", "velocity", "guidance_interval does nothing"),
+    ),
+  ],
+)
+def test_options_that_make_no_sense_together(options, process, target, message):
+  with pytest.raises(ValueError, match=message):
+    sampler.Options(**options).check(process, target)
+
+
+def test_a_negative_prompt_needs_guidance():
+  sampler.Options().check("flow", "velocity", "blurry")
+  with pytest.raises(ValueError, match="negative_prompt does nothing"):
+    sampler.Options(guidance_scale=1.0).check("flow", "velocity", "blurry")
+
+
 @pytest.mark.parametrize(
   "wrong",
   [
