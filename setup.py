@@ -29,6 +29,7 @@ setup(
     "grain>=0.2.18,<0.3",
     "jax>=0.10.2,<0.12",
     "ml_collections>=1.1,<2",
+    "ml_dtypes>=0.5",
     "msgpack>=1.1",
     "numpy>=2.0",
     "optax>=0.2.6,<0.3",

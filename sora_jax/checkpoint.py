@@ -147,11 +147,12 @@ def load_meta(folder) -> dict:
   return _read_model(epath.Path(folder).absolute())["meta"]
 
 
-def load_model(folder, shardings=None) -> tuple[dict, dict]:
+def load_model(folder, shardings=None, dtype=None) -> tuple[dict, dict]:
   """(params, meta) of a model that save_model wrote.
 
   shardings: tree of shardings like the params, or a function of the params' shapes
   that returns it; without it the params come whole to the default device.
+  dtype: of the params, as they were saved if None; for models that are not trained.
   ValueError naming the folder if there is no complete model in it.
   """
   folder = epath.Path(folder).absolute()
@@ -163,10 +164,14 @@ def load_model(folder, shardings=None) -> tuple[dict, dict]:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved
       )
       if shardings is None:
-        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        args = jax.tree.map(
+          lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype), shapes
+        )
       else:
         tree = shardings(shapes) if callable(shardings) else shardings
-        args = jax.tree.map(lambda s: ocp.ArrayRestoreArgs(sharding=s), tree)
+        args = jax.tree.map(
+          lambda s: ocp.ArrayRestoreArgs(sharding=s, dtype=dtype), tree
+        )
       params = checkpointer.restore(folder / model["params"], restore_args=args)
   except Exception as error:  # noqa: BLE001
     raise ValueError(

@@ -9,6 +9,7 @@ of a clip do not depend on frames behind its end.
 
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import pathlib
 import time
@@ -22,13 +23,20 @@ from sora_jax import recipe as recipes
 from sora_jax.autoencoder import Autoencoder
 from sora_jax.data import pipeline, records, video
 from sora_jax.data.clips import Clip, read_manifest
+from sora_jax.text_encoder import FrozenTextEncoder
+
+EMPTY_TEXT = "empty_text.msgpack"
 
 
 def run(recipe: recipes.Recipe, workdir) -> None:
   """Writes workdir/encode/{latents-*.array_record, latents.jsonl}; resumes by shard.
 
+  With config.text.folder, records hold the features of captions as well, and those of
+  the empty one are in workdir/encode/empty_text.msgpack.
+
   Raises:
-    ValueError: if no clip of a split could be read.
+    ValueError: if no clip of a split could be read, or another text encoder made the
+      features that are there.
   """
   workdir = pathlib.Path(workdir)
   folder = workdir / "encode"
@@ -36,6 +44,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   # Encoding is local to a process: each encodes its own shards on its own devices.
   mesh = sharding.make_mesh(devices=jax.local_devices())
   autoencoder = Autoencoder(workdir / "vae" / "model", mesh, recipe.dtype)
+  encode_text = _text_encoder(recipe, folder, mesh)
   sized = limit_sizes(clips, recipe.encode.max_sizes)
   shards = plan_shards(sized, recipe.encode.clips_per_shard)
   bad_clips = pipeline.BadClips(folder)
@@ -47,7 +56,9 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     if path.exists():
       done += len(shard)
       continue
-    encoded = encode_clips(shard, autoencoder, recipe.encode, recipe.seed, bad_clips)
+    encoded = encode_clips(
+      shard, autoencoder, recipe.encode, recipe.seed, bad_clips, encode_text
+    )
     records.write_shard(str(path), encoded)
     done, fresh = done + len(shard), fresh + len(shard)
     rate = fresh / (time.monotonic() - begin)
@@ -66,6 +77,26 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     _write_manifest(folder, len(shards))
   pipeline.report_bad_clips(folder, len(clips))
   sharding.sync("encode manifest")
+
+
+def _text_encoder(recipe, folder, mesh):
+  """Captions -> features, or None."""
+  config = recipe.text
+  if not config.folder:
+    return None
+  encoder = FrozenTextEncoder(config.folder, mesh, recipe.dtype)
+  path = folder / EMPTY_TEXT
+  # Shards of an earlier start may be there already.
+  if path.exists() and records.read_empty_text(path).encoder != encoder.id:
+    raise ValueError(
+      f"{folder} has features of another text encoder than the one in {config.folder} "
+      f"now ({encoder.id}); delete {folder} to make them again"
+    )
+  sharding.sync("text encoder")
+  if jax.process_index() == 0:
+    (empty_SE,) = encoder.encode([""], config.max_tokens)
+    records.write_empty_text(path, records.EmptyText(empty_SE, encoder.id))
+  return functools.partial(encoder.encode, max_tokens=config.max_tokens)
 
 
 def _write_manifest(folder, count):
@@ -130,8 +161,17 @@ def frame_bucket(frames: int, buckets: tuple[int, ...] = ()) -> int:
   return 1 if frames == 1 else 1 + 4 * 2 ** ((frames - 2) // 4).bit_length()
 
 
-def encode_clips(clips, autoencoder, config: recipes.Encode, seed, bad_clips):
-  """Yields a record (see `records.write_shard`) of each clip that can be read."""
+def encode_clips(
+  clips, autoencoder, config: recipes.Encode, seed, bad_clips, encode_text=None
+):
+  """Yields a record (see `records.write_shard`) of each clip that can be read.
+
+  encode_text: captions -> features; without it, records have none.
+  """
+  texts = {}
+  if encode_text:
+    captions = sorted({caption for clip in clips for caption in clip.captions})
+    texts = dict(zip(captions, encode_text(captions), strict=True))
   batch_size = autoencoder.batch_size(config.batch_size)
   groups = {}
   for clip in clips:
@@ -151,8 +191,12 @@ def encode_clips(clips, autoencoder, config: recipes.Encode, seed, bad_clips):
         reads.append(decoder.submit(_read, batches[number + 1][1], bad_clips))
       read = reads[number].result()
       reads[number] = None
-      if read:
-        yield from _encode_batch(read, frames, batch_size, autoencoder, config, seed)
+      if not read:
+        continue
+      for made in _encode_batch(read, frames, batch_size, autoencoder, config, seed):
+        if encode_text:
+          made["texts"] = [texts[caption] for caption in made["captions"]]
+        yield made
 
 
 def _read(batch, bad_clips):

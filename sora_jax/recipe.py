@@ -89,10 +89,27 @@ class Encode:
 
 
 @dataclasses.dataclass(frozen=True)
+class Text:
+  """A frozen text encoder, in place of the small one that the DiT is trained with.
+
+  folder: that holds text/model; "" = none, and the other keys have no effect. Its
+  features of captions are encoded and stored with the latents. width: of them.
+  max_tokens: longest caption, its end included. pad_to: zero features, which are
+  attended, fill up each caption to that many, as Wan was trained with 512; 0 = none.
+  """
+
+  folder: str = ""
+  width: int = 4096
+  max_tokens: int = 512
+  pad_to: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class DiTStage:
   """rows: packed rows of a batch, each of `tokens`, `text_tokens` and `segments`.
 
-  max_text_tokens: longest caption. reference_fps: frame rate at which one latent frame
+  text, max_text_tokens: the small text encoder and its longest caption; neither has an
+  effect with config.text.folder. reference_fps: frame rate at which one latent frame
   is one step of the time position. caption_dropout, given_prob, extra_prob: shares of
   visits without caption, with given tokens, with extra image tokens.
   """
@@ -141,6 +158,7 @@ class Recipe:
   vae: VAEStage
   dit: DiTStage
   encode: Encode = Encode()
+  text: Text = Text()
   sample: Sample = Sample()
   evaluate: Evaluate = Evaluate()
   mesh: Mesh = Mesh()
@@ -168,12 +186,12 @@ def read(config) -> Recipe:
   for key in _DERIVED & set(config["dit"].get("model", {})):
     raise ValueError(
       f"config.dit.model.{key} is not a key: it follows from config.vae.model and "
-      "config.dit.text"
+      "config.dit.text, or config.text with a folder"
     )
   model = dataclasses.replace(
     recipe.dit.model,
     channels=recipe.vae.model.latent_channels,
-    text_width=recipe.dit.text.width,
+    text_width=recipe.text.width if recipe.text.folder else recipe.dit.text.width,
   )
   recipe = dataclasses.replace(recipe, dit=dataclasses.replace(recipe.dit, model=model))
   _check(recipe)
@@ -292,10 +310,22 @@ def _check(recipe: Recipe) -> None:
     recipe.sample.check(
       dit.loss.process, dit.loss.target, recipe.sample.negative_prompt
     )
-  if dit.max_text_tokens > dit.text_tokens:
+  key, longest_text = "config.dit.max_text_tokens", dit.max_text_tokens
+  if recipe.text.folder:
+    text = recipe.text
+    if min(text.max_tokens, text.width) < 1:
+      raise ValueError("config.text.max_tokens and width must be at least 1")
+    if 0 < text.pad_to < text.max_tokens or text.pad_to < 0:
+      raise ValueError(
+        f"config.text.pad_to {text.pad_to} must be 0, or at least config.text."
+        f"max_tokens {text.max_tokens}"
+      )
+    key = "config.text.pad_to" if text.pad_to else "config.text.max_tokens"
+    longest_text = max(text.pad_to, text.max_tokens)
+  if longest_text > dit.text_tokens:
     raise ValueError(
-      f"config.dit.max_text_tokens {dit.max_text_tokens} is more than a row has: "
-      f"config.dit.text_tokens {dit.text_tokens}"
+      f"{key} {longest_text} is more than a row has: config.dit.text_tokens "
+      f"{dit.text_tokens}"
     )
   if dit.text.vocab_size < 261:
     raise ValueError(

@@ -38,6 +38,7 @@ from sora_jax.encode import frame_bucket
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.text import TextEncoderConfig
 from sora_jax.tasks import dit as dit_task
+from sora_jax.text_encoder import FrozenTextEncoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +60,20 @@ class Request:
 class Sampler:
   """Packs requests of any sizes into rows, integrates them together, and decodes."""
 
-  def __init__(self, params, meta, autoencoder, vocabulary, dtype):
-    """Args: as `from_checkpoint` loads them; vocabulary is a sentencepiece file."""
+  def __init__(self, params, meta, autoencoder, vocabulary, dtype, encode_text=None):
+    """Args: as `from_checkpoint` loads them; vocabulary is a sentencepiece file.
+
+    encode_text: (texts, max_tokens) -> features of each, for a model that was trained
+    on those of a frozen text encoder, and takes the place of the vocabulary.
+    """
     self.params, self.meta, self.autoencoder = params, meta, autoencoder
     self.vocabulary, self.dtype = vocabulary, dtype
     self.mesh = autoencoder.mesh
     self.model = DiTConfig(**from_json(meta["model"]))
-    self._tokenizer = tokenizer.Tokenizer(str(vocabulary))
-    text = TextEncoderConfig(**from_json(meta["text"]))
+    self._encode_text, text = encode_text, None
+    if "features" not in meta["text"]:
+      self._tokenizer = tokenizer.Tokenizer(str(vocabulary))
+      text = TextEncoderConfig(**from_json(meta["text"]))
     noise = meta.get("noise", {"process": "flow", "target": "velocity"})
     self._process, self._target = noise["process"], noise["target"]
     self._integrate = jax.jit(
@@ -78,6 +85,8 @@ class Sampler:
   def from_checkpoint(cls, folder, mesh=None, dtype=None) -> "Sampler":
     """Loads a run's folder, with vae/model and dit/model in it.
 
+    A frozen text encoder is in text/model, or where it was in training.
+
     Raises:
       ValueError: if one of the models is missing, damaged, or made for another.
     """
@@ -88,17 +97,25 @@ class Sampler:
       dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     mesh = mesh or sharding.make_mesh(devices=jax.local_devices())
     autoencoder = Autoencoder(folder / "vae" / "model", mesh, dtype)
+    text = checkpoint.load_meta(folder / "dit" / "model")["text"]
+    rules = dit_task.DIT_RULES if "features" in text else dit_task.SHARDING_RULES
     params, meta = checkpoint.load_model(
       folder / "dit" / "model",
-      lambda shapes: sharding.param_shardings(shapes, dit_task.SHARDING_RULES, mesh),
+      lambda shapes: sharding.param_shardings(shapes, rules, mesh),
     )
     if "vae" not in meta or meta["vae"] != autoencoder.meta.get("id"):
       raise ValueError(
         f"{folder}: dit/model was trained on latents of another VAE than vae/model "
         f"({meta.get('vae')} and {autoencoder.meta.get('id')}); take both of one run"
       )
+    encode_text = None
+    if "features" in text:
+      place = folder
+      if not (folder / "text" / "model").is_dir():
+        place = pathlib.Path(text.get("folder", folder))
+      encode_text = FrozenTextEncoder(place, mesh, dtype, text["features"]).encode
     vocabulary = folder / "dit" / "model" / "tokenizer.model"
-    return cls(params, meta, autoencoder, vocabulary, dtype)
+    return cls(params, meta, autoencoder, vocabulary, dtype, encode_text)
 
   @property
   def size_multiple(self) -> int:
@@ -156,13 +173,9 @@ class Sampler:
         options, guidance_scale=1.0, guidance_rescale=0.0, cfg_zero=False
       )
     grids = [self._grid(request) for request in requests]
-    texts = [
-      tuple(
-        self._tokenizer.encode(text, self.meta["max_text_tokens"])
-        for text in (request.prompt, request.negative_prompt)
-      )
-      for request in requests
-    ]
+    texts = self._texts(
+      [(request.prompt, request.negative_prompt) for request in requests]
+    )
     budget = pack.Budget(
       # Longer clips than in training get a longer row, in steps, for few compiles.
       _row_length(self.meta["tokens"], max(np.prod(grid) for grid in grids)),
@@ -216,6 +229,20 @@ class Sampler:
     )
     return patches.grid_shape(shape, self.model.patch_size)
 
+  def _texts(self, wanted):
+    """Ids or features, in place of each text of pairs."""
+    limit, texts = self.meta["max_text_tokens"], sorted(set(sum(wanted, ())))
+    if self._encode_text is None:
+      made = [np.array(self._tokenizer.encode(text, limit), np.int32) for text in texts]
+    else:
+      pad_to = self.meta["text"]["pad_to"]
+      made = [
+        np.pad(features_SE, ((0, max(0, pad_to - len(features_SE))), (0, 0)))
+        for features_SE in self._encode_text(texts, limit)
+      ]
+    known = dict(zip(texts, made, strict=True))
+    return [tuple(known[text] for text in pair) for pair in wanted]
+
   def _table(self, batch, options) -> sampler.Table:
     """The solver's coefficients for each clip of the rows: [calls, ..., B, N]."""
     ids_N = 1 + np.arange(self.meta["segments"])
@@ -236,9 +263,12 @@ class Sampler:
       "seed_L": np.zeros((rows, L), np.uint32),
       "token_L": np.zeros((rows, L), np.uint32),
     }
-    for name in ("text_S", "text_segment_S", "text_position_S"):
-      batch[name] = np.zeros((rows, S), np.int32)
-      batch[f"empty_{name}"] = np.zeros((rows, S), np.int32)
+    text_name = "text_S" if self._encode_text is None else "text_SE"
+    for prefix in ("", "empty_"):
+      for name in ("text_segment_S", "text_position_S"):
+        batch[prefix + name] = np.zeros((rows, S), np.int32)
+      like = texts[0][0]
+      batch[prefix + text_name] = np.zeros((rows, S, *like.shape[1:]), like.dtype)
     for row, indices in enumerate(part):
       start, text_starts = 0, [0, 0]
       for n, index in enumerate(indices):
@@ -257,13 +287,13 @@ class Sampler:
         batch["group_L"][row, here] = 2 * n
         batch["seed_L"][row, here] = request.seed % 2**32
         batch["token_L"][row, here] = np.arange(here.stop - here.start)
-        for k, (prefix, ids) in enumerate(
+        for k, (prefix, text) in enumerate(
           zip(("", "empty_"), texts[index], strict=True)
         ):
-          there = slice(text_starts[k], text_starts[k] + len(ids))
-          batch[f"{prefix}text_S"][row, there] = ids
+          there = slice(text_starts[k], text_starts[k] + len(text))
+          batch[prefix + text_name][row, there] = text
           batch[f"{prefix}text_segment_S"][row, there] = n + 1
-          batch[f"{prefix}text_position_S"][row, there] = np.arange(len(ids))
+          batch[f"{prefix}text_position_S"][row, there] = np.arange(len(text))
           text_starts[k] = there.stop
         start = here.stop
     return batch
@@ -317,7 +347,7 @@ def _integrate(
   segment_BL, given_BL = batch["segment_L"], batch["group_L"] % 2 == 1
 
   def text_of(prefix):
-    names = ("text_S", "text_segment_S", "text_position_S")
+    names = ("text_S" if text else "text_SE", "text_segment_S", "text_position_S")
     packed = {name: batch[prefix + name] for name in names}
     return packed, dit_task.encode_text(text, params, packed, dtype)
 

@@ -21,14 +21,14 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sora_jax import metrics, sharding
+from sora_jax import checkpoint, metrics, sharding
 from sora_jax import recipe as recipes
 
 # Stage -> (module with run(recipe, workdir), sections of the config, stages it reads).
 STAGES = {
   "data": ("prepare", ("data",), ()),
   "vae": ("train_vae", ("vae",), ("data",)),
-  "encode": ("encode", ("encode",), ("data", "vae")),
+  "encode": ("encode", ("encode", "text"), ("data", "vae")),
   "dit": ("train_dit", ("dit",), ("encode",)),
   "sample": ("sample", ("sample",), ("vae", "dit")),
   "evaluate": ("evaluate", ("evaluate", "sample"), ("data", "vae", "dit")),
@@ -56,6 +56,8 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
   """
   if {"vae", "dit"} & set(names):
     _check_mesh(recipe)
+  if {"vae", "encode", "dit"} & set(names):
+    _check_text(recipe)
   if "://" in str(workdir):
     raise ValueError(f"--workdir={workdir} must be a path of a (shared) file system")
   workdir = pathlib.Path(workdir)
@@ -96,6 +98,18 @@ def _check_mesh(recipe):
       raise ValueError(
         f"{key} {rows} must be a multiple of {ways} (devices along data and fsdp) x "
         f"{config.grad_accumulation} (grad_accumulation); set it, or config.mesh"
+      )
+
+
+def _check_text(recipe):
+  """Likewise: the text encoder must be there, and have the width of the config."""
+  if recipe.text.folder:
+    folder = pathlib.Path(recipe.text.folder) / "text" / "model"
+    width = checkpoint.load_meta(folder)["model"]["width"]
+    if width != recipe.text.width:
+      raise ValueError(
+        f"config.text.width is {recipe.text.width}, but the features of {folder} have "
+        f"{width}"
       )
 
 
@@ -177,7 +191,9 @@ def _default(recipe, key):
 
 
 def _differences(old, new, where):
-  if isinstance(old, dict) and isinstance(new, dict):
+  if isinstance(old, dict) or isinstance(new, dict):
+    # A section that a later version added is at its defaults where it is missing.
+    old, new = old or {}, new or {}
     for key in sorted(old | new):
       yield from _differences(old.get(key), new.get(key), f"{where}.{key}")
   elif old != new:

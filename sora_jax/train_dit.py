@@ -11,11 +11,12 @@ import jax
 import numpy as np
 from absl import logging
 
-from sora_jax import autoencoder, checkpoint, sample, sharding, stages, train
+from sora_jax import autoencoder, checkpoint, encode, sample, sharding, stages, train
 from sora_jax import recipe as recipes
 from sora_jax.data import pack, pipeline, records, tokenizer
 from sora_jax.models import dit
 from sora_jax.tasks import dit as dit_task
+from sora_jax.text_encoder import FrozenTextEncoder
 
 
 def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
@@ -23,15 +24,20 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
   workdir, stage = pathlib.Path(workdir), recipe.dit
   folder = workdir / "dit"
   latents = records.read_latents_manifest(str(workdir / "encode" / "latents.jsonl"))
-  vocabulary = folder / "tokenizer.model"
-  vocab_size = stage.text.vocab_size
-  fits = vocabulary.exists() and (
-    tokenizer.Tokenizer(str(vocabulary)).vocab_size <= vocab_size
-  )
-  if not fits and jax.process_index() == 0:
-    captions = [c for clip in latents if clip.split == "train" for c in clip.captions]
-    tokenizer.train(captions, str(vocabulary), vocab_size)
-  sharding.sync("tokenizer")
+  frozen = bool(recipe.text.folder)
+  if frozen:
+    empty_text = records.read_empty_text(workdir / "encode" / encode.EMPTY_TEXT)
+    texts = {
+      "tokenizer": None,
+      "empty_text": empty_text,
+      "pad_text_to": recipe.text.pad_to,
+      "max_text_tokens": recipe.text.max_tokens,
+    }
+  else:
+    texts = {
+      "tokenizer": _tokenizer(stage, latents, folder / "tokenizer.model"),
+      "max_text_tokens": stage.max_text_tokens,
+    }
   host, hosts = sharding.host_shard(mesh)
   shard = {"process_index": host, "process_count": hosts}
 
@@ -39,24 +45,27 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
     return pipeline.PackedDataset(
       latents,
       str(workdir / "encode"),
-      tokenizer.Tokenizer(str(vocabulary)),
-      pack.Budget(stage.tokens, stage.text_tokens, stage.segments),
-      stage.model.patch_size,
-      seed,
-      max_text_tokens=stage.max_text_tokens,
+      budget=pack.Budget(stage.tokens, stage.text_tokens, stage.segments),
+      patch_size=stage.model.patch_size,
+      seed=seed,
       reference_fps=stage.reference_fps,
       given_prob=stage.given_prob,
       extra_prob=stage.extra_prob,
       bad_clips_folder=str(folder),
+      **texts,
       **kwargs,
     )
 
   training = dataset(recipe.seed, caption_dropout=stage.caption_dropout)
   return train.Setup(
     task=dit_task.make(
-      stage.model, stage.text, stage.loss, stage.segments, recipe.dtype
+      stage.model,
+      None if frozen else stage.text,
+      stage.loss,
+      stage.segments,
+      recipe.dtype,
     ),
-    rules=dit_task.SHARDING_RULES,
+    rules=dit_task.DIT_RULES if frozen else dit_task.SHARDING_RULES,
     data=pipeline.Batches(training, stage.rows, workers=recipe.data.workers, **shard),
     eval_batches=pipeline.first_batches(
       dataset(0, split="heldout", caption_dropout=0.0),
@@ -71,6 +80,36 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
   )
 
 
+def _tokenizer(stage, latents, path):
+  """That of the small text encoder; trained if it is not there yet."""
+  vocab_size = stage.text.vocab_size
+  fits = path.exists() and tokenizer.Tokenizer(str(path)).vocab_size <= vocab_size
+  if not fits and jax.process_index() == 0:
+    captions = [c for clip in latents if clip.split == "train" for c in clip.captions]
+    tokenizer.train(captions, str(path), vocab_size)
+  sharding.sync("tokenizer")
+  return tokenizer.Tokenizer(str(path))
+
+
+def _text_meta(recipe, workdir) -> dict:
+  """What the model's meta says of its captions; see `sample.Sampler`."""
+  stage, text = recipe.dit, recipe.text
+  if not text.folder:
+    return {
+      "text": dataclasses.asdict(stage.text),
+      "max_text_tokens": stage.max_text_tokens,
+    }
+  empty_text = records.read_empty_text(workdir / "encode" / encode.EMPTY_TEXT)
+  return {
+    "text": {
+      "features": empty_text.encoder,
+      "pad_to": text.pad_to,
+      "folder": text.folder,
+    },
+    "max_text_tokens": text.max_tokens,
+  }
+
+
 def run(recipe: recipes.Recipe, workdir) -> None:
   """Trains to the end, then saves the EMA params, the tokenizer and what made them."""
   workdir, stage = pathlib.Path(workdir), recipe.dit
@@ -80,11 +119,10 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   vocabulary = folder / "tokenizer.model"
   meta = {
     "model": dataclasses.asdict(stage.model),
-    "text": dataclasses.asdict(stage.text),
+    **_text_meta(recipe, workdir),
     "tokens": stage.tokens,
     "text_tokens": stage.text_tokens,
     "segments": stage.segments,
-    "max_text_tokens": stage.max_text_tokens,
     "reference_fps": stage.reference_fps,
     "conditional": made.captioned,
     "noise": {"process": stage.loss.process, "target": stage.loss.target},
@@ -108,7 +146,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   )
   made.data.close()
   checkpoint.save_model(folder / "model", state.ema, meta)
-  if jax.process_index() == 0:
+  if jax.process_index() == 0 and not recipe.text.folder:
     shutil.copyfile(vocabulary, folder / "model" / "tokenizer.model")
   pipeline.report_bad_clips(folder, len(made.names))
   logging.info("the DiT is in %s", folder / "model")
@@ -120,12 +158,27 @@ class _Preview:
   def __init__(self, recipe, workdir, meta, vocabulary, mesh, count=4):
     self._config, self._sampler = recipe.sample, None
     self._requests = sample.requests_of(recipe, workdir)[:count]
+    encode_text = None
+    if recipe.text.folder:
+      # Encodes its texts now and lets the encoder go: training needs the memory.
+      texts = {t for r in self._requests for t in (r.prompt, r.negative_prompt, "")}
+      texts = sorted(texts)
+      encoder = FrozenTextEncoder(
+        recipe.text.folder, mesh, recipe.dtype, meta["text"]["features"]
+      )
+      features = encoder.encode(texts, recipe.text.max_tokens)
+      known = dict(zip(texts, features, strict=True))
+
+      def encode_text(texts, max_tokens):
+        return [known[text] for text in texts]
+
     self._make = lambda params: sample.Sampler(
       params,
       meta,
       autoencoder.Autoencoder(workdir / "vae" / "model", mesh, recipe.dtype),
       vocabulary,
       recipe.dtype,
+      encode_text,
     )
 
   def __call__(self, step, params, writer) -> None:

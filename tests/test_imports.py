@@ -63,6 +63,7 @@ COMMANDS = (
   "sample",
   "evaluate",
   "autoencoder",
+  "text_encoder",
 )
 # Modules -> what of the package they may import. All of the package is listed.
 ALLOWED = {

@@ -225,3 +225,38 @@ def test_a_folder_with_other_files_makes_the_stages_after_it_stale(
   remake("data", BASE, tmp_path)
   with pytest.raises(ValueError, match="vae.*was made from another data"):
     stages.run(["vae"], BASE, tmp_path)
+
+
+def test_a_section_that_is_new_leaves_old_runs_as_they_are(runs, tmp_path):
+  stages.run(ALL, BASE, tmp_path)
+  path = tmp_path / "encode" / "stage.json"
+  state = json.loads(path.read_text())
+  assert state["config"].pop("text") == {}
+  remade = json.dumps(state)
+  path.write_text(remade)
+  runs.clear()
+  stages.run(["encode"], BASE, tmp_path)
+  assert not runs and path.read_text() == remade
+  folder = _write_text_meta(tmp_path)
+  with pytest.raises(ValueError, match=r"config\.text\.folder is .*encode.* with ''"):
+    stages.run(["encode"], change(BASE, "text.folder", folder), tmp_path)
+
+
+def test_the_text_encoder_is_looked_at_first(runs, tmp_path):
+  recipe = change(BASE, "text.folder", str(tmp_path / "nothing"))
+  stages.run(["data"], recipe, tmp_path)
+  with pytest.raises(ValueError, match="nothing/text/model: no complete model"):
+    stages.run(["vae"], recipe, tmp_path)
+  recipe = change(BASE, "text.folder", _write_text_meta(tmp_path))
+  recipe = change(recipe, "text.width", 8)
+  with pytest.raises(ValueError, match=r"config\.text\.width is 8, .* have 4096"):
+    stages.run(["vae"], recipe, tmp_path)
+  assert runs == ["data"]
+
+
+def _write_text_meta(folder):
+  path = folder / "text" / "model"
+  path.mkdir(parents=True)
+  model = {"params": "params-0", "meta": {"model": {"width": 4096}}}
+  (path / "model.json").write_text(json.dumps(model))
+  return str(folder)

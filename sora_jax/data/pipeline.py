@@ -7,6 +7,7 @@ goes on exactly where it stopped, on any number of hosts and workers.
 """
 
 import collections
+import dataclasses
 import functools
 import hashlib
 import json
@@ -16,6 +17,7 @@ import threading
 from collections.abc import Sequence
 
 import grain
+import ml_dtypes
 import numpy as np
 from absl import flags, logging
 
@@ -280,6 +282,7 @@ class PackedDataset(_Endless):
       time; h and w in patches. Extra tokens sit at their own, fractional t.
     group_L int32: 2 * (segment - 1) + given; 0 for padding.
     text_S, text_segment_S, text_position_S int32: the texts; segment 0 is padding.
+      With `empty_text` instead of ids and positions text_SE bfloat16: their features.
     clip_N int32: index in `clips` of each segment, -1 for none.
   A record that cannot be read takes no segment: its tokens are padding.
   """
@@ -302,13 +305,15 @@ class PackedDataset(_Endless):
     latent_mean: np.ndarray | float = 0.0,
     latent_std: np.ndarray | float = 1.0,
     bad_clips_folder: str | None = None,
+    empty_text: records.EmptyText | None = None,
+    pad_text_to: int = 0,
   ):
     """Reads no record, but encodes all captions once to know their lengths.
 
     Args:
       clips: rows of the latents manifest, of all splits.
       folder: of the shards.
-      tokenizer: a `tokenizer.Tokenizer`.
+      tokenizer: a `tokenizer.Tokenizer`; None with `empty_text`.
       budget: size of a row.
       patch_size: (pt, ph, pw) in latent pixels.
       seed: of the run.
@@ -321,13 +326,17 @@ class PackedDataset(_Endless):
       latent_mean: of each channel, or one number.
       latent_std: likewise.
       bad_clips_folder: where bad_clips.jsonl is written; None only logs.
+      empty_text: takes the place of no caption, where records hold features.
+      pad_text_to: zero features that are attended fill up each caption to that many.
 
     Raises:
-      ValueError: if the split is empty, a latent does not divide into patches, or a
-        clip is longer than the budget; names the clip.
+      ValueError: if the split is empty, a latent does not divide into patches, a clip
+        is longer than the budget, or has no features; names the clip.
     """
     self._clips = list(clips)
     self._indices = _split_indices(clips, split)
+    self._empty_text = empty_text
+    self._pad_text_to = pad_text_to
     self._reader = records.LatentReader(folder)
     self._tokenizer = tokenizer
     self._budget = budget
@@ -343,14 +352,15 @@ class PackedDataset(_Endless):
     self._bad_clips = BadClips(bad_clips_folder)
     self._read_lock = threading.Lock()
     self._measure()
-    super().__init__(
-      [
-        "latents",
-        [self._clips[i].id for i in self._indices],
-        [budget.tokens, budget.text_tokens, budget.segments],
-        [self._patch_size, seed, caption_dropout, extra_prob, max_text_tokens],
-      ]
-    )
+    fingerprint = [
+      "latents",
+      [self._clips[i].id for i in self._indices],
+      [budget.tokens, budget.text_tokens, budget.segments],
+      [self._patch_size, seed, caption_dropout, extra_prob, max_text_tokens],
+    ]
+    if empty_text:
+      fingerprint.append([empty_text.encoder, pad_text_to])
+    super().__init__(fingerprint)
 
   def fill(self, epoch: int = 0) -> float:
     """Share of an epoch's token slots that hold a token."""
@@ -393,9 +403,20 @@ class PackedDataset(_Endless):
     # Lengths of all captions in one array; those of clip n begin at caption_start_N[n].
     # The last entry is the empty text, which -1 reaches.
     self._caption_start_N = np.cumsum(self._caption_counts_N) - self._caption_counts_N
-    texts = [caption for clip in clips for caption in clip.captions]
-    lengths = self._tokenizer.lengths([*texts, ""], self._max_text_tokens)
-    self._caption_length = np.array(lengths, np.int64)
+    self._caption_length = np.array(self._caption_lengths(clips), np.int64)
+
+  def _caption_lengths(self, clips):
+    if self._empty_text is None:
+      texts = [caption for clip in clips for caption in clip.captions]
+      return self._tokenizer.lengths([*texts, ""], self._max_text_tokens)
+    for clip in clips:
+      if len(clip.text_lengths) != len(clip.captions):
+        raise ValueError(
+          f"{clip.id}: features of {len(clip.text_lengths)} of {len(clip.captions)} "
+          "captions; encode it again with config.text"
+        )
+    lengths = [length for clip in clips for length in clip.text_lengths]
+    return np.maximum([*lengths, len(self._empty_text.features_SE)], self._pad_text_to)
 
   def _draw(self, epoch):
     caption_N, extra_N = draw_visits(
@@ -430,7 +451,6 @@ class PackedDataset(_Endless):
     return _Rows(rows, caption_N, extra_N, fill)
 
   def _load(self, epoch, entry):
-    L, S, N = self._budget.tokens, self._budget.text_tokens, self._budget.segments
     row = None
     segment = token = text_token = 0
     for n, caption_index, extra_count in entry:
@@ -450,22 +470,50 @@ class PackedDataset(_Endless):
         continue
       rng = np.random.default_rng((self._seed, epoch, _VISIT, index))
       patch_lP, position_l3, given_l = self._tokens(rng, clip, record, extra_count)
-      text = clip.captions[caption_index] if caption_index >= 0 else ""
-      ids = self._tokenizer.encode(text, self._max_text_tokens)
       if row is None:
-        row = _empty_row(L, S, N, patch_lP.shape[1])
+        row = self._empty_row(patch_lP.shape[1])
+      text_length = self._put_text(row, text_token, clip, record, caption_index)
       here = slice(token, token + len(patch_lP))
-      there = slice(text_token, text_token + len(ids))
+      there = slice(text_token, text_token + text_length)
       row["patch_LP"][here] = patch_lP
       row["position_L3"][here] = position_l3
       row["group_L"][here] = 2 * segment + given_l
       row["segment_L"][here] = segment + 1
-      row["text_S"][there] = ids
       row["text_segment_S"][there] = segment + 1
-      row["text_position_S"][there] = np.arange(len(ids))
       row["clip_N"][segment] = index
       segment, token, text_token = segment + 1, here.stop, there.stop
-    return row or _empty_row(L, S, N, self._patch_width)
+    return row or self._empty_row(self._patch_width)
+
+  def _put_text(self, row, start, clip, record, caption_index):
+    """Writes ids or features of a caption into a row; how many places it takes."""
+    if self._empty_text is None:
+      text = clip.captions[caption_index] if caption_index >= 0 else ""
+      ids = self._tokenizer.encode(text, self._max_text_tokens)
+      row["text_S"][start : start + len(ids)] = ids
+      row["text_position_S"][start : start + len(ids)] = np.arange(len(ids))
+      return len(ids)
+    features_SE = self._empty_text.features_SE
+    if caption_index >= 0:
+      features_SE = record["texts"][caption_index]
+    row["text_SE"][start : start + len(features_SE)] = features_SE
+    return max(len(features_SE), self._pad_text_to)
+
+  def _empty_row(self, P):
+    L, S, N = dataclasses.astuple(self._budget)
+    row = {
+      "patch_LP": np.zeros((L, P), np.float32),
+      "segment_L": np.zeros(L, np.int32),
+      "position_L3": np.zeros((L, 3), np.float32),
+      "group_L": np.zeros(L, np.int32),
+      "text_segment_S": np.zeros(S, np.int32),
+      "clip_N": np.full(N, -1, np.int32),
+    }
+    if self._empty_text is None:
+      texts = {name: np.zeros(S, np.int32) for name in ("text_S", "text_position_S")}
+    else:
+      width = self._empty_text.features_SE.shape[1]
+      texts = {"text_SE": np.zeros((S, width), ml_dtypes.bfloat16)}
+    return row | texts
 
   def _tokens(self, rng, clip, record, extra_count):
     """Tokens of one visit: patches [l, P], positions [l, 3], given bool [l]."""
@@ -525,19 +573,6 @@ class _Rows:
 
   def __getitem__(self, i):
     return [(n, int(self._caption_N[n]), int(self._extra_N[n])) for n in self._rows[i]]
-
-
-def _empty_row(L, S, N, P):
-  return {
-    "patch_LP": np.zeros((L, P), np.float32),
-    "segment_L": np.zeros(L, np.int32),
-    "position_L3": np.zeros((L, 3), np.float32),
-    "group_L": np.zeros(L, np.int32),
-    "text_S": np.zeros(S, np.int32),
-    "text_segment_S": np.zeros(S, np.int32),
-    "text_position_S": np.zeros(S, np.int32),
-    "clip_N": np.full(N, -1, np.int32),
-  }
 
 
 def _split_indices(clips, split):

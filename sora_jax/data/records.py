@@ -1,16 +1,20 @@
 """Latent records: ArrayRecord shards of encoded clips, and the manifest of them.
 
-One record is one clip: its latent and the image latents kept with it, float16, beside
-what the manifest says about it, so a manifest can be rebuilt from shards alone.
+One record is one clip: its latent and the image latents kept with it, float16, the
+features of its captions where a frozen text encoder made some, bfloat16, beside what
+the manifest says about it, so a manifest can be rebuilt from shards alone.
 A shard appears under its name only when it is complete, which makes an encoding run
 resumable by shard: `if os.path.exists(path): clips += read_shard_clips(path)`.
 """
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterable
+from typing import NamedTuple
 
+import ml_dtypes
 import msgpack
 import numpy as np
 from array_record.python import array_record_module
@@ -42,6 +46,7 @@ class LatentClip:
   height: int
   width: int
   truth: dict | None = None
+  text_lengths: tuple[int, ...] = ()  # of each caption's features; () = none are kept
 
 
 def write_shard(path: str, records: Iterable[dict]) -> list[LatentClip]:
@@ -49,8 +54,9 @@ def write_shard(path: str, records: Iterable[dict]) -> list[LatentClip]:
 
   Args:
     path: of the shard; its folder is created.
-    records: dicts of `latent_THWC` and `extras_NHWC` (arrays), `extras` (their times)
-      and the fields of `LatentClip` but `shard`, `index` and `shape`.
+    records: dicts of `latent_THWC` and `extras_NHWC` (arrays), `extras` (their times),
+      `texts` (features [S, E] of each caption; optional) and the fields of `LatentClip`
+      but `shard`, `index`, `shape` and `text_lengths`.
 
   Returns:
     The manifest rows of the clips written, in order.
@@ -107,7 +113,7 @@ class LatentReader:
     self._readers = {}
 
   def read(self, clip: LatentClip) -> dict[str, np.ndarray]:
-    """Returns `latent_THWC` and `extras_NHWC`, float32.
+    """Returns `latent_THWC` and `extras_NHWC`, float32, and the list `texts`, bfloat16.
 
     Raises:
       RecordError: if the shard or the record is missing or damaged, or does not hold
@@ -128,7 +134,8 @@ class LatentReader:
         f"{path}: record {clip.index}: holds {record['clip']['id']!r} of "
         f"{latent_THWC.shape[:3]}, the manifest says {clip.id!r} of {clip.shape}"
       )
-    return {"latent_THWC": latent_THWC, "extras_NHWC": extras_NHWC}
+    texts = [_features(packed) for packed in record.get("texts", ())]
+    return {"latent_THWC": latent_THWC, "extras_NHWC": extras_NHWC, "texts": texts}
 
   def close(self):
     for reader in self._readers.values():
@@ -160,6 +167,34 @@ def read_latents_manifest(path: str) -> list[LatentClip]:
   return clips
 
 
+class EmptyText(NamedTuple):
+  """Features of the empty caption [S, E], bfloat16, and the encoder that made all."""
+
+  features_SE: np.ndarray
+  encoder: str
+
+
+def write_empty_text(path: str, empty: EmptyText) -> None:
+  """Writes what is kept once for all shards of a folder; replaced when complete."""
+  path = os.fspath(path)
+  os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+  packed = _packed_features(empty.features_SE, path)
+  partial = f"{path}.{os.getpid()}.tmp"
+  with open(partial, "wb") as f:
+    f.write(msgpack.packb({"encoder": empty.encoder, "features": packed}))
+  os.replace(partial, path)
+
+
+def read_empty_text(path: str) -> EmptyText:
+  """Reads what `write_empty_text` wrote. ValueError if there is no such, whole file."""
+  try:
+    with open(path, "rb") as f:
+      stored = msgpack.unpackb(f.read())
+    return EmptyText(_features(stored["features"]), stored["encoder"])
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise ValueError(f"{path}: no features of the empty caption ({e})") from e
+
+
 def _latent_clip(record, shard, index):
   shape = np.shape(record["latent_THWC"])
   clip = LatentClip(
@@ -175,6 +210,7 @@ def _latent_clip(record, shard, index):
     height=int(record["height"]),
     width=int(record["width"]),
     truth=record.get("truth"),
+    text_lengths=tuple(len(features_SE) for features_SE in record.get("texts", ())),
   )
   if len(shape) != 4:
     raise ValueError(f"{clip.id}: a latent has 4 axes (THWC), got shape {shape}")
@@ -193,6 +229,7 @@ def _clip_from_row(row):
       "shape": tuple(row["shape"]),
       "captions": tuple(row["captions"]),
       "extras": tuple(row["extras"]),
+      "text_lengths": tuple(row.get("text_lengths", ())),
     }
   )
 
@@ -203,6 +240,7 @@ def _pack_record(record, clip):
       "latent": _packed_array(record["latent_THWC"], clip.id),
       "extras": _packed_array(record["extras_NHWC"], clip.id),
       "clip": dataclasses.asdict(clip),
+      "texts": [_packed_features(text, clip.id) for text in record.get("texts", ())],
     }
   )
 
@@ -223,6 +261,18 @@ def _packed_array(array, name):
 def _array(packed):
   half = np.frombuffer(packed["data"], np.float16)
   return half.reshape(packed["shape"]).astype(np.float32)
+
+
+def _packed_features(features_SE, name):
+  array = np.asarray(features_SE, ml_dtypes.bfloat16)
+  if not math.isfinite(np.abs(array.astype(np.float32)).max()):
+    raise ValueError(f"{name}: the features of a caption are not finite")
+  return {"shape": list(array.shape), "data": array.tobytes()}
+
+
+def _features(packed):
+  array = np.frombuffer(packed["data"], ml_dtypes.bfloat16)
+  return array.reshape(packed["shape"])
 
 
 def _open(path):

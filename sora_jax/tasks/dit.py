@@ -54,7 +54,7 @@ class DiTLossConfig:
 
 def make(
   model: DiTConfig,
-  text: TextEncoderConfig,
+  text: TextEncoderConfig | None,
   loss_config: DiTLossConfig,
   segments: int,
   dtype: jnp.dtype = jnp.float32,
@@ -62,7 +62,8 @@ def make(
   """The task over packed rows as `data.pipeline.PackedDataset` makes them.
 
   Args:
-    model, text, loss_config: sizes and noise levels.
+    model, text, loss_config: sizes and noise levels; text None: batches hold features
+      (text_SE) of a frozen encoder.
     segments: most clips that a row can hold.
     dtype: of the computation; params, modulation and loss are float32.
   """
@@ -71,7 +72,6 @@ def make(
   def init(key: Array):
     text_key, dit_key = jax.random.split(key)
     ids_BL = jnp.zeros((1, 1), jnp.int32)
-    text_params = TextEncoder(text).init(text_key, ids_BL, ids_BL, ids_BL)["params"]
     dit_params = DiT(model).init(
       dit_key,
       jnp.zeros((1, 1, model.patch_width)),
@@ -79,9 +79,12 @@ def make(
       ids_BL,
       ids_BL,
       jnp.zeros((1, 1, 3)),
-      jnp.zeros((1, 1, text.width)),
+      jnp.zeros((1, 1, model.text_width)),
       ids_BL,
     )["params"]
+    if text is None:
+      return {"dit": dit_params}
+    text_params = TextEncoder(text).init(text_key, ids_BL, ids_BL, ids_BL)["params"]
     return {"text": text_params, "dit": dit_params}
 
   def errors(params, batch, key: Array, t_BN: Array):
@@ -148,8 +151,15 @@ def make(
   return Task(init, loss, evaluate)
 
 
-def encode_text(config: TextEncoderConfig, params, batch, dtype=jnp.float32) -> Array:
-  """Caption features [B, S, E] of packed texts (text_S and its segments, positions)."""
+def encode_text(
+  config: TextEncoderConfig | None, params, batch, dtype=jnp.float32
+) -> Array:
+  """Caption features [B, S, E] of packed texts (text_S and its segments, positions).
+
+  Without an encoder of its own, those that the batch holds.
+  """
+  if config is None:
+    return batch["text_SE"]
   return TextEncoder(config, dtype).apply(
     {"params": params["text"]},
     batch["text_S"],
@@ -176,11 +186,10 @@ def predict(
 
 # Into a sublayer: fsdp x tensor; out of it: tensor x fsdp, so that one all-reduce ends
 # each sublayer. Kernels under blocks/ have a leading layer axis.
-SHARDING_RULES = (
+DIT_RULES = (
   (r".*/blocks/((cross_)?(query|key|value)|mlp_up)/kernel", P(None, "fsdp", "tensor")),
   (r".*/blocks/((attention|cross)_out|mlp_down)/kernel", P(None, "tensor", "fsdp")),
   (r".*/blocks/modulation", P(None, None, "fsdp")),
-  (r"text/token_embed/embedding", P(None, "fsdp")),
   (
     r"dit/(patch_embed|text_pooled|(text|time)_embed_[12]|time_projection)/kernel",
     P(None, "fsdp"),
@@ -189,3 +198,5 @@ SHARDING_RULES = (
   (r"dit/head_modulation", P(None, "fsdp")),
   (r".*/(bias|scale)", P()),
 )
+# With the small text encoder that is trained beside it.
+SHARDING_RULES = ((r"text/token_embed/embedding", P(None, "fsdp")), *DIT_RULES)

@@ -1,0 +1,109 @@
+"""A frozen text encoder (T5, UMT5) as other stages use it: captions to features."""
+
+import html
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sora_jax import checkpoint, sharding
+from sora_jax.autoencoder import from_json
+from sora_jax.data.tokenizer import Tokenizer
+from sora_jax.models.t5 import T5Config, T5Encoder
+
+RULES = (
+  (r"token_embed/embedding", P(None, "fsdp")),
+  (r"blocks/(query|key|value|mlp_gate|mlp_up)/kernel", P(None, "fsdp", "tensor")),
+  (r"blocks/(attention_out|mlp_down)/kernel", P(None, "tensor", "fsdp")),
+  (r"(blocks/)?position_bias/embedding", P()),
+  (r".*/scale", P()),
+)
+_LENGTHS = (16, 64, 128, 256, 512)  # that captions are padded to, for few programs
+_BATCH = 16
+
+
+class FrozenTextEncoder:
+  """Captions to features, jitted, with params sharded over the mesh.
+
+  Attributes:
+    width: of the features.
+    id: of the weights; records and models made with its features keep it.
+  """
+
+  def __init__(self, folder, mesh, dtype=jnp.float32, expected: str = ""):
+    """Loads folder/text/model as `import_weights` writes it, with its spiece.model.
+
+    Args:
+      folder: of the checkpoint.
+      mesh: that params and batches are sharded over.
+      dtype: of params and of most of the computation: frozen params need no float32.
+      expected: the id that it must have, where features of it are in use already.
+
+    Raises:
+      ValueError: if there is no complete text encoder, no tokenizer or one of more
+        pieces than the encoder has, or one of another id than expected.
+    """
+    folder = pathlib.Path(folder) / "text" / "model"
+    meta = checkpoint.load_meta(folder)
+    if "bias_per_layer" not in meta["model"]:
+      raise ValueError(
+        f"{folder}: not a text encoder (no bias_per_layer in model.json)"
+      )
+    if expected and meta["id"] != expected:
+      raise ValueError(
+        f"{folder} is another text encoder ({meta['id']}) than the one whose features "
+        f"were trained on ({expected})"
+      )
+    config = T5Config(**from_json(meta["model"]))
+    self._tokenizer = Tokenizer(str(folder / "spiece.model"))
+    if self._tokenizer.vocab_size > config.vocab_size:
+      raise ValueError(
+        f"{folder / 'spiece.model'} has {self._tokenizer.vocab_size} pieces, but the "
+        f"text encoder {config.vocab_size}"
+      )
+    self._params, _ = checkpoint.load_model(
+      folder, lambda shapes: sharding.param_shardings(shapes, RULES, mesh), dtype
+    )
+    self._encode = jax.jit(
+      T5Encoder(config, dtype).apply, out_shardings=NamedSharding(mesh, P())
+    )
+    self._mesh, self.width, self.id = mesh, config.width, meta["id"]
+
+  def encode(self, texts: list[str], max_tokens: int = 512) -> list[np.ndarray]:
+    """Features of each text, bfloat16 [S, width].
+
+    S is the number of its tokens, at most max_tokens, the end's included. All processes
+    of the mesh must call it alike.
+    """
+    ids = [self._tokenizer.encode(clean(text), max_tokens) for text in texts]
+    features = [None] * len(ids)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+    rows = -(-_BATCH // ways) * ways
+    for start in range(0, len(order), rows):
+      part = order[start : start + rows]
+      longest = len(ids[part[-1]])
+      size = next((n for n in _LENGTHS if n >= longest), longest)
+      text_BS = np.zeros((rows, size), np.int32)
+      mask_BS = np.zeros((rows, size), bool)
+      for row, i in enumerate(part):
+        text_BS[row, : len(ids[i])], mask_BS[row, : len(ids[i])] = ids[i], True
+      batch = NamedSharding(self._mesh, P(sharding.BATCH_AXES))
+      with jax.set_mesh(self._mesh):
+        text_BS, mask_BS = (
+          jax.make_array_from_callback(x.shape, batch, lambda index, x=x: x[index])
+          for x in (text_BS, mask_BS)
+        )
+        made_BSE = self._encode({"params": self._params}, text_BS, mask_BS)
+      made_BSE = np.asarray(jax.device_get(made_BSE)).astype(jnp.bfloat16)
+      for row, i in enumerate(part):
+        features[i] = made_BSE[row, : len(ids[i])]
+    return features
+
+
+def clean(text: str) -> str:
+  """Captions of the web as Wan cleans them: entities resolved, single spaces."""
+  return " ".join(html.unescape(html.unescape(text)).split())
