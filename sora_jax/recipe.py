@@ -9,6 +9,8 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -202,6 +204,21 @@ def complete(config: ConfigDict) -> ConfigDict:
   """Adds every key that a config leaves out, so that a flag can set it; returns it."""
   _complete(Recipe, config, "config")
   return config
+
+
+def preset(presets: Mapping[str, Any], name: str) -> ConfigDict:
+  """Model section of a config with the sizes of a preset, for a config file to change.
+
+    c.vae.model = recipe.preset(vae.PRESETS, "wan2.1")
+    c.dit.model = recipe.preset(dit.PRESETS, "B")
+
+  Without the keys that follow from others: a latent's channels are the VAE's.
+  ValueError listing the names, for one that there is not.
+  """
+  if name not in presets:
+    raise ValueError(f"there is no preset {name!r}, only {', '.join(presets)}")
+  sizes = dataclasses.asdict(presets[name])
+  return ConfigDict({key: sizes[key] for key in sizes if key not in _DERIVED})
 
 
 def _complete(cls, config, where):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sora_jax import optim, recipe, sharding
+from sora_jax import optim, recipe, sharding, train
+from sora_jax.models import dit, vae
 from sora_jax.tasks import dit as dit_task
 from sora_jax.tasks import vae as vae_task
 
@@ -158,6 +159,62 @@ def test_every_key_is_read():
     names = {field.name for field in dataclasses.fields(section)}
     known = read | spread.get(section, set()) | own.get(section, set())
     assert names <= known, (section.__name__, names - known)
+
+
+# --- presets
+
+
+def preset_config(dit_name, vae_name="wan2.1"):
+  config = ConfigDict(minimal())
+  config.vae.model = recipe.preset(vae.PRESETS, vae_name)
+  config.dit.model = recipe.preset(dit.PRESETS, dit_name)
+  return recipe.complete(config)
+
+
+def test_flags_change_a_preset():
+  config = preset_config("XL")
+  config.lock()
+  config.update_from_flattened_dict({"dit.model.depth": 2, "vae.model.blocks": 1})
+  built = recipe.read(config)
+  assert built.dit.model == dataclasses.replace(
+    dit.PRESETS["XL"], depth=2, channels=16, text_width=256
+  )
+  assert built.vae.model == dataclasses.replace(vae.PRESETS["wan2.1"], blocks=1)
+
+
+@pytest.mark.parametrize("presets", [dit.PRESETS, vae.PRESETS])
+def test_unknown_presets(presets):
+  with pytest.raises(ValueError, match=f"'XXL', only {', '.join(presets)}$"):
+    recipe.preset(presets, "XXL")
+
+
+@pytest.mark.parametrize("name", dit.PRESETS)
+def test_each_size_trains_sharded(name):
+  """Its whole state, on 8 devices, without making it."""
+  published = name.startswith("wan")
+  config = preset_config(name, "wan2.2" if "2.2" in name else "wan2.1")
+  config.data.size_multiple = 32
+  if published:
+    config.text = ConfigDict({"folder": "umt5-xxl"})
+    config.dit.text_tokens = 512
+  built = recipe.read(config)
+  if published:
+    assert built.dit.model == dit.PRESETS[name]
+  stage = built.dit
+  state = train.build(
+    dit_task.make(
+      stage.model, None if published else stage.text, stage.loss, stage.segments
+    ),
+    stage.train,
+    sharding.make_mesh(fsdp=8),
+    dit_task.DIT_RULES if published else dit_task.SHARDING_RULES,
+    built.seed,
+  ).abstract
+  params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+  assert sum(leaf.size for leaf in leaves) == 4 * params  # with ema and two moments
+  shards = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+  assert shards <= 1.05 * 4 * params / 8
 
 
 # --- messages
