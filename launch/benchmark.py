@@ -39,12 +39,12 @@ def measure(name, setup, stage_train, mesh, seed, steps) -> dict:
     state = built.init()
     ready = device_batch(batch)
     begin = time.perf_counter()
-    state, values = built.update(state, ready)
+    state, values = built.update(state, ready, setup.task.frozen)
     jax.block_until_ready(values)
     row["compile_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
     for _ in range(steps):
-      state, values = built.update(state, ready)
+      state, values = built.update(state, ready, setup.task.frozen)
       jax.block_until_ready(values)
     row["step_s"] = (time.perf_counter() - begin) / steps
     waited, begin = 0.0, time.perf_counter()
@@ -54,7 +54,7 @@ def measure(name, setup, stage_train, mesh, seed, steps) -> dict:
       waited += time.perf_counter() - start
       # As in train.train: a step is waited for when the next one is under way.
       previous = values
-      state, values = built.update(state, device_batch(batch))
+      state, values = built.update(state, device_batch(batch), setup.task.frozen)
       jax.block_until_ready(previous)
     jax.block_until_ready(values)
     elapsed = time.perf_counter() - begin

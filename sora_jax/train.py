@@ -99,6 +99,7 @@ def init_state(task: Task, optimizer, seed: int) -> TrainState:
 def train_step(
   state: TrainState,
   batch,
+  frozen=None,
   *,
   task: Task,
   config: TrainConfig,
@@ -108,13 +109,14 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update; pure. batch: dict of arrays [rows, ...] and of scalars.
 
+  frozen: value of task.frozen, as an argument: a constant would be compiled in.
   Gradients are the mean over config.grad_accumulation microbatches, which equals the
   whole batch for a loss that is a mean over rows. Metrics: those of the task, loss,
   grad_norm (before clipping), learning_rate.
   """
   batch = {**batch, "step": state.step}
   key = step_key(seed, state.step, LOSS)
-  gradients, values = _gradients(task, state.params, batch, key, config)
+  gradients, values = _gradients(task, state.params, batch, key, frozen, config)
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   # A young EMA would be mostly the random initial params: decay less at first.
@@ -125,12 +127,12 @@ def train_step(
   return TrainState(state.step + 1, params, ema, opt_state), values
 
 
-def _gradients(task, params, batch, key, config):
+def _gradients(task, params, batch, key, frozen, config):
   """(gradients, metrics with the loss), means over the microbatches."""
 
   def gradients_of(batch, key):
     (loss, values), gradients = jax.value_and_grad(task.loss, has_aux=True)(
-      params, batch, key
+      params, batch, key, *_given(frozen)
     )
     return gradients, {"loss": loss, **values}
 
@@ -170,11 +172,17 @@ def _gradients(task, params, batch, key, config):
   return jax.tree.map(lambda value: value / parts, gradients), values
 
 
+def _given(frozen) -> tuple:
+  """Arguments of a task's functions for task.frozen."""
+  return () if frozen is None else (frozen,)
+
+
 class Built(NamedTuple):
   """A task's jitted functions on a mesh, and the shapes and shardings of its state."""
 
   abstract: TrainState  # of ShapeDtypeStructs with shardings
   init: Any  # () -> TrainState
+  # Both take task.frozen, if there is any, as their last argument.
   update: Any  # (TrainState, batch) -> (TrainState, metrics); donates the state
   evaluate: Any  # (params, batch, step, index of the batch) -> metrics
 
@@ -189,12 +197,13 @@ def build(task: Task, config: TrainConfig, mesh, rules, seed: int) -> Built:
   placed = sharding.state_shardings(state_shapes, shapes, placed, mesh)
   replicated = NamedSharding(mesh, PartitionSpec())
 
-  def update(state, batch):
+  def update(state, batch, frozen=None):
     batch = dict(batch)
     stop = jnp.max(batch.pop(_STOP)) if _STOP in batch else jnp.zeros(())
     state, values = train_step(
       state,
       batch,
+      frozen,
       task=task,
       config=config,
       optimizer=optimizer,
@@ -203,11 +212,10 @@ def build(task: Task, config: TrainConfig, mesh, rules, seed: int) -> Built:
     )
     return state, {**values, _STOP: stop}
 
-  def evaluate(params, batch, step, index):
+  def evaluate(params, batch, step, index, frozen=None):
     # The same keys at every step, so that the numbers of a run can be compared.
-    return task.evaluate(
-      params, {**batch, "step": step}, step_key(seed, index, EVALUATE)
-    )
+    key = step_key(seed, index, EVALUATE)
+    return task.evaluate(params, {**batch, "step": step}, key, *_given(frozen))
 
   return Built(
     abstract=jax.tree.map(
@@ -287,7 +295,7 @@ def train(
           if _due(step, config.eval_every, last):
             monitor.settle()
             with meter.pause():
-              _evaluate(built, mesh, step, state.ema, eval_batches, writer)
+              _evaluate(built, task.frozen, mesh, step, state.ema, eval_batches, writer)
               if on_eval:
                 on_eval(step, state.ema, writer)
             evaluated = step
@@ -310,7 +318,7 @@ def train(
         meter.waited(time.perf_counter() - begin)
         clips = {k: v for k, v in batch.items() if k.startswith("clip")}
         batch = _to_device(batch, mesh, stop=signalled.is_set())
-        state, values = built.update(state, batch)
+        state, values = built.update(state, batch, task.frozen)
         step += 1
         monitor.dispatched(step, values, clips)
         if step == start + 1:
@@ -409,13 +417,14 @@ def _to_device(batch, mesh, stop: bool = False):
   return sharding.shard_batch(batch, mesh)
 
 
-def _evaluate(built, mesh, step, params, eval_batches, writer) -> None:
+def _evaluate(built, frozen, mesh, step, params, eval_batches, writer) -> None:
   """Writes the mean of task.evaluate over the batches as eval/*."""
   totals, count = {}, 0
   for batch in eval_batches():
     batch = _to_device(batch, mesh)
     batch.pop(_STOP, None)
-    values = jax.device_get(built.evaluate(params, batch, step, count))
+    values = built.evaluate(params, batch, step, count, frozen)
+    values = jax.device_get(values)
     for name, value in values.items():
       totals[f"eval/{name}"] = totals.get(f"eval/{name}", 0.0) + float(value)
     count += 1

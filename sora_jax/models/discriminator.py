@@ -8,26 +8,36 @@ from sora_jax.models import layers
 
 
 class Discriminator(nn.Module):
-  """Video in [-1, 1] -> a logit per spacetime patch, float32.
+  """Video in [-1, 1] -> a logit per cell of 2**depth frames and pixels, float32.
 
-  PatchGAN (arXiv:1611.07004) with 3D kernels, as VQGAN (arXiv:2012.09841) and its video
-  successors use; RMS norms in place of batch norm, so examples do not see each other.
+  PatchGAN (arXiv:1611.07004) with kernels of 4x4x4, as TATS (arXiv:2204.03638) has it
+  for video: `depth` layers that halve time and space, one more that does not, each
+  twice as wide up to 8 times `width`, leaky ReLU of 0.2, then one logit. Padding keeps
+  the grid: [B, T, H, W, 3] gives [B, ceil(T / 2**depth), ...].
+
+  The norm is RMS over the channels of each cell in place of batch norm, so that a logit
+  depends on its own patch alone: not on other clips, which differ between devices, nor,
+  as with group norm, on how much of the batch is padding.
+
+  Attributes:
+    width: channels of the first layer; published: 64.
+    depth: layers with stride 2; published: 3.
   """
 
-  width: int = 32
+  width: int = 64
   depth: int = 3
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, video_BTHWC: Array) -> Array:
     x = video_BTHWC.astype(self.dtype)
-    for i in range(self.depth):
-      # Time is halved once only: clips are short where frames are many.
-      strides = (2 if i == self.depth - 1 else 1, 2, 2)
+    for i in range(self.depth + 1):
+      strides = (2, 2, 2) if i < self.depth else (1, 1, 1)
       width = self.width * min(2**i, 8)
-      x = nn.Conv(width, (3, 4, 4), strides, dtype=self.dtype, name=f"conv_{i}")(x)
+      x = nn.Conv(width, (4, 4, 4), strides, dtype=self.dtype, name=f"conv_{i}")(x)
       if i:
-        x = layers.RMSNorm(name=f"norm_{i}")(x)
+        # Flat patches have features near 0; a small epsilon would blow them up.
+        x = layers.RMSNorm(epsilon=1e-3, name=f"norm_{i}")(x)
       x = nn.leaky_relu(x, 0.2)
-    x = nn.Conv(1, (3, 3, 3), dtype=self.dtype, name="head")(x)
+    x = nn.Conv(1, (4, 4, 4), dtype=self.dtype, name="head")(x)
     return x.astype(jnp.float32)[..., 0]

@@ -16,8 +16,11 @@ class Task(NamedTuple):
   init: key -> nested dict of float32 arrays.
   loss: (params, batch, key) -> (scalar mean over the batch, dict of scalars).
   evaluate: (params, batch, key) -> dict of scalars.
+  frozen: tree of arrays on the mesh that no step changes and no checkpoint holds.
+    Where it is not None, loss and evaluate take it as a fourth argument.
   """
 
   init: Callable[[jax.Array], Params]
-  loss: Callable[[Params, Batch, jax.Array], tuple[jax.Array, Metrics]]
-  evaluate: Callable[[Params, Batch, jax.Array], Metrics]
+  loss: Callable[..., tuple[jax.Array, Metrics]]
+  evaluate: Callable[..., Metrics]
+  frozen: Any = None

@@ -6,6 +6,7 @@ Run it again only after a change that is meant to change training, and say so in
 commit. The losses go through the real train step, optimizer and sharding rules.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -51,6 +52,8 @@ VAE_TRAIN = train.TrainConfig(
   # Own learning rate, so own clipping: the critic does not touch the generator.
   learning_rates=((r"discriminator/.*", 1e-3),),
 )
+# Without any of the terms that are networks themselves.
+PLAIN_LOSS = vae_task.VAELossConfig(kl_weight=1e-3, mse_weight=5.0)
 DIT = DiTConfig(
   patch_size=(1, 2, 2),
   channels=4,
@@ -129,6 +132,12 @@ CASES = {
     vae_task.sharding_rules(VAE, VAE_LOSS),
     vae_batch,
   ),
+  "vae_plain": (
+    vae_task.make(VAE, PLAIN_LOSS),
+    dataclasses.replace(VAE_TRAIN, learning_rates=()),
+    vae_task.sharding_rules(VAE, PLAIN_LOSS),
+    vae_batch,
+  ),
   "dit": (
     dit_task.make(DIT, TEXT, dit_task.DiTLossConfig(), SEGMENTS),
     DIT_TRAIN,
@@ -174,7 +183,7 @@ def to_device(state, built: train.Built):
 
 def losses(case: str, values: list[dict[str, float]]) -> dict[str, list[float]]:
   """What is kept of the metrics of each step."""
-  names = {"vae": ("loss", "l1"), "dit": ("loss",)}[case]
+  names = ("loss",) if case == "dit" else ("loss", "l1")
   return {name: [round(v[name], 7) for v in values] for name in names}
 
 
