@@ -13,6 +13,7 @@ from golden import make_losses as golden
 from jax.sharding import PartitionSpec
 
 from sora_jax import sharding, train
+from sora_jax.models import discriminator
 from sora_jax.models.discriminator import Discriminator
 from sora_jax.models.lpips import LPIPS
 from sora_jax.models.vae import VAEConfig
@@ -232,6 +233,17 @@ def test_critic_has_a_logit_for_each_cell_of_the_mask():
     logits, _ = jax.eval_shape(lambda x: critic.init_with_output(KEY, x), video)  # noqa: B023
     cells = slice(None, None, 2**depth)
     assert logits.shape == video[:, cells, cells, cells, 0].shape
+
+
+def test_critic_on_cpu_equals_plain_convolutions(monkeypatch):
+  critic = Discriminator(4, 3)
+  video = np.random.default_rng(0).uniform(-1, 1, (2, 5, 24, 17, 3)).astype(np.float32)
+  params = fast_jit(critic.init)(KEY, video)
+  folded = fast_jit(critic.apply)(params, video)
+  monkeypatch.setattr(discriminator, "_conv", None)  # what flax takes by itself
+  plain = fast_jit(Discriminator(4, 3).apply)(params, video)
+  assert folded.shape == plain.shape
+  np.testing.assert_allclose(folded, plain, atol=1e-5)
 
 
 # --- LPIPS and the adaptive weight

@@ -1,6 +1,7 @@
 """3D PatchGAN discriminator for the VAE's adversarial loss."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -34,10 +35,49 @@ class Discriminator(nn.Module):
     for i in range(self.depth + 1):
       strides = (2, 2, 2) if i < self.depth else (1, 1, 1)
       width = self.width * min(2**i, 8)
-      x = nn.Conv(width, (4, 4, 4), strides, dtype=self.dtype, name=f"conv_{i}")(x)
+      x = nn.Conv(
+        width,
+        (4, 4, 4),
+        strides,
+        dtype=self.dtype,
+        conv_general_dilated=_conv,
+        name=f"conv_{i}",
+      )(x)
       if i:
         # Flat patches have features near 0; a small epsilon would blow them up.
         x = layers.RMSNorm(epsilon=1e-3, name=f"norm_{i}")(x)
       x = nn.leaky_relu(x, 0.2)
     x = nn.Conv(1, (4, 4, 4), dtype=self.dtype, name="head")(x)
     return x.astype(jnp.float32)[..., 0]
+
+
+def _conv(lhs, rhs, window_strides, padding, dimension_numbers, **kwargs):
+  """`lax.conv_general_dilated`; on CPU the strided ones with blocks of 2 folded.
+
+  The gradients of XLA's strided 3D convolutions there are twenty times slower than
+  those of a kernel of 2x2x2 over channels of eight cells, which gives the same.
+  """
+  if jax.default_backend() != "cpu" or set(window_strides) == {1}:
+    return jax.lax.conv_general_dilated(
+      lhs,
+      rhs,
+      window_strides,
+      padding,
+      dimension_numbers=dimension_numbers,
+      **kwargs,
+    )
+  lhs = jnp.pad(lhs, ((0, 0), *((1, 1 + n % 2) for n in lhs.shape[1:4]), (0, 0)))
+  B, T, H, W, C = lhs.shape
+  lhs = lhs.reshape(B, T // 2, 2, H // 2, 2, W // 2, 2, C)
+  lhs = lhs.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(
+    *lhs.shape[:2], H // 2, W // 2, -1
+  )
+  rhs = rhs.reshape(2, 2, 2, 2, 2, 2, C, -1).transpose(0, 2, 4, 1, 3, 5, 6, 7)
+  return layers.conv_general_dilated(
+    lhs,
+    rhs.reshape(2, 2, 2, 8 * C, -1),
+    (1, 1, 1),
+    ((0, 0),) * 3,
+    dimension_numbers=dimension_numbers,
+    **kwargs,
+  )
