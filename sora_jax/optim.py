@@ -1,4 +1,4 @@
-"""AdamW with schedules, clipping, and own learning rates for parts of the params."""
+"""Optimizers with schedules, clipping, and learning rates for parts of the params."""
 
 import re
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+OPTIMIZERS = ("adamw", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "wsd")
 DECAYED = ("kernel", "embedding")
 
@@ -13,17 +14,27 @@ DECAYED = ("kernel", "embedding")
 def make(config, params) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """Optimizer for params (arrays or shapes), and the schedule of its learning rate.
 
-  config: has the optimizer fields of train.TrainConfig. Its `learning_rates`, (path
-  regex, peak) pairs, give the matching params (the whole path) an optimizer of their
-  own, with its own clipping; a GAN's discriminator needs that.
-  ValueError for a schedule that does not exist or fit, or a regex without params.
+  config: has the optimizer fields of train.TrainConfig. "adafactor" (arXiv:1804.04235)
+  keeps second moments as rows and columns and no first ones. "muon" is Muon
+  (arXiv:2502.16982) for the kernels of blocks, at the learning rate of AdamW, and AdamW
+  for the rest. `learning_rates`, (path regex, peak) pairs, give the matching params
+  (the whole path) an optimizer of their own, with its own clipping; a GAN's
+  discriminator needs that.
+  ValueError for an optimizer or schedule that does not exist or fit, or a regex without
+  params.
   """
+  if config.optimizer not in OPTIMIZERS:
+    raise ValueError(f"optimizer {config.optimizer!r} is none of {OPTIMIZERS}")
+  if config.moment_dtype not in ("float32", "bfloat16"):
+    raise ValueError(
+      f"moment_dtype {config.moment_dtype!r} is neither float32 nor bfloat16"
+    )
   schedule = make_schedule(config, config.learning_rate)
   if not config.learning_rates:
-    return _adamw(config, schedule), schedule
-  optimizers = {"rest": _adamw(config, schedule)}
+    return _optimizer(config, schedule), schedule
+  optimizers = {"rest": _optimizer(config, schedule)}
   for regex, peak in config.learning_rates:
-    optimizers[regex] = _adamw(config, make_schedule(config, peak))
+    optimizers[regex] = _optimizer(config, make_schedule(config, peak))
 
   def label(path, _):
     name = _name(path)
@@ -67,14 +78,44 @@ def make_schedule(config, peak: float) -> optax.Schedule:
   return schedule
 
 
-def _adamw(config, schedule) -> optax.GradientTransformation:
+def _optimizer(config, schedule) -> optax.GradientTransformation:
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else None
+  if config.optimizer == "muon":
+    update = optax.contrib.muon(
+      schedule,
+      weight_decay=config.weight_decay,
+      adam_weight_decay=config.weight_decay,
+      weight_decay_mask=_decay_mask,
+      mu_dtype=config.moment_dtype,
+      adam_b1=config.b1,
+      adam_b2=config.b2,
+      muon_weight_dimension_numbers=_matrices_of_blocks,
+      consistent_rms=0.2,  # that of AdamW's updates
+    )
+    return optax.chain(clip or optax.identity(), update)
+  if config.optimizer == "adafactor":
+    scale = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+  else:
+    scale = optax.scale_by_adam(
+      b1=config.b1, b2=config.b2, mu_dtype=config.moment_dtype
+    )
   return optax.chain(
     clip or optax.identity(),
-    optax.scale_by_adam(b1=config.b1, b2=config.b2),
+    scale,
     optax.add_decayed_weights(config.weight_decay, mask=_decay_mask),
     optax.scale_by_learning_rate(schedule),
   )
+
+
+def _matrices_of_blocks(params):
+  """Muon's axes of the kernels that `nn.scan` stacks; None for all else."""
+  matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+
+  def axes(path, leaf):
+    *outer, last = _name(path).split("/")
+    return matrix if "blocks" in outer and last == "kernel" else None
+
+  return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def _decay_mask(params):

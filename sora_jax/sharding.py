@@ -61,7 +61,8 @@ def param_shardings(shapes, rules: Rules, mesh: Mesh):
   """Tree of NamedSharding for a tree of params or of their shapes.
 
   rules: ordered (regex, PartitionSpec); the first whose regex matches the whole path
-  'a/b/kernel' wins. A dim that its mesh axes do not divide is replicated, and logged.
+  'a/b/kernel' wins. Of a dim's mesh axes the last are left out, which is logged, until
+  the rest divides it.
   ValueError for a param without a rule, a rule that no param uses, and a spec that
   names an unknown axis or more dims than the param has.
   """
@@ -92,12 +93,14 @@ def _fit(name, shape, spec, mesh) -> PartitionSpec:
     unknown = set(names) - set(mesh.shape)
     if unknown:
       raise ValueError(f"{name}: {spec} names {sorted(unknown)}, not in {mesh.shape}")
-    ways = math.prod(mesh.shape[axis] for axis in names)
-    if size % ways:
-      logging.warning("%s %s: %s (%d) does not divide %d: replicated",
-                      name, shape, axes, ways, size)  # fmt: skip
-      axes = None
-    fitted.append(axes)
+    left_out = ()
+    while size % math.prod(mesh.shape[axis] for axis in names):
+      names, left_out = names[:-1], (*names[-1:], *left_out)
+    if left_out:
+      ways = math.prod(mesh.shape[axis] for axis in left_out)
+      logging.warning("%s %s: %s (%d) does not divide %d: replicated along it", name,
+                      shape, " and ".join(left_out), ways, size)  # fmt: skip
+    fitted.append(names if len(names) > 1 else names[0] if names else None)
   return PartitionSpec(*fitted)
 
 

@@ -99,6 +99,16 @@ def _check_mesh(recipe):
         f"{key} {rows} must be a multiple of {ways} (devices along data and fsdp) x "
         f"{config.grad_accumulation} (grad_accumulation); set it, or config.mesh"
       )
+  for axis, key, size in (
+    ("context", "config.dit.tokens", recipe.dit.tokens),
+    ("context", "config.dit.text_tokens", recipe.dit.text_tokens),
+    ("tensor", "config.dit.model.heads", recipe.dit.model.heads),
+  ):
+    if size % mesh.shape[axis]:
+      raise ValueError(
+        f"{key} {size} must be a multiple of {mesh.shape[axis]}, the devices along "
+        f"{axis}; set it, or config.mesh.{axis}"
+      )
 
 
 def _check_text(recipe):

@@ -12,12 +12,13 @@ from jax.sharding import PartitionSpec as P
 from sora_jax import checkpoint, sharding
 from sora_jax.autoencoder import from_json
 from sora_jax.data.tokenizer import Tokenizer
+from sora_jax.models.partition import PARAMS
 from sora_jax.models.t5 import T5Config, T5Encoder
 
 RULES = (
-  (r"token_embed/embedding", P(None, "fsdp")),
-  (r"blocks/(query|key|value|mlp_gate|mlp_up)/kernel", P(None, "fsdp", "tensor")),
-  (r"blocks/(attention_out|mlp_down)/kernel", P(None, "tensor", "fsdp")),
+  (r"token_embed/embedding", P(None, PARAMS)),
+  (r"blocks/(query|key|value|mlp_gate|mlp_up)/kernel", P(None, PARAMS, "tensor")),
+  (r"blocks/(attention_out|mlp_down)/kernel", P(None, "tensor", PARAMS)),
   (r"(blocks/)?position_bias/embedding", P()),
   (r".*/scale", P()),
 )

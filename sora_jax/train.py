@@ -35,6 +35,8 @@ class TrainConfig:
   schedule: str = "constant"  # one of optim.SCHEDULES
   decay_steps: int = 0  # of the schedule "wsd"
   weight_decay: float = 0.0
+  optimizer: str = "adamw"  # one of optim.OPTIMIZERS
+  moment_dtype: str = "float32"  # of the first moment
   b1: float = 0.9
   b2: float = 0.999
   clip_norm: float = 1.0  # global norm; 0 = no clipping
@@ -189,7 +191,8 @@ class Built(NamedTuple):
 
 def build(task: Task, config: TrainConfig, mesh, rules, seed: int) -> Built:
   """Places the state by the sharding rules and jits the functions; compiles nothing."""
-  shapes = jax.eval_shape(task.init, jax.random.key(seed))
+  # No array is made: the devices of the mesh may be a description only.
+  shapes = jax.eval_shape(lambda: task.init(jax.random.key(seed)))
   optimizer, schedule = optim.make(config, shapes)
   init = functools.partial(init_state, task, optimizer, seed)
   state_shapes = jax.eval_shape(init)

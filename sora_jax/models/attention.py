@@ -5,12 +5,22 @@ packed row hold many clips. Padding is segment 0 and only ever sees padding, so 
 cannot leak; its output is finite and meant to be ignored.
 """
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from sora_jax.models import chunked, partition, splash
+from sora_jax.models.ring import Ring, ring_attention
 
 # Finite, so that a row whose keys are all masked gives a mean instead of NaN.
 _MASKED = -1e30
+# Bytes of keys and values that a chip may gather; more of them go around a ring.
+_GATHERED = 2**30
 
 
 def attention(
@@ -22,16 +32,94 @@ def attention(
 ) -> Array:
   """Softmax attention within segments, scaled by K ** -0.5, softmax in float32.
 
+  On a mesh each chip computes its rows and heads. Where `context` shares the tokens,
+  heads are exchanged for them (Ulysses, arXiv:2309.14509) as far as the number of heads
+  goes; beyond that, and for short keys, keys are gathered or travel around a ring.
+
   Args:
     q_BLNK: queries. k_BSNK, v_BSNK: keys and values, same N and K.
-    segments_q_BL, segments_k_BS: int32 segment ids; 0 is padding.
+    segments_q_BL, segments_k_BS: int32 segment ids; 0 is padding. On TPU the segments
+      of a row must be contiguous, padding last.
 
   Returns:
-    [B, L, N, K] in the dtype of the queries.
+    [B, L, N, K] in the dtype of the queries. Its name for remat policies, and that of
+    what a kernel keeps beside it for the backward pass, is "attention".
   """
-  if jax.default_backend() == "cpu":
-    return _attention_by_head(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
-  return reference_attention(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
+  inputs = (q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
+  mesh = partition.mesh()
+  if mesh is None:
+    return _local(*inputs)
+  B, L, N, _ = q_BLNK.shape
+  rows, queries, heads = partition.fit(
+    mesh, (B, L, N), partition.ROWS, "context", "tensor"
+  )
+  keys = partition.fit(mesh, k_BSNK.shape, None, "context")[1]
+  size = mesh.shape["context"]
+  # It sends a chip's share of queries, outputs and keys; gathering, all keys.
+  ulysses = 1
+  if queries and keys and size * k_BSNK.shape[1] >= L + k_BSNK.shape[1]:
+    ulysses = math.gcd(N // (mesh.shape["tensor"] if heads else 1), size)
+  sharded = functools.partial(
+    _sharded, ulysses=ulysses, others=size // ulysses if keys else 1
+  )
+  query, key = (PartitionSpec(rows, dim, heads) for dim in (queries, keys))
+  return jax.shard_map(
+    sharded,
+    in_specs=(
+      *(query, key, key),
+      *(PartitionSpec(rows, dim) for dim in (queries, keys)),
+    ),
+    out_specs=query,
+    check_vma=False,
+  )(*inputs)
+
+
+def _sharded(q, k, v, segments_q, segments_k, *, ulysses: int, others: int):
+  """Attention of a chip's tokens to those of all chips of the context axis.
+
+  Groups of `ulysses` neighbours exchange heads for tokens; `others` such groups have
+  more keys.
+  """
+  size = ulysses * others
+  groups = [list(range(i, i + ulysses)) for i in range(0, size, ulysses)]
+  rings = [list(range(i, size, ulysses)) for i in range(ulysses)]
+  if ulysses > 1:
+    exchange = functools.partial(
+      jax.lax.all_to_all,
+      axis_name="context",
+      axis_index_groups=groups if others > 1 else None,
+      tiled=True,
+    )
+    q, k, v = (exchange(x, split_axis=2, concat_axis=1) for x in (q, k, v))
+    segments_q, segments_k = (
+      _gather(x, groups, others > 1) for x in (segments_q, segments_k)
+    )
+  if others == 1:
+    out = _local(q, k, v, segments_q, segments_k)
+  elif others * 2 * k.size * k.dtype.itemsize <= _GATHERED:
+    # Gathered inside, so that the gradients of keys are scattered as they are summed.
+    k, v, segments_k = (_gather(x, rings, ulysses > 1) for x in (k, v, segments_k))
+    out = _local(q, k, v, segments_q, segments_k)
+  else:
+    form = splash if partition.platform() == "tpu" else chunked
+    ring = Ring("context", others, ulysses, form.forward, form.backward)
+    out = ring_attention(q, k, v, segments_q, segments_k, ring)
+  if ulysses > 1:
+    out = exchange(out, split_axis=1, concat_axis=2)
+  return out
+
+
+def _gather(x, groups, some: bool):
+  """The tokens of all chips of a group, in its order."""
+  return jax.lax.all_gather(
+    x, "context", axis=1, tiled=True, axis_index_groups=groups if some else None
+  )
+
+
+def _local(*inputs):
+  """Attention on one chip."""
+  forms = {"tpu": splash.splash_attention, "cpu": _attention_by_head}
+  return forms.get(partition.platform(), chunked.chunked_attention)(*inputs)
 
 
 def reference_attention(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS):
@@ -66,4 +154,5 @@ def _attention_by_head(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS):
     return (out_BLK / total_BL1).astype(v_BSK.dtype)
 
   heads_first = tuple(x.transpose(2, 0, 1, 3) for x in (q_BLNK, k_BSNK, v_BSNK))
-  return jax.lax.map(one_head, heads_first).transpose(1, 2, 0, 3)
+  out_BLNK = jax.lax.map(one_head, heads_first).transpose(1, 2, 0, 3)
+  return checkpoint_name(out_BLNK, "attention")

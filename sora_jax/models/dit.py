@@ -15,14 +15,21 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from sora_jax.models import layers
+from sora_jax.models import layers, partition
 from sora_jax.models.attention import attention
 
-# What a block may keep for the backward pass, by the names given below.
+# What a block may keep for the backward pass beside its input, by the names given here
+# and in `attention`. "offload" keeps both in the host's memory.
 REMAT_POLICIES = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
   "attention_saved": jax.checkpoint_policies.save_only_these_names("attention"),
+  "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=["attention", "block"],
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
 }
 
 
@@ -118,7 +125,9 @@ class DiT(nn.Module):
       kwargs = {"dtype": dtype, "dot_general": layers.dot_general, **kwargs}
       return nn.Dense(features, name=name, **kwargs)
 
-    x_BLD = dense(c.width, "patch_embed")(x_BLP.astype(dtype))
+    x_BLP = partition.constrain(x_BLP, partition.ROWS, partition.TOKENS)
+    x_BLD = _shard(dense(c.width, "patch_embed")(x_BLP.astype(dtype)))
+    text_BSE = partition.constrain(text_BSE, partition.ROWS, "context")
     text_BSD = dense(c.width, "text_embed_1")(text_BSE.astype(dtype))
     text_BSD = dense(c.width, "text_embed_2")(nn.gelu(text_BSD))
 
@@ -170,6 +179,7 @@ class _Block(nn.Module):
   def __call__(self, x_BLD, context):
     modulation_BG6D, group_BL, segment_BL, rope, text_BSD, text_segment_BS = context
     c, dtype = self.config, x_BLD.dtype
+    x_BLD = checkpoint_name(x_BLD, "block")
 
     def dense(features, name):
       return nn.Dense(features, dtype=dtype, dot_general=layers.dot_general, name=name)
@@ -192,8 +202,8 @@ class _Block(nn.Module):
     q_BLNK = layers.apply_rope(q_BLNK, *rope)
     k_BLNK = layers.apply_rope(k_BLNK, *rope)
     h_BLNK = attention(q_BLNK, k_BLNK, v_BLNK, segment_BL, segment_BL)
-    h_BLD = checkpoint_name(h_BLNK, "attention").reshape(x_BLD.shape)
-    x_BLD = x_BLD + gate1 * dense(c.width, "attention_out")(h_BLD)
+    h_BLD = h_BLNK.reshape(x_BLD.shape)
+    x_BLD = x_BLD + gate1 * _shard(dense(c.width, "attention_out")(h_BLD))
 
     h_BLD = nn.LayerNorm(epsilon=1e-6, dtype=dtype, name="cross_norm")(x_BLD)
     q_BLNK = heads(
@@ -204,13 +214,18 @@ class _Block(nn.Module):
     )
     v_BSNK = heads(dense(c.width, "cross_value")(text_BSD))
     h_BLNK = attention(q_BLNK, k_BSNK, v_BSNK, segment_BL, text_segment_BS)
-    h_BLD = checkpoint_name(h_BLNK, "attention").reshape(x_BLD.shape)
-    x_BLD = x_BLD + dense(c.width, "cross_out")(h_BLD)
+    h_BLD = h_BLNK.reshape(x_BLD.shape)
+    x_BLD = x_BLD + _shard(dense(c.width, "cross_out")(h_BLD))
 
     h_BLD = layers.layer_norm(x_BLD) * (1 + scale2) + shift2
     h_BLD = nn.gelu(dense(c.mlp_width, "mlp_up")(h_BLD))
-    x_BLD = x_BLD + gate2 * dense(c.width, "mlp_down")(h_BLD)
+    x_BLD = x_BLD + gate2 * _shard(dense(c.width, "mlp_down")(h_BLD))
     return x_BLD, None
+
+
+def _shard(x_BLD: Array) -> Array:
+  """Tokens as they lie between sublayers."""
+  return partition.constrain(x_BLD, partition.ROWS, partition.TOKENS)
 
 
 def _mean_text(text_BSE: Array, text_segment_BS: Array, groups: int) -> Array:

@@ -6,16 +6,18 @@ a row of n equal clips costs n times less than one clip of the row's length.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-# Name of the output and its log-sum-exp, for remat policies.
-SAVED = "attention"
-# More rows or columns do not fit the scalar memory, fewer leave the MXU waiting.
-BLOCK = 1024
+# Queries, and keys, that the kernel takes at once. More do not fit the vector memory;
+# fewer waste less where a block holds the end of a clip and the start of the next.
+BLOCK = 512
+_MASKED = -0.7 * float(np.finfo(np.float32).max)
+_LANES = 128
 
 
 def splash_attention(
@@ -34,23 +36,86 @@ def splash_attention(
     q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS: as for `attention`.
     block: largest number of queries, and of keys, that the kernel takes at once.
     interpret: run without a TPU (`pltpu.InterpretParams()`), for tests.
-
-  Raises:
-    ValueError: if a length has no block size that divides it.
   """
-  block_q = _block(q_BLNK.shape[1], block)
-  block_k = _block(k_BSNK.shape[1], block)
-  one_row = functools.partial(
-    _one_row, block_q=block_q, block_k=block_k, interpret=interpret
-  )
-  scale = q_BLNK.shape[-1] ** -0.5
-  heads_first = (x.swapaxes(1, 2) for x in (q_BLNK * scale, k_BSNK, v_BSNK))
-  rows = (*heads_first, segments_q_BL, segments_k_BS)
-  if len(q_BLNK) == 1:
-    out_BNLK = one_row(*(x[0] for x in rows))[None]
-  else:  # the grid depends on the row
-    out_BNLK = jax.lax.map(lambda row: one_row(*row), rows)
-  return out_BNLK.swapaxes(1, 2)
+
+  def one_row(q_NLK, k_NSK, v_NSK, segments_L, segments_S):
+    kernel = _kernel()
+    config, visits = _plan(segments_L, segments_S, block, interpret, "attention")
+    attend = kernel.SplashAttentionKernel(
+      *visits,
+      config=config,
+      is_mqa=False,
+      save_residuals=False,
+      mask_value=_MASKED,
+      mask_function=None,
+      fwd_mask_sparsity=1.0,
+      dkv_mask_sparsity=1.0,
+    )
+    return attend(q_NLK, k_NSK, v_NSK, kernel.SegmentIds(segments_L, segments_S))
+
+  rows = _heads_first(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
+  out_BNLK = _by_row(one_row, rows)
+  return out_BNLK.swapaxes(1, 2)[:, : q_BLNK.shape[1]]
+
+
+def forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, *, interpret=False):
+  """As `chunked.forward`."""
+  kernel = _kernel()
+
+  def one_row(q_NLK, k_NSK, v_NSK, segments_L, segments_S):
+    config, visits = _plan(segments_L, segments_S, BLOCK, interpret)
+    out_NLK, kept = kernel._splash_attention_forward(
+      visits[0],
+      q_NLK,
+      k_NSK,
+      v_NSK,
+      kernel.SegmentIds(segments_L, segments_S),
+      None,
+      mask_value=_MASKED,
+      is_mqa=False,
+      config=config,
+      save_residuals=True,
+      mask_function=None,
+      fwd_mask_sparsity=1.0,
+    )
+    return out_NLK, kept["logsumexp"] * math.log(2.0)  # it works with powers of two
+
+  rows = _heads_first(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
+  made = _by_row(one_row, rows)
+  return tuple(x.swapaxes(1, 2)[:, : q_BLNK.shape[1]] for x in made)
+
+
+def backward(
+  q_BLNK,
+  k_BSNK,
+  v_BSNK,
+  segments_q_BL,
+  segments_k_BS,
+  out_BLNK,
+  lse_BLN,
+  dout_BLNK,
+  *,
+  interpret=False,
+):
+  """As `chunked.backward`."""
+  kernel = _kernel()
+
+  def one_row(q_NLK, k_NSK, v_NSK, segments_L, segments_S, out_NLK, lse_NL, dout_NLK):
+    config, visits = _plan(segments_L, segments_S, BLOCK, interpret)
+    segments = kernel.SegmentIds(segments_L, segments_S)
+    lse_NL = lse_NL / math.log(2.0)
+    kept = (q_NLK, k_NSK, v_NSK, segments, None, out_NLK, lse_NL, visits[1])
+    _, _, *gradients = kernel._splash_attention_bwd(
+      False, _MASKED, False, config, None, 1.0, 1.0, kept, dout_NLK.astype(jnp.float32)
+    )[:5]
+    return tuple(gradients)
+
+  rows = _heads_first(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
+  kept = (_whole_blocks(x).swapaxes(1, 2) for x in (out_BLNK, lse_BLN, dout_BLNK))
+  dq, dk, dv = (x.swapaxes(1, 2) for x in _by_row(one_row, (*rows, *kept)))
+  dq = dq * q_BLNK.shape[-1] ** -0.5
+  L, S = q_BLNK.shape[1], k_BSNK.shape[1]
+  return dq[:, :L].astype(q_BLNK.dtype), dk[:, :S], dv[:, :S]
 
 
 def active_blocks(segments_L, segments_S, block_q: int, block_k: int) -> Array:
@@ -73,26 +138,30 @@ def _range(segments_L, block):
   return blocks.min(axis=1), blocks.max(axis=1)
 
 
-def _block(length: int, largest: int) -> int:
-  """The largest multiple of 128 up to `largest` that divides the length."""
-  for block in range(largest, 0, -128):
-    if length % block == 0:
-      return block
-  raise ValueError(
-    f"a packed row of {length} tokens is not a multiple of 128, as the TPU's attention "
-    "kernel needs"
-  )
+def _heads_first(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS):
+  """The kernel's arguments, rows leading: lengths padded to whole blocks."""
+  q_BLNK = q_BLNK * q_BLNK.shape[-1] ** -0.5
+  values = (_whole_blocks(x).swapaxes(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
+  return (*values, _whole_blocks(segments_q_BL), _whole_blocks(segments_k_BS))
 
 
-def _one_row(
-  q_NLK, k_NSK, v_NSK, segments_L, segments_S, *, block_q, block_k, interpret
-):
-  # Only a TPU, or a plan for one, needs the package.
-  from tokamax._src.ops.experimental.tpu.splash_attention import (
-    splash_attention_kernel as kernel,
-  )
+def _whole_blocks(x):
+  # Long rows are filled up to blocks of full size; for short ones that is too much.
+  missing = -x.shape[1] % (BLOCK if x.shape[1] >= 8 * BLOCK else _LANES)
+  return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
 
-  config = kernel.SplashConfig(
+
+def _by_row(one_row, rows):
+  # The blocks to visit, and with them the kernel's grid, depend on the row.
+  if len(rows[0]) == 1:
+    return jax.tree.map(lambda x: x[None], one_row(*(x[0] for x in rows)))
+  return jax.lax.map(lambda row: one_row(*row), rows)
+
+
+def _plan(segments_L, segments_S, block, interpret, saved=None):
+  """(the kernel's sizes, (blocks to visit forwards, backwards))."""
+  block_q, block_k = (_block(len(x), block) for x in (segments_L, segments_S))
+  config = _kernel().SplashConfig(
     block_q=block_q,
     block_kv=block_k,
     block_q_dkv=block_q,
@@ -100,21 +169,28 @@ def _one_row(
     # dq adds up in 3 buffers, from zero; otherwise each block of keys has its own, and
     # those of pairs that are not visited stay unwritten.
     dq_reduction_steps=3,
-    residual_checkpoint_name=SAVED,
+    residual_checkpoint_name=saved,
     interpret=interpret,
   )
-  attend = kernel.SplashAttentionKernel(
+  return config, (
     _visits(active_blocks(segments_L, segments_S, block_q, block_k)),
     _visits(active_blocks(segments_S, segments_L, block_k, block_q)),
-    config=config,
-    is_mqa=False,
-    save_residuals=False,
-    mask_value=-0.7 * float(np.finfo(np.float32).max),
-    mask_function=None,
-    fwd_mask_sparsity=1.0,
-    dkv_mask_sparsity=1.0,
   )
-  return attend(q_NLK, k_NSK, v_NSK, kernel.SegmentIds(segments_L, segments_S))
+
+
+def _block(length: int, largest: int) -> int:
+  """The largest multiple of 128 up to `largest` that divides the length."""
+  return next(n for n in range(largest, 0, -_LANES) if length % n == 0)
+
+
+@functools.cache
+def _kernel():
+  # Only a TPU, or a plan for one, needs the package.
+  from tokamax._src.ops.experimental.tpu.splash_attention import (
+    splash_attention_kernel,
+  )
+
+  return splash_attention_kernel
 
 
 def _visits(active):

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from sora_jax import diffusion
 from sora_jax.models.dit import DiT, DiTConfig
+from sora_jax.models.partition import PARAMS
 from sora_jax.models.text import TextEncoder, TextEncoderConfig
 from sora_jax.tasks import Task
 
@@ -173,7 +174,7 @@ def predict(
 ) -> Array:
   """The network's output [B, L, P] for packed rows, float32."""
   return DiT(config, dtype).apply(
-    {"params": params["dit"]},
+    {"params": _cast_kernels(params["dit"], dtype)},
     x_BLP,
     t_BG,
     batch["group_L"],
@@ -184,19 +185,32 @@ def predict(
   )
 
 
-# Into a sublayer: fsdp x tensor; out of it: tensor x fsdp, so that one all-reduce ends
-# each sublayer. Kernels under blocks/ have a leading layer axis.
+def _cast_kernels(params, dtype):
+  """The blocks' kernels in the dtype of the computation.
+
+  Before the scan over blocks, so that what is gathered for each block is half as large.
+  """
+
+  def cast(path, leaf):
+    return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+
+  blocks = jax.tree_util.tree_map_with_path(cast, params["blocks"])
+  return {**params, "blocks": blocks}
+
+
+# Into a sublayer: params x tensor; out of it: tensor x params, so that one reduction
+# ends each sublayer. Kernels under blocks/ have a leading layer axis.
 DIT_RULES = (
-  (r".*/blocks/((cross_)?(query|key|value)|mlp_up)/kernel", P(None, "fsdp", "tensor")),
-  (r".*/blocks/((attention|cross)_out|mlp_down)/kernel", P(None, "tensor", "fsdp")),
-  (r".*/blocks/modulation", P(None, None, "fsdp")),
+  (r".*/blocks/((cross_)?(query|key|value)|mlp_up)/kernel", P(None, PARAMS, "tensor")),
+  (r".*/blocks/((attention|cross)_out|mlp_down)/kernel", P(None, "tensor", PARAMS)),
+  (r".*/blocks/modulation", P(None, None, PARAMS)),
   (
     r"dit/(patch_embed|text_pooled|(text|time)_embed_[12]|time_projection)/kernel",
-    P(None, "fsdp"),
+    P(None, PARAMS),
   ),
-  (r"dit/head/kernel", P("fsdp", None)),
-  (r"dit/head_modulation", P(None, "fsdp")),
+  (r"dit/head/kernel", P(PARAMS, None)),
+  (r"dit/head_modulation", P(None, PARAMS)),
   (r".*/(bias|scale)", P()),
 )
 # With the small text encoder that is trained beside it.
-SHARDING_RULES = ((r"text/token_embed/embedding", P(None, "fsdp")), *DIT_RULES)
+SHARDING_RULES = ((r"text/token_embed/embedding", P(None, PARAMS)), *DIT_RULES)

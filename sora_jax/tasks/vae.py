@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from sora_jax.models.discriminator import Discriminator
 from sora_jax.models.lpips import LPIPS
+from sora_jax.models.partition import PARAMS
 from sora_jax.models.vae import VAE, VAEConfig
 from sora_jax.tasks import Task
 
@@ -266,7 +267,7 @@ def _with_last(params, kernel):
 
 # Of the params that `make` gets for LPIPS, below "lpips".
 LPIPS_RULES = (
-  (r"lpips/vgg/.*/kernel", P(None, None, None, "fsdp")),
+  (r"lpips/vgg/.*/kernel", P(None, None, None, PARAMS)),
   (r"lpips/(vgg/.*/bias|head_\d)", P()),
 )
 
@@ -274,15 +275,15 @@ LPIPS_RULES = (
 def sharding_rules(model: VAEConfig, loss_config: VAELossConfig):
   """Sharding of the params: the output channels of every kernel over fsdp."""
   rules = [
-    (r"vae/.*/(conv|space|time)/kernel", P(None, None, None, None, "fsdp")),
+    (r"vae/.*/(conv|space|time)/kernel", P(None, None, None, None, PARAMS)),
     (r"vae/.*/(bias|scale)", P()),
   ]
   if model.middle:
-    rules.append((r"vae/.*/attention/(qkv|out)/kernel", P(None, "fsdp")))
+    rules.append((r"vae/.*/attention/(qkv|out)/kernel", P(None, PARAMS)))
   if loss_config.gan_weight > 0:
     rules += [
-      (r"discriminator/conv_\d+/kernel", P(None, None, None, None, "fsdp")),
-      (r"discriminator/head/kernel", P(None, None, None, "fsdp")),
+      (r"discriminator/conv_\d+/kernel", P(None, None, None, None, PARAMS)),
+      (r"discriminator/head/kernel", P(None, None, None, PARAMS)),
       (r"discriminator/.*/(bias|scale)", P()),
     ]
   return rules

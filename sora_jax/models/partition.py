@@ -1,0 +1,52 @@
+"""How networks lie on the mesh: rows over data and fsdp, tokens over context.
+
+The mesh is that of `jax.set_mesh`; without one, or with one device, nothing happens.
+"""
+
+import math
+
+import jax
+from jax import Array
+from jax.sharding import AbstractMesh, PartitionSpec
+
+ROWS = ("data", "fsdp")
+# Every param is shared by all chips that would otherwise hold the same.
+PARAMS = ("fsdp", "context")
+# Between sublayers the tensor axis shares tokens, too: what the backward pass keeps is
+# then nowhere twice (arXiv:2205.05198).
+TOKENS = ("context", "tensor")
+
+
+def mesh() -> AbstractMesh | None:
+  """The mesh of the program, if it has several devices."""
+  current = jax.sharding.get_abstract_mesh()
+  return None if current.empty or current.size == 1 else current
+
+
+def platform() -> str:
+  """ "cpu", "gpu" or "tpu": what the program is for, which need not be this machine."""
+  current = jax.sharding.get_abstract_mesh()
+  device = None if current.empty else current.abstract_device
+  return device.platform if device else jax.default_backend()
+
+
+def fit(current: AbstractMesh, shape, *axes) -> PartitionSpec:
+  """PartitionSpec of the first dims of a shape, without axes that do not divide them.
+
+  Of several axes for one dim those that come first are kept.
+  """
+  fitted = []
+  for size, names in zip(shape, axes, strict=False):
+    names = (names,) if isinstance(names, str) else tuple(names or ())
+    while size % math.prod(current.shape[name] for name in names):
+      names = names[:-1]
+    fitted.append(names or None)
+  return PartitionSpec(*fitted)
+
+
+def constrain(x: Array, *axes) -> Array:
+  """x laid out so over the mesh, dim by dim; see `fit`."""
+  current = mesh()
+  if current is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, fit(current, x.shape, *axes))
