@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from golden.make_losses import FAST_COMPILE
 
-from sora_jax.models import attention, layers
+from sora_jax.models import attention, chunked, layers
 
 fast_jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
 SEGMENTS_Q = np.array([[1, 1, 2, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]], np.int32)
@@ -37,7 +37,11 @@ def naive(q, k, v, segments_q, segments_k):
   return out
 
 
-FORMS = [attention.reference_attention, attention._attention_by_head]
+def by_chunks(*inputs):
+  return chunked.chunked_attention(*inputs, 3)
+
+
+FORMS = [attention.reference_attention, attention._attention_by_head, by_chunks]
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -74,10 +78,11 @@ def test_forms_equal_loops(form):
   np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=2e-6)
 
 
-def test_gradients_by_head_equal_those_of_the_reference():
+@pytest.mark.parametrize("other", FORMS[1:])
+def test_gradients_equal_those_of_the_reference(other):
   arguments = (*draw(), SEGMENTS_K, weights())
-  reference, by_head = (compiled(form)(*arguments)[1] for form in FORMS)
-  for a, b in zip(reference, by_head, strict=True):
+  reference, found = (compiled(form)(*arguments)[1] for form in (FORMS[0], other))
+  for a, b in zip(reference, found, strict=True):
     assert np.abs(a).max() > 0.1
     np.testing.assert_allclose(a, b, atol=1e-5)
 

@@ -20,7 +20,7 @@ from sora_jax.models.ring import Ring, ring_attention
 # Finite, so that a row whose keys are all masked gives a mean instead of NaN.
 _MASKED = -1e30
 # Bytes of keys and values that a chip may gather; more of them go around a ring.
-_GATHERED = 2**30
+GATHERED = 2**30
 
 
 def attention(
@@ -96,7 +96,7 @@ def _sharded(q, k, v, segments_q, segments_k, *, ulysses: int, others: int):
     )
   if others == 1:
     out = _local(q, k, v, segments_q, segments_k)
-  elif others * 2 * k.size * k.dtype.itemsize <= _GATHERED:
+  elif others * 2 * k.size * k.dtype.itemsize <= GATHERED:
     # Gathered inside, so that the gradients of keys are scattered as they are summed.
     k, v, segments_k = (_gather(x, rings, ulysses > 1) for x in (k, v, segments_k))
     out = _local(q, k, v, segments_q, segments_k)
