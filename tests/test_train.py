@@ -207,7 +207,7 @@ def test_non_finite_loss_stops(tmp_path, bad_step):
 def finish(*processes):
   """Logs of processes that must exit with code 0."""
   try:
-    logs = [process.communicate(timeout=120)[1] for process in processes]
+    logs = [process.communicate(timeout=600)[1] for process in processes]
   finally:
     for process in processes:
       process.kill()
