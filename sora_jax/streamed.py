@@ -5,6 +5,7 @@ memory of the host that converts it, so here a leaf is a function that makes its
 and one block after the other is in memory.
 """
 
+import asyncio
 import dataclasses
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,8 @@ import tensorstore as ts
 
 # Of the chunks on disk, which a device that needs a part of a layer reads whole.
 _CHUNK_BYTES = 64 << 20
+# Of the blocks that are written at a time.
+_TOGETHER_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,30 +71,40 @@ def restore_args() -> ocp.RestoreArgs:
 
 
 class _Handler(ocp.type_handlers.NumpyHandler):
-  """Writes and reads leaves in turn, where its parent does all at once."""
+  """Holds a few blocks of leaves, where its parent holds all values at once."""
 
   async def serialize(self, values, infos, args=None):
+    together, size = [], 0
     for value, info in zip(values, infos, strict=True):
-      await info.await_path_creation()
-      spec = ocp.type_handlers.get_json_tspec_write(
-        info,
-        use_ocdbt=info.is_ocdbt_checkpoint,
-        global_shape=value.shape,
-        # A block is chunks of its own, so that none is written twice.
-        local_shape=(value.rows, *value.shape[1:]),
-        dtype=np.dtype(value.dtype),
-        process_index=0 if info.is_ocdbt_checkpoint else None,
-        arg=ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES),
-      )
-      store = await ts.open(
-        ts.Spec(spec), create=True, open=True, context=info.ts_context
-      )
-      row = 0
-      for block in value.blocks():
-        await store[row : row + len(block)].write(block)
-        row += len(block)
-      assert row == value.shape[0], (info.name, row, value.shape)
+      block = value.nbytes * value.rows // value.shape[0]
+      if size + block > _TOGETHER_BYTES:
+        await asyncio.gather(*together)
+        together, size = [], 0
+      together.append(self._write(value, info))
+      size += block
+    await asyncio.gather(*together)
     return []
+
+  async def _write(self, value, info):
+    await info.await_path_creation()
+    spec = ocp.type_handlers.get_json_tspec_write(
+      info,
+      use_ocdbt=info.is_ocdbt_checkpoint,
+      global_shape=value.shape,
+      # A block is chunks of its own, so that none is written twice.
+      local_shape=(value.rows, *value.shape[1:]),
+      dtype=np.dtype(value.dtype),
+      process_index=0 if info.is_ocdbt_checkpoint else None,
+      arg=ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES),
+    )
+    store = await ts.open(
+      ts.Spec(spec), create=True, open=True, context=info.ts_context
+    )
+    row = 0
+    for block in value.blocks():
+      await store[row : row + len(block)].write(block)
+      row += len(block)
+    assert row == value.shape[0], (info.name, row, value.shape)
 
   async def deserialize(self, infos, args=None):
     leaves = []
