@@ -16,7 +16,6 @@ PRESETS = {
 _ENTRIES = {"vae": vae.entries, "dit": dit.entries, "text": text.entries}
 # Other tensors that a file of the network may hold.
 IGNORED = {"vae": (), "dit": (), "text": text.IGNORED}
-_REQUIRED = object()
 
 
 class Published(NamedTuple):
@@ -70,10 +69,7 @@ def from_json(config: dict[str, Any], where: str) -> Published:
   }
   if kind not in readers:
     raise ValueError(f"{where}: {kind!r} is none of {', '.join(readers)}")
-  try:
-    return readers[kind](config, where)
-  except TypeError as error:  # a string where a number should be
-    raise ValueError(f"{where}: {error}") from error
+  return readers[kind](config, where)
 
 
 def to_json(published: Published, dtype: str = "float32") -> dict[str, Any]:
@@ -88,7 +84,7 @@ def to_json(published: Published, dtype: str = "float32") -> dict[str, Any]:
 def _take(config, where, sizes, fixed, free):
   """Sizes of a config.json, after all of its other keys were found to be right.
 
-  sizes: key -> default. fixed: key -> its only value. free: keys that say nothing of
+  sizes: key -> default, or its type if it must be there. fixed: key -> its only value. free: keys that say nothing of
   the network's outputs.
   """
   if unknown := set(config) - set(sizes) - set(fixed) - set(free):
@@ -97,8 +93,10 @@ def _take(config, where, sizes, fixed, free):
     if config.get(key, value) != value:
       raise ValueError(f"{where}: {key} is {config[key]!r}, only {value!r} is known")
   taken = {key: config.get(key, default) for key, default in sizes.items()}
-  if missing := sorted(key for key, value in taken.items() if value is _REQUIRED):
-    raise ValueError(f"{where}: the keys {missing} are missing")
+  for key, default in sizes.items():
+    if isinstance(default, type) and type(taken[key]) is not default:
+      what = repr(config[key]) if key in config else "missing"
+      raise ValueError(f"{where}: {key} is {what}, not of type {default.__name__}")
   return taken
 
 
@@ -111,12 +109,12 @@ def _vae(config, where):
     config,
     where,
     {
-      "base_dim": _REQUIRED,
+      "base_dim": int,
       "decoder_base_dim": None,
-      "z_dim": _REQUIRED,
-      "dim_mult": _REQUIRED,
-      "num_res_blocks": _REQUIRED,
-      "temperal_downsample": _REQUIRED,
+      "z_dim": int,
+      "dim_mult": list,
+      "num_res_blocks": int,
+      "temperal_downsample": list,
       "latents_mean": mean,
       "latents_std": std,
       "is_residual": False,
@@ -203,13 +201,13 @@ def _dit(config, where):
     config,
     where,
     {
-      "num_attention_heads": _REQUIRED,
-      "attention_head_dim": _REQUIRED,
-      "in_channels": _REQUIRED,
-      "out_channels": _REQUIRED,
-      "text_dim": _REQUIRED,
-      "ffn_dim": _REQUIRED,
-      "num_layers": _REQUIRED,
+      "num_attention_heads": int,
+      "attention_head_dim": int,
+      "in_channels": int,
+      "out_channels": int,
+      "text_dim": int,
+      "ffn_dim": int,
+      "num_layers": int,
       "patch_size": (1, 2, 2),
       "freq_dim": 256,
     },
@@ -247,12 +245,12 @@ def _original_dit(config, where):
     config,
     where,
     {
-      "dim": _REQUIRED,
-      "ffn_dim": _REQUIRED,
-      "num_heads": _REQUIRED,
-      "num_layers": _REQUIRED,
-      "in_dim": _REQUIRED,
-      "out_dim": _REQUIRED,
+      "dim": int,
+      "ffn_dim": int,
+      "num_heads": int,
+      "num_layers": int,
+      "in_dim": int,
+      "out_dim": int,
       "freq_dim": 256,
       "text_dim": 4096,
       "patch_size": (1, 2, 2),
@@ -310,13 +308,13 @@ def _text(config, where):
     config,
     where,
     {
-      "vocab_size": _REQUIRED,
-      "d_model": _REQUIRED,
-      "num_layers": _REQUIRED,
-      "num_heads": _REQUIRED,
-      "d_kv": _REQUIRED,
-      "d_ff": _REQUIRED,
-      "feed_forward_proj": _REQUIRED,
+      "vocab_size": int,
+      "d_model": int,
+      "num_layers": int,
+      "num_heads": int,
+      "d_kv": int,
+      "d_ff": int,
+      "feed_forward_proj": str,
       "relative_attention_num_buckets": 32,
       "relative_attention_max_distance": 128,
     },
