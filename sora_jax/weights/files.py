@@ -55,10 +55,11 @@ def read_header(file) -> dict[str, Tensor]:
   size = file.stat().st_size
   with open(file, "rb") as f:
     start = f.read(8)
-    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"):
-      raise ValueError(pickle_message(file))
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if not 2 <= length <= _LARGEST_HEADER:
+      # What torch.save writes: a zip archive, before that bare pickles.
+      if start.startswith((b"PK\x03\x04", b"\x80")):
+        raise ValueError(pickle_message(file))
       raise ValueError(f"{file}: not a safetensors file (its header is {length} bytes)")
     if size < 8 + length:
       raise ValueError(

@@ -47,10 +47,13 @@ def find(
   folder, unused = pathlib.Path(folder), list(presets)
   if not folder.is_dir():
     raise ValueError(f"{folder}: no such folder")
-  if (folder / "transformer_2").is_dir() or (folder / "low_noise_model").is_dir():
+  two = [
+    name for name in ("transformer_2", "low_noise_model") if (folder / name).is_dir()
+  ]
+  if two and (not networks or "dit" in networks):
     raise ValueError(
-      f"{folder} has two transformers, one for each half of the noise levels (Wan 2.2 "
-      "A14B); models of one are supported"
+      f"{folder} has a second transformer, {two[0]}/, for a part of the noise levels "
+      "(Wan 2.2 A14B); only models of one transformer are supported"
     )
   found = []
   for part in (".", "vae", "text_encoder", "transformer"):

@@ -84,8 +84,11 @@ def to_json(published: Published, dtype: str = "float32") -> dict[str, Any]:
 def _take(config, where, sizes, fixed, free):
   """Sizes of a config.json, after all of its other keys were found to be right.
 
-  sizes: key -> default, or its type if it must be there. fixed: key -> its only value. free: keys that say nothing of
-  the network's outputs.
+  Args:
+    config, where: as in `from_json`.
+    sizes: key -> default, or its type if it must be there.
+    fixed: key -> its only value.
+    free: keys that say nothing of the network's outputs.
   """
   if unknown := set(config) - set(sizes) - set(fixed) - set(free):
     raise ValueError(f"{where}: unknown keys {sorted(unknown)}")
