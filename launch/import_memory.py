@@ -4,7 +4,8 @@
 
 Writes a random checkpoint in the layout of diffusers, float32 as published, imports it
 in a process of its own and says that process's peak resident memory. Needs twice the
-model's size on disk; three minutes for the 1.3B on two cores.
+model's size on disk. Seen on two cores: 0.19 of the params (1038 of 5413 MiB, 44 s) for
+the 1.3B, 0.07 (1248 of 19073 MiB) for the 5B.
 """
 
 import json
