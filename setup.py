@@ -39,10 +39,11 @@ setup(
     "scipy>=1.14",
     "sentencepiece>=0.2.1,<0.3",
     "tensorboardX>=2.6.4",
+    "tensorstore>=0.1.80",
   ],
   extras_require={
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
-    "test": ["pytest>=8", "ruff>=0.14"],
+    "test": ["pytest>=8", "ruff>=0.14", "safetensors>=0.6,<0.9"],
   },
 )

@@ -10,6 +10,8 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from sora_jax import streamed
+
 # Orbax logs dozens of lines for each save, which would bury the lines of the run.
 logging.get_absl_logger().addFilter(
   lambda record: record.levelno >= 30 or "orbax" not in record.pathname
@@ -124,18 +126,20 @@ def save_model(folder, params, meta: dict) -> None:
 
   Atomic: model.json, which names the params, is replaced last; a model that was there
   stays loadable until then. All processes must call it.
+
+  params: a tree of arrays, or of `streamed.Streamed` that one process saves.
   """
   folder = epath.Path(folder).absolute()
   number = 0
   if (folder / "model.json").exists():
     number = 1 + int(_read_model(folder)["params"].split("-")[1])
   name = f"params-{number}"
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    checkpointer.save(folder / name, params, force=True)
+  leaves = jax.tree.leaves(params)
+  in_blocks = any(isinstance(leaf, streamed.Streamed) for leaf in leaves)
+  with streamed.checkpointer() if in_blocks else ocp.PyTreeCheckpointer() as saver:
+    saver.save(folder / name, params, force=True)
   if jax.process_index() == 0:
-    temporary = folder / "model.json.tmp"
-    temporary.write_text(json.dumps({"params": name, "meta": meta}, indent=2) + "\n")
-    temporary.replace(folder / "model.json")
+    _write_model(folder, {"params": name, "meta": meta})
     for other in folder.glob("params-*"):
       if other.name != name:
         other.rmtree()
@@ -145,6 +149,12 @@ def save_model(folder, params, meta: dict) -> None:
 def load_meta(folder) -> dict:
   """Meta of a model. ValueError if there is no complete model in the folder."""
   return _read_model(epath.Path(folder).absolute())["meta"]
+
+
+def save_meta(folder, meta: dict) -> None:
+  """Replaces the meta of a model. ValueError if there is no complete model."""
+  folder = epath.Path(folder).absolute()
+  _write_model(folder, {**_read_model(folder), "meta": meta})
 
 
 def load_model(folder, shardings=None, dtype=None) -> tuple[dict, dict]:
@@ -181,6 +191,31 @@ def load_model(folder, shardings=None, dtype=None) -> tuple[dict, dict]:
   if shardings is None:
     params = jax.tree.map(jnp.asarray, params)
   return params, model["meta"]
+
+
+def stream_model(folder) -> tuple[dict, dict]:
+  """(params, meta) with each leaf a `streamed.Streamed`, which is read block by block.
+
+  ValueError naming the folder if there is no complete model in it.
+  """
+  folder = epath.Path(folder).absolute()
+  model = _read_model(folder)
+  path = folder / model["params"]
+  try:
+    with streamed.checkpointer() as checkpointer:
+      saved = checkpointer.metadata(path).item_metadata.tree
+      args = jax.tree.map(lambda _: streamed.restore_args(), saved)
+      return checkpointer.restore(path, restore_args=args), model["meta"]
+  except Exception as error:  # noqa: BLE001
+    raise ValueError(
+      f"{path}: damaged ({type(error).__name__}: {error}); save the model again"
+    ) from error
+
+
+def _write_model(folder, model: dict) -> None:
+  temporary = folder / "model.json.tmp"
+  temporary.write_text(json.dumps(model, indent=2) + "\n")
+  temporary.replace(folder / "model.json")
 
 
 def _read_model(folder) -> dict:

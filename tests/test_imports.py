@@ -51,7 +51,7 @@ def own(name):
 
 
 PURE = ("patches", "tiling", "diffusion", "sampler")
-LEAVES = ("sharding", "optim", "checkpoint", "metrics", "hlo")
+LEAVES = ("sharding", "optim", "checkpoint", "metrics", "hlo", "streamed")
 COMMANDS = (
   "main",
   "stages",
@@ -64,6 +64,8 @@ COMMANDS = (
   "evaluate",
   "autoencoder",
   "text_encoder",
+  "import_weights",
+  "export_weights",
 )
 # Modules -> what of the package they may import. All of the package is listed.
 ALLOWED = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -96,6 +97,31 @@ def assemble(entries: Sequence[Entry], read: Callable[[str], np.ndarray]) -> dic
       node = node.setdefault(key, {})
     node[last] = value
   return params
+
+
+def differences(
+  entries: Sequence[Entry], shapes: dict[str, tuple], ignored: Sequence[str] = ()
+) -> list[str]:
+  """How the tensors of a file differ from those of a network, a line each.
+
+  Args:
+    entries: of the network.
+    shapes: of the file's tensors, by name.
+    ignored: regexes of names that may be there as well.
+  """
+  wanted = {entry.name: entry.shape for entry in entries}
+  lines = [f"{name} is missing" for name in wanted if name not in shapes]
+  lines += [
+    f"{name} has shape {tuple(shapes[name])} instead of {shape}"
+    for name, shape in wanted.items()
+    if name in shapes and tuple(shapes[name]) != shape
+  ]
+  lines += [
+    f"{name} is not a tensor of this network"
+    for name in shapes
+    if name not in wanted and not any(re.fullmatch(i, name) for i in ignored)
+  ]
+  return lines
 
 
 def by_leaf(entries: Sequence[Entry]) -> dict[str, list[Entry]]:

@@ -6,6 +6,8 @@ from sora_jax.weights.entries import Entry, linear, plain
 LAYOUTS = ("diffusers", "original")
 # The second name of the embedding in transformers' files, and what only a decoder has.
 IGNORED = (r"encoder\.embed_tokens\.weight", r"decoder\..*", r"lm_head\.weight")
+# Files of some versions have the embedding under its second name only.
+ALIASES = {"shared.weight": "encoder.embed_tokens.weight"}
 
 _DENSE = {
   "query": ("layer.0.SelfAttention.q", "attn.q"),

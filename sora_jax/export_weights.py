@@ -1,0 +1,219 @@
+"""A checkpoint to safetensors in the layout of diffusers.
+
+  python -m sora_jax.export_weights --checkpoint=runs/wan --out=wan-diffusers
+
+Writes vae/, text_encoder/ with tokenizer/, and transformer/, as far as the checkpoint
+has them, for the `from_pretrained` of diffusers and transformers. With all of them it
+is a folder for diffusers' WanPipeline. What was imported leaves bit for bit as it came.
+"""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+from absl import flags, logging
+
+from sora_jax import checkpoint, sharding, stages
+from sora_jax.autoencoder import from_json
+from sora_jax.import_weights import DTYPES, NETWORKS
+from sora_jax.models.dit import DiTConfig
+from sora_jax.models.t5 import T5Config
+from sora_jax.models.vae_config import VAEConfig
+from sora_jax.weights import entries, files
+from sora_jax.weights.published import Published, to_json
+
+# Network -> folder and stem of its files, and our config.
+_PLACES = {
+  "vae": ("vae", "diffusion_pytorch_model", VAEConfig),
+  "text": ("text_encoder", "model", T5Config),
+  "dit": ("transformer", "diffusion_pytorch_model", DiTConfig),
+}
+SHARD_BYTES = 5 * 10**9
+
+
+def run(
+  source, out, *, networks=(), dtype: str = "", shard_bytes: int = SHARD_BYTES
+) -> list[pathlib.Path]:
+  """Exports the models of a checkpoint; the folders that it made.
+
+  Args:
+    source: folder of the checkpoint, or of a run.
+    out: folder for the networks' folders, which must not be there.
+    networks: only these of NETWORKS; all that the checkpoint has if empty.
+    dtype: of the tensors, a key of DTYPES; as the params are saved if "".
+    shard_bytes: of a file.
+
+  Raises:
+    ValueError: if the checkpoint has none of the networks, or one that diffusers does
+      not; if a folder is there already. Then nothing was written.
+  """
+  source, out = pathlib.Path(source), pathlib.Path(out)
+  found = {}
+  for name in NETWORKS:
+    folder = source / name / "model"
+    if (name in networks or not networks) and (folder / "model.json").exists():
+      found[name] = (folder, *_open(name, folder))
+  if missing := [name for name in networks if name not in found]:
+    raise ValueError(f"{source} has no {' and no '.join(missing)}")
+  if not found:
+    raise ValueError(f"{source}: no checkpoint with {', '.join(NETWORKS)}")
+  for name in found:
+    if (out / _PLACES[name][0]).exists():
+      raise ValueError(
+        f"{out / _PLACES[name][0]} is there already; choose another --out"
+      )
+  for name, (folder, published, leaves) in found.items():
+    _write(out, name, published, leaves, dtype, shard_bytes)
+    if name == "text":
+      _write_tokenizer(out / "tokenizer", folder / "spiece.model")
+  if len(found) == len(NETWORKS):
+    _write_pipeline(out, *(found[name][1] for name in ("dit", "text")))
+  return [out / _PLACES[name][0] for name in found]
+
+
+def _open(name, folder):
+  """What the model is as a published one, and its leaves by path."""
+  params, meta = checkpoint.stream_model(folder)
+  _check(name, folder, meta)
+  if name == "dit":
+    params = params["dit"]
+  config = _PLACES[name][2](**from_json(meta["model"]))
+  stats = None
+  if name == "vae":
+    stats = (meta["latent_mean"], meta["latent_std"])
+  published = Published(name, "diffusers", config, stats)
+  leaves = {
+    sharding.path_name(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  parts = entries.by_leaf(published.entries())
+  wanted = {path: entries.leaf_shape(part) for path, part in parts.items()}
+  have = {path: leaf.shape for path, leaf in leaves.items()}
+  if wrong := [p for p in sorted(wanted | have) if wanted.get(p) != have.get(p)]:
+    lines = [f"{p} has {have.get(p)} instead of {wanted.get(p)}" for p in wrong]
+    raise ValueError(f"{folder}: params do not fit: {files.listed(lines)}")
+  return published, leaves
+
+
+def _check(name, folder, meta):
+  """Raises for a model that Wan's code would run wrongly, or not at all."""
+  if name != "dit":
+    return
+  if "features" not in meta["text"]:
+    raise ValueError(
+      f"{folder}: its text encoder was trained with it, for which diffusers has no "
+      "place; a DiT over features of T5 or UMT5 can be exported"
+    )
+  if meta["noise"] != {"process": "flow", "target": "velocity"}:
+    raise ValueError(f"{folder}: Wan is a velocity of a flow, this is {meta['noise']}")
+
+
+def _write(out, name, published, leaves, dtype, shard_bytes):
+  place, stem, _ = _PLACES[name]
+  parts = entries.by_leaf(published.entries())
+
+  def dtype_of(path):
+    return DTYPES[dtype] if dtype else np.dtype(leaves[path].dtype)
+
+  def values():
+    for path, part in parts.items():
+      leaf = leaves[path]
+      slices = leaf.slices() if part[0].layer is not None else iter([leaf.whole()])
+      for entry, value in zip(part, slices, strict=True):
+        yield entry.save(value).astype(dtype_of(path), copy=False)
+
+  planned = [
+    files.Plan(entry.name, entry.shape, dtype_of(path))
+    for path, part in parts.items()
+    for entry in part
+  ]
+  made = files.write(out / place, stem, planned, values(), shard_bytes)
+  names = {str(tensor.dtype) for tensor in planned}
+  config = to_json(published, names.pop() if len(names) == 1 else "float32")
+  _write_json(out / place / "config.json", config)
+  size = sum(tensor.nbytes for tensor in planned)
+  logging.info(
+    "%s: %.2f GB in %d files in %s", name, size / 1e9, len(made), out / place
+  )
+
+
+def _write_tokenizer(folder, model):
+  folder.mkdir(parents=True, exist_ok=True)
+  shutil.copyfile(model, folder / "spiece.model")
+  config = {
+    "tokenizer_class": "T5Tokenizer",
+    "eos_token": "</s>",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "extra_ids": 0,
+    "model_max_length": 512,
+  }
+  _write_json(folder / "tokenizer_config.json", config)
+
+
+def _write_pipeline(out, dit, text):
+  wan22 = dit.config.channels == 48
+  umt5 = "UMT5" if text.config.bias_per_layer else "T5"
+  index = {
+    "_class_name": "WanPipeline",
+    "boundary_ratio": None,
+    "expand_timesteps": wan22,  # its timesteps are per token
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", f"{umt5}EncoderModel"],
+    "tokenizer": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": [None, None],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+  }
+  _write_json(out / "model_index.json", index)
+  scheduler = {
+    "_class_name": "UniPCMultistepScheduler",
+    "flow_shift": 5.0 if wan22 else 3.0,
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+  }
+  (out / "scheduler").mkdir(exist_ok=True)
+  _write_json(out / "scheduler" / "scheduler_config.json", scheduler)
+
+
+def _write_json(path, content):
+  path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+# --- the command
+
+
+def _define_flags():
+  flags.DEFINE_string("checkpoint", None, "Folder of a checkpoint.", required=True)
+  flags.DEFINE_string("out", None, "Folder to write.", required=True)
+  flags.DEFINE_list("only", [], f"Networks to export, of {','.join(NETWORKS)}.")
+  flags.DEFINE_enum(
+    "dtype", None, list(DTYPES), "Of the tensors; as the params are by default."
+  )
+  flags.DEFINE_float("shard_gb", SHARD_BYTES / 1e9, "Gigabytes of a file.", 1e-9)
+
+
+def _main(argv):
+  stages.start_logging()
+  args = flags.FLAGS
+  if len(argv) > 1:
+    raise ValueError(f"unexpected arguments {argv[1:]}")
+  if unknown := set(args.only) - set(NETWORKS):
+    raise ValueError(f"--only: {sorted(unknown)} are none of {NETWORKS}")
+  # Files in, files out: an accelerator, and the other hosts of a pod, are not needed.
+  jax.config.update("jax_platforms", "cpu")
+  run(
+    args.checkpoint,
+    args.out,
+    networks=args.only,
+    dtype=args.dtype or "",
+    shard_bytes=round(args.shard_gb * 1e9),
+  )
+
+
+if __name__ == "__main__":
+  _define_flags()
+  stages.run_app(_main)
