@@ -1,5 +1,6 @@
 """Device mesh, and the placement of params, optimizer state and batches on it."""
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -7,12 +8,15 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 Rules = Sequence[tuple[str, PartitionSpec]]
+_SYNC_HOURS = 48
+_syncs = itertools.count()  # a barrier can be used once
 
 
 def make_mesh(data=1, fsdp=-1, context=1, tensor=1, devices=None) -> Mesh:
@@ -170,7 +174,32 @@ def shard_batch(batch, mesh: Mesh):
   }
 
 
+def shard_alike(batch, mesh: Mesh):
+  """Global arrays over (data, fsdp) of a batch that all processes hold whole.
+
+  batch: dict of numpy arrays [rows, ...], equal on all processes of the mesh; scalars
+  are replicated. ValueError if the rows do not divide by the mesh.
+  """
+  ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  placed = {}
+  for name, value in batch.items():
+    value = np.asarray(value)
+    if value.ndim and len(value) % ways:
+      raise ValueError(
+        f"a batch of {len(value)} rows does not divide by {ways} devices "
+        f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
+      )
+    spec = PartitionSpec(BATCH_AXES) if value.ndim else PartitionSpec()
+    place = NamedSharding(mesh, spec)
+    placed[name] = jax.make_array_from_callback(
+      value.shape, place, lambda index, value=value: value[index]
+    )
+  return placed
+
+
 def sync(name: str) -> None:
-  """Waits until all processes are here."""
+  """Waits until all processes are here, be it hours; fails when one of them is gone."""
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+    # Not a collective of devices: those of the CPU give up after 30 seconds.
+    wait = multihost.get_barrier_sync_fn()
+    wait(key=f"{name} {next(_syncs)}", timeout_ms=_SYNC_HOURS * 3_600_000)

@@ -51,7 +51,7 @@ def own(name):
 
 
 PURE = ("patches", "tiling", "diffusion", "sampler")
-LEAVES = ("sharding", "optim", "checkpoint", "metrics", "hlo")
+LEAVES = ("sharding", "optim", "checkpoint", "metrics", "hlo", "hosts")
 COMMANDS = (
   "main",
   "stages",
