@@ -54,7 +54,7 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
-def run(commands, extra_environment, grace: float, out=sys.stdout) -> int:
+def run(commands, extra_environment, grace: float, out=sys.stderr) -> int:
   """Runs the commands side by side to their end; the first exit code that is not 0.
 
   Their output goes to `out`, each line behind the number of its process. After a

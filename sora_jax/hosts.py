@@ -27,6 +27,8 @@ def start(coordinator, processes, process, timeout: int = 300) -> None:
   logging.info(
     "waiting for %s processes at %s", processes or "all", coordinator or "process 0"
   )
+  # It would swallow SIGTERM, which `train` handles itself and else is to end a stage.
+  jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(
       coordinator, processes, process, initialization_timeout=timeout

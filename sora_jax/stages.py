@@ -21,7 +21,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sora_jax import checkpoint, hosts, metrics, sharding
+from sora_jax import checkpoint, hosts, metrics, sharding, train
 from sora_jax import recipe as recipes
 
 # Stage -> (module with run(recipe, workdir), sections of the config, stages it reads).
@@ -49,6 +49,9 @@ DISTRIBUTED = flags.DEFINE_bool(
 COORDINATOR = flags.DEFINE_string("coordinator", None, "Address:port of process 0.")
 PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.", 1)
 PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", 0)
+PREEMPTED_CODE = flags.DEFINE_integer(
+  "preempted_code", 0, "Exit code once a signal came and the state is saved."
+)
 
 
 def run(names, recipe: recipes.Recipe, workdir) -> None:
@@ -262,6 +265,8 @@ def run_app(main: Callable) -> None:
   def guarded(argv):
     try:
       return main(argv)
+    except train.Preempted:
+      sys.exit(PREEMPTED_CODE.value)
     except ValueError as error:
       if logging.level_debug():
         raise

@@ -51,7 +51,9 @@ def own(name):
 
 
 PURE = ("patches", "tiling", "diffusion", "sampler")
-LEAVES = ("sharding", "optim", "checkpoint", "metrics", "hlo", "hosts")
+LEAVES = (
+  "sharding", "optim", "checkpoint", "metrics", "hlo", "hosts", "goodput", "profiling"
+)  # fmt: skip
 COMMANDS = (
   "main",
   "stages",
