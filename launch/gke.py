@@ -6,8 +6,8 @@
 
 The image holds the repository, installed with the extra "tpu", as its working
 directory; the claim is a volume that all hosts may write (Filestore, or a bucket by
-GCS FUSE), and is seen at /shared. --dry-run prints the YAML of launch/jobset.yaml filled
-in, which `kubectl apply -f -` takes. A run that is stopped by a signal ends with a
+GCS FUSE), and is seen at /shared. --dry-run prints the filled in launch/jobset.yaml,
+which `kubectl apply -f -` takes. A run that is stopped by a signal ends with a
 failure on purpose: Kubernetes would take a success for the end of the run.
 
 With --xpk_cluster, XPK submits it in place of kubectl, to a cluster that it made.
@@ -22,18 +22,6 @@ import sys
 
 import yaml
 from absl import app, flags
-
-NAME = flags.DEFINE_string("name", None, "Of the run in the cluster.", required=True)
-TPU = flags.DEFINE_enum("tpu", "v5p", ["v4", "v5e", "v5p", "v6e", "tpu7x"], "Its kind.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "Such as 4x4x4.", required=True)
-SLICES = flags.DEFINE_integer("slices", 1, "Number of slices.", 1)
-IMAGE = flags.DEFINE_string("image", None, "Container image.", required=True)
-CLAIM = flags.DEFINE_string("claim", None, "PersistentVolumeClaim, seen at /shared.")
-RESTARTS = flags.DEFINE_integer("restarts", 20, "After failures, at most.", 0)
-GRACE = flags.DEFINE_integer("grace", 300, "Seconds to save after SIGTERM.", 1)
-XPK_CLUSTER = flags.DEFINE_string("xpk_cluster", None, "Submit by XPK, to this one.")
-XPK_TYPE = flags.DEFINE_string("xpk_type", None, "Its name of the TPU: v5p-128.")
-DRY_RUN = flags.DEFINE_bool("dry-run", False, "Print what would be submitted.")
 
 TEMPLATE = pathlib.Path(__file__).with_name("jobset.yaml")
 ACCELERATORS = {
@@ -117,31 +105,47 @@ def xpk(arguments, *, name, cluster, kind, slices, image, restarts) -> list[str]
   ]
 
 
+def _define_flags():
+  flags.DEFINE_string("name", None, "Of the run in the cluster.", required=True)
+  flags.DEFINE_enum("tpu", "v5p", ["v4", "v5e", "v5p", "v6e", "tpu7x"], "Its kind.")
+  flags.DEFINE_string("topology", None, "Such as 4x4x4.", required=True)
+  flags.DEFINE_integer("slices", 1, "Number of slices.", 1)
+  flags.DEFINE_string("image", None, "Container image.", required=True)
+  flags.DEFINE_string("claim", None, "PersistentVolumeClaim, seen at /shared.")
+  flags.DEFINE_integer("restarts", 20, "After failures, at most.", 0)
+  flags.DEFINE_integer("grace", 300, "Seconds to save after SIGTERM.", 1)
+  flags.DEFINE_string("xpk_cluster", None, "Submit by XPK, to this one.")
+  flags.DEFINE_string("xpk_type", None, "Its name of the TPU: v5p-128.")
+  flags.DEFINE_bool("dry-run", False, "Print what would be submitted.")
+
+
 def main(argv):
+  args = flags.FLAGS
   common = {
-    "name": NAME.value,
-    "slices": SLICES.value,
-    "image": IMAGE.value,
-    "restarts": RESTARTS.value,
+    "name": args.name,
+    "slices": args.slices,
+    "image": args.image,
+    "restarts": args.restarts,
   }
   text = None
   try:
-    if XPK_CLUSTER.value:
-      line = xpk(argv[1:], cluster=XPK_CLUSTER.value, kind=XPK_TYPE.value, **common)
+    if args.xpk_cluster:
+      line = xpk(argv[1:], cluster=args.xpk_cluster, kind=args.xpk_type, **common)
     else:
-      kind = {"tpu": TPU.value, "topology": TOPOLOGY.value, "claim": CLAIM.value}
-      made = jobset(argv[1:], grace=GRACE.value, **kind, **common)
+      kind = {"tpu": args.tpu, "topology": args.topology, "claim": args.claim}
+      made = jobset(argv[1:], grace=args.grace, **kind, **common)
       line, text = (
         ["kubectl", "apply", "-f", "-"],
         yaml.safe_dump(made, sort_keys=False),
       )
   except ValueError as error:
     sys.exit(str(error))
-  if DRY_RUN.value:
+  if args["dry-run"].value:
     sys.stdout.write(text or f"{shlex.join(line)}\n")
     return
   sys.exit(subprocess.run(line, input=text, text=True, check=False).returncode)
 
 
 if __name__ == "__main__":
+  _define_flags()
   app.run(main)

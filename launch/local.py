@@ -20,14 +20,6 @@ import time
 
 from absl import app, flags
 
-PROCESSES = flags.DEFINE_integer("processes", 2, "Number of processes.", 1)
-DEVICES = flags.DEFINE_integer("devices", 1, "CPU devices of each process.", 1)
-MODULE = flags.DEFINE_string("module", "sora_jax.main", "What `python -m` runs.")
-GRACE = flags.DEFINE_float(
-  "grace", 30.0, "Seconds that the rest has to end once a process has failed."
-)
-DRY_RUN = flags.DEFINE_bool("dry-run", False, "Print the commands, run nothing.")
-
 
 def commands(module, arguments, processes, port) -> list[list[str]]:
   """The command of each process; `arguments` are those of the module."""
@@ -131,16 +123,28 @@ def _copy(stream, index, out, lock) -> None:
       out.flush()
 
 
+def _define_flags():
+  flags.DEFINE_integer("processes", 2, "Number of processes.", 1)
+  flags.DEFINE_integer("devices", 1, "CPU devices of each process.", 1)
+  flags.DEFINE_string("module", "sora_jax.main", "What `python -m` runs.")
+  flags.DEFINE_float(
+    "grace", 30.0, "Seconds that the rest has to end once a process has failed."
+  )
+  flags.DEFINE_bool("dry-run", False, "Print the commands, run nothing.")
+
+
 def main(argv):
-  made = commands(MODULE.value, argv[1:], PROCESSES.value, free_port())
-  extra = environment(DEVICES.value)
-  if DRY_RUN.value:
+  args = flags.FLAGS
+  made = commands(args.module, argv[1:], args.processes, free_port())
+  extra = environment(args.devices)
+  if args["dry-run"].value:
     shown = " ".join(f"{name}={shlex.quote(value)}" for name, value in extra.items())
     for command in made:
       sys.stdout.write(f"{shown} {shlex.join(command)}\n")
     return
-  sys.exit(run(made, extra, GRACE.value))
+  sys.exit(run(made, extra, args.grace))
 
 
 if __name__ == "__main__":
+  _define_flags()
   app.run(main)

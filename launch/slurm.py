@@ -15,16 +15,6 @@ import sys
 
 from absl import app, flags
 
-NAME = flags.DEFINE_string("name", "sora_jax", "Name of the job.")
-NODES = flags.DEFINE_integer("nodes", 1, "Number of nodes.", 1)
-GPUS = flags.DEFINE_integer("gpus", 8, "GPUs of each node.", 1)
-CPUS = flags.DEFINE_integer("cpus", 8, "CPU cores for each GPU.", 1)
-TIME = flags.DEFINE_string("time", "24:00:00", "Longest time, before it is requeued.")
-PARTITION = flags.DEFINE_string("partition", None, "Partition of the cluster.")
-ACCOUNT = flags.DEFINE_string("account", None, "Account that pays.")
-OPTION = flags.DEFINE_multi_string("option", [], "Another option of sbatch, whole.")
-DRY_RUN = flags.DEFINE_bool("dry-run", False, "Print the command, submit nothing.")
-
 SCRIPT = pathlib.Path(__file__).with_name("slurm.sh")
 
 
@@ -45,24 +35,38 @@ def command(arguments, *, name, nodes, gpus, cpus, time, options=()) -> list[str
   ]
 
 
+def _define_flags():
+  flags.DEFINE_string("name", "sora_jax", "Name of the job.")
+  flags.DEFINE_integer("nodes", 1, "Number of nodes.", 1)
+  flags.DEFINE_integer("gpus", 8, "GPUs of each node.", 1)
+  flags.DEFINE_integer("cpus", 8, "CPU cores for each GPU.", 1)
+  flags.DEFINE_string("time", "24:00:00", "Longest time, before it is requeued.")
+  flags.DEFINE_string("partition", None, "Partition of the cluster.")
+  flags.DEFINE_string("account", None, "Account that pays.")
+  flags.DEFINE_multi_string("option", [], "Another option of sbatch, whole.")
+  flags.DEFINE_bool("dry-run", False, "Print the command, submit nothing.")
+
+
 def main(argv):
-  options = list(OPTION.value)
-  options += [f"--partition={PARTITION.value}"] * bool(PARTITION.value)
-  options += [f"--account={ACCOUNT.value}"] * bool(ACCOUNT.value)
+  args = flags.FLAGS
+  options = list(args.option)
+  options += [f"--partition={args.partition}"] * bool(args.partition)
+  options += [f"--account={args.account}"] * bool(args.account)
   made = command(
     argv[1:],
-    name=NAME.value,
-    nodes=NODES.value,
-    gpus=GPUS.value,
-    cpus=CPUS.value,
-    time=TIME.value,
+    name=args.name,
+    nodes=args.nodes,
+    gpus=args.gpus,
+    cpus=args.cpus,
+    time=args.time,
     options=options,
   )
-  if DRY_RUN.value:
+  if args["dry-run"].value:
     sys.stdout.write(f"{shlex.join(made)}\n")
     return
   sys.exit(subprocess.run(made, check=False).returncode)
 
 
 if __name__ == "__main__":
+  _define_flags()
   app.run(main)

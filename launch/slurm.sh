@@ -8,13 +8,13 @@
 #SBATCH --signal=B:USR1@600
 set -uo pipefail
 
-readonly PREEMPTED=75
-
 # Local ranks are found out by jax from Slurm's own variables.
 srun --kill-on-bad-exit=1 "${PYTHON:-python}" -m sora_jax.main --distributed \
-  --preempted_code="$PREEMPTED" "$@" &
+  --preempted_code=75 "$@" &
 step=$!
-trap 'kill -TERM "$step"' USR1 TERM
+requeue=
+trap 'requeue=yes; kill -TERM "$step"' USR1
+trap 'kill -TERM "$step"' TERM
 
 # `wait` returns early when a signal comes.
 while true; do
@@ -22,7 +22,7 @@ while true; do
   code=$?
   kill -0 "$step" 2>/dev/null || break
 done
-if [[ "$code" == "$PREEMPTED" ]]; then
+if [[ "$requeue" && "$code" != 0 ]]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -25,17 +25,6 @@ from collections.abc import Iterator
 
 from absl import app, flags, logging
 
-NAME = flags.DEFINE_string("name", None, "Of the queued resource.", required=True)
-ZONE = flags.DEFINE_string("zone", None, "Such as us-east5-a.", required=True)
-PROJECT = flags.DEFINE_string("project", None, "That of gcloud's config by default.")
-ACCELERATOR = flags.DEFINE_string("accelerator", None, "create: such as v5p-128.")
-RUNTIME = flags.DEFINE_string("runtime", None, "create: such as v2-alpha-tpuv5.")
-SLICES = flags.DEFINE_integer("slices", 1, "Number of slices.", 1)
-SPOT = flags.DEFINE_bool("spot", False, "create: spot VMs.")
-OPTION = flags.DEFINE_multi_string("option", [], "create: another option, whole.")
-RESTARTS = flags.DEFINE_integer("restarts", 20, "run: after failures, at most.", 0)
-DRY_RUN = flags.DEFINE_bool("dry-run", False, "Print the commands, run none.")
-
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = "sora_jax"  # in the home of each worker
 ACTIONS = ("create", "wait", "install", "run", "logs", "stop", "delete")
@@ -118,15 +107,17 @@ def wait(state, sleep=time.sleep) -> None:
 
 
 def _call(command):
-  if DRY_RUN.value:
+  args = flags.FLAGS
+  if args["dry-run"].value:
     sys.stdout.write(f"{shlex.join(map(str, command))}\n")
   else:
     subprocess.run(command, check=True)
 
 
 def _together(commands):
+  args = flags.FLAGS
   """Slices meet in jax.distributed: all must be started, none waited for before."""
-  if DRY_RUN.value:
+  if args["dry-run"].value:
     return [_call(command) for command in commands]
   started = [subprocess.Popen(command) for command in commands]
   if any([process.wait() for process in started]):
@@ -143,15 +134,16 @@ def _install(names, place):
 
 
 def _act(action, arguments):
-  name = NAME.value
-  place = ["--zone", ZONE.value, *["--project", PROJECT.value] * bool(PROJECT.value)]
-  names = nodes(name, SLICES.value)
+  args = flags.FLAGS
+  name = args.name
+  place = ["--zone", args.zone, *["--project", args.project] * bool(args.project)]
+  names = nodes(name, args.slices)
   if action == "create":
-    kind = (ACCELERATOR.value, RUNTIME.value, SLICES.value, SPOT.value, OPTION.value)
+    kind = (args.accelerator, args.runtime, args.slices, args.spot, args.option)
     _call(create(name, place, *kind))
   elif action == "wait":
     asked = describe(name, place)
-    if DRY_RUN.value:
+    if args["dry-run"].value:
       return _call(asked)
     wait(
       lambda: subprocess.run(
@@ -161,7 +153,7 @@ def _act(action, arguments):
   elif action == "install":
     _install(names, place)
   elif action == "run":
-    _together([run(node, place, RESTARTS.value, arguments) for node in names])
+    _together([run(node, place, args.restarts, arguments) for node in names])
   elif action == "logs":
     _call(ssh(names[0], place, f"tail -n 50 -F {FOLDER}/run.log", worker="0"))
   elif action == "stop":
@@ -169,6 +161,19 @@ def _act(action, arguments):
     _together([ssh(node, place, line) for node in names])
   elif action == "delete":
     _call(delete(name, place))
+
+
+def _define_flags():
+  flags.DEFINE_string("name", None, "Of the queued resource.", required=True)
+  flags.DEFINE_string("zone", None, "Such as us-east5-a.", required=True)
+  flags.DEFINE_string("project", None, "That of gcloud's config by default.")
+  flags.DEFINE_string("accelerator", None, "create: such as v5p-128.")
+  flags.DEFINE_string("runtime", None, "create: such as v2-alpha-tpuv5.")
+  flags.DEFINE_integer("slices", 1, "Number of slices.", 1)
+  flags.DEFINE_bool("spot", False, "create: spot VMs.")
+  flags.DEFINE_multi_string("option", [], "create: another option, whole.")
+  flags.DEFINE_integer("restarts", 20, "run: after failures, at most.", 0)
+  flags.DEFINE_bool("dry-run", False, "Print the commands, run none.")
 
 
 def main(argv):
@@ -186,4 +191,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+  _define_flags()
   app.run(main)

@@ -14,5 +14,5 @@ if [[ ! -x "$folder/.venv/bin/python" ]]; then
   python3 -m uv venv --quiet --python 3.12 "$folder/.venv"
 fi
 python3 -m uv pip install --quiet --python "$folder/.venv/bin/python" \
-  -e "$folder[tpu]"
+  -e "${folder}[tpu]"
 "$folder/.venv/bin/python" -c 'import jax; print("jax", jax.__version__)'

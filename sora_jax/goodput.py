@@ -1,4 +1,4 @@
-"""Goodput: the share of a run's wall time that went to training, and where else it went.
+"""Goodput: the share of a run's wall time that went to training, and the rest by cause.
 
 Counted across restarts: what a run knows of itself is kept in its checkpoints. So steps
 that were lost with a crash, and the time until the run was started again, count too.

@@ -313,6 +313,7 @@ def train(
         if stop or last:
           with meter.pause("checkpoint"):
             checkpoints.wait()
+            sharding.sync(f"{name} saved")  # none exits before all are done
           logging.info("%s: %s", name, meter.summary())
         if stop or (last and signalled.is_set()):
           logging.info("%s: stopped by a signal; step %d is saved", name, step)

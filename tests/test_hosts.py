@@ -24,7 +24,7 @@ def losses(workdir, stage):
 
 
 def test_two_then_one_then_four_processes_equal_one(tiny_run, commands, tmp_path):
-  """All stages; each step is there once, with the loss of a run that was not stopped."""
+  """All stages; each step is there once, with the loss of a run that never stopped."""
 
   def stopped(process, step):
     code, log = commands.interrupt_process(

@@ -52,7 +52,8 @@ def own(name):
 
 PURE = ("patches", "tiling", "diffusion", "sampler")
 LEAVES = (
-  "sharding", "optim", "checkpoint", "metrics", "hlo", "hosts", "goodput", "profiling"
+  "sharding", "optim", "checkpoint", "metrics", "hlo", "hosts", "goodput", "profiling",
+  "sweeps", "curves",
 )  # fmt: skip
 COMMANDS = (
   "main",

@@ -136,6 +136,11 @@ class Commands:
     """Runs a command to its end and returns its log."""
     return self._finish(self.start(module, *flags), returncode)
 
+  def launch(self, script: str, *flags: str, returncode: int = 0) -> str:
+    """Runs a script of launch/ to its end and returns its log."""
+    process = self._start([str(ROOT / "launch" / script), *flags])
+    return self._finish(process, returncode)
+
   def start_hosts(self, processes: int, workdir, *flags: str) -> subprocess.Popen:
     """Starts the stages of the tiny config on several processes of one device each."""
     launch = [f"--processes={processes}", "--grace=20", "--", *tiny_flags(workdir)]
