@@ -1,5 +1,6 @@
 """Device mesh, and the placement of params, optimizer state and batches on it."""
 
+import collections
 import itertools
 import math
 import re
@@ -36,11 +37,18 @@ def make_mesh(data=1, fsdp=-1, context=1, tensor=1, devices=None) -> Mesh:
   sizes = [len(devices) // known if size == -1 else size for size in sizes]
   # Explicit axes, the default of jax.make_mesh, make Linen's sharded matmuls raise.
   types = (AxisType.Auto,) * len(AXES)
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  counts = collections.Counter(getattr(d, "slice_index", 0) for d in devices)
+  slices = len(counts)
   if slices == 1:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
   if sizes[0] % slices:
-    raise ValueError(f"data={sizes[0]} is not a multiple of the {slices} slices")
+    raise ValueError(
+      f"data={sizes[0]} is not a multiple of the {slices} slices; set "
+      "config.mesh.data, the axis that crosses them"
+    )
+  if len(set(counts.values())) > 1:
+    shown = " and ".join(str(counts[index]) for index in sorted(counts))
+    raise ValueError(f"slices have {shown} devices; all need the same number")
   grid = mesh_utils.create_hybrid_device_mesh(
     (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1), devices
   )
@@ -136,7 +144,10 @@ def host_shard(mesh: Mesh) -> tuple[int, int]:
       shards.setdefault(device.process_index, set()).add(row)
   groups = sorted({tuple(sorted(rows)) for rows in shards.values()})
   if len({row for rows in groups for row in rows}) != sum(map(len, groups)):
-    raise ValueError(f"processes share some but not all of their rows: mesh {mesh}")
+    raise ValueError(
+      "processes share some but not all of their rows: context x tensor must divide "
+      f"the devices of a process, or be a multiple of them: mesh {mesh}"
+    )
   if len(set(map(len, groups))) > 1:
     raise ValueError(f"processes feed different numbers of rows: mesh {mesh}")
   return groups.index(tuple(sorted(shards[jax.process_index()]))), len(groups)

@@ -13,6 +13,7 @@ A sweep is a function of the config that yields one dict of overrides for each r
 launch/sweep.py runs them. A list of dicts is a sweep, too; grid and random make some.
 """
 
+import collections
 import hashlib
 import itertools
 import math
@@ -76,10 +77,9 @@ def names(runs: Sequence[Overrides]) -> list[str]:
     ValueError: if two runs are the same.
   """
   keys = {key for overrides in runs for key in overrides}
-  short = {key: key.rsplit(".", 1)[-1] for key in keys}
-  for key in keys:
-    if list(short.values()).count(key.rsplit(".", 1)[-1]) > 1:
-      short[key] = key
+  last = {key: key.rsplit(".", 1)[-1] for key in keys}
+  often = collections.Counter(last.values())
+  short = {key: last[key] if often[last[key]] == 1 else key for key in keys}
   made = []
   for overrides in runs:
     text = ",".join(f"{short[key]}={value}" for key, value in overrides.items())

@@ -112,8 +112,8 @@ def test_launchers_get_the_arguments_of_each_run():
 
 
 def test_a_sweep_runs_reports_and_goes_on(tiny_run, commands, tmp_path):
-  def run(rates, *flags):
-    body = f"  yield from sweeps.grid({{'dit.train.learning_rate': {rates}}})"
+  def run(widths, *flags):
+    body = f"  yield from sweeps.grid({{'dit.model.mlp_width': {widths}}})"
     return commands.launch(
       "sweep.py",
       *tiny.tiny_flags(tmp_path / "runs"),
@@ -126,32 +126,32 @@ def test_a_sweep_runs_reports_and_goes_on(tiny_run, commands, tmp_path):
     )
 
   folder = tmp_path / "runs"
-  assert run([0.01, 0.02], "--dry-run") == "" and not folder.exists()
-  log = run([0.01, 0.02])
+  assert run([64, 32], "--dry-run") == "" and not folder.exists()
+  log = run([64, 32])
   assert "2 runs, 2 to do" in log and "complete" in log
-  assert (folder / "learning_rate=0.01" / "vae").is_symlink()
+  assert (folder / "mlp_width=64" / "vae").is_symlink()
   with PIL.Image.open(folder / "results.png") as image:
     assert image.width > 900
 
   def table():
     with (folder / "results.csv").open() as file:
-      return {row["dit.train.learning_rate"]: row for row in csv.DictReader(file)}
+      return {row["dit.model.mlp_width"]: row for row in csv.DictReader(file)}
 
-  # The first one has the rate of the run that the sweep took its VAE from.
+  # The first one has the width of the run that the sweep took its VAE from.
   rows = tiny.rows(tiny_run.workdir / "dit" / "metrics.jsonl")
   loss = [row["loss"] for row in rows if "loss" in row][-1]
-  assert float(table()["0.01"]["dit:loss"]) == pytest.approx(loss, rel=1e-6)
-  assert table()["0.02"]["dit:loss"] != table()["0.01"]["dit:loss"]
+  assert float(table()["64"]["dit:loss"]) == pytest.approx(loss, rel=1e-6)
+  assert table()["32"]["dit:loss"] != table()["64"]["dit:loss"]
   assert {row["status"] for row in table().values()} == {"complete"}
 
-  log = run([0.01, 0.02])
+  log = run([64, 32])
   assert "2 runs, 0 to do" in log
-  log = run([0.01, 0.02, 0.03], "--report")
-  assert table()["0.03"]["status"] == "not started"
+  log = run([64, 32, 96], "--report")
+  assert table()["96"]["status"] == "not started"
   # A run that was cut goes on: only that one.
-  stage = folder / "learning_rate=0.02" / "dit" / "stage.json"
+  stage = folder / "mlp_width=32" / "dit" / "stage.json"
   stage.write_text(json.dumps({**json.loads(stage.read_text()), "complete": False}))
-  assert "2 runs, 1 to do" in run([0.01, 0.02])
+  assert "2 runs, 1 to do" in run([64, 32])
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
