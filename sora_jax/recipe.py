@@ -20,6 +20,7 @@ from sora_jax import optim, sampler
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.text import TextEncoderConfig
 from sora_jax.models.vae import VAEConfig
+from sora_jax.profiling import Profile
 from sora_jax.tasks.dit import DiTLossConfig
 from sora_jax.tasks.vae import VAELossConfig
 from sora_jax.train import TrainConfig
@@ -164,6 +165,7 @@ class Recipe:
   sample: Sample = Sample()
   evaluate: Evaluate = Evaluate()
   mesh: Mesh = Mesh()
+  profile: Profile = Profile()
   stages: tuple[str, ...] = STAGES
   seed: int = 0
   precision: str = "auto"

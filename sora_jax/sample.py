@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax import (
   checkpoint,
@@ -79,6 +80,8 @@ class Sampler:
     self._integrate = jax.jit(
       functools.partial(_integrate, self.model, text, dtype, **noise),
       static_argnames="options",
+      # Whole on every host, which each then decodes.
+      out_shardings=NamedSharding(self.mesh, PartitionSpec()),
     )
 
   @classmethod
@@ -195,7 +198,7 @@ class Sampler:
       with jax.set_mesh(self.mesh):
         patch_BLP = self._integrate(
           self.params,
-          sharding.shard_batch(batch, self.mesh),
+          sharding.shard_alike(batch, self.mesh),
           self._table(batch, options),
           options.guidance_scale,
           # What is an array anyway must not make another program.
@@ -440,28 +443,45 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   folder, config = pathlib.Path(workdir) / "sample", recipe.sample
   requests = requests_of(recipe, workdir)
   model = Sampler.from_checkpoint(workdir, dtype=recipe.dtype)
-  videos = model.sample(requests, config, rows=config.rows)
+  videos = sample_share(model, requests, config)
   write_samples(folder, requests, videos)
   logging.info("%d samples and contact_sheet.png are in %s", len(videos), folder)
 
 
+def sample_share(model, requests, config) -> list:
+  """Videos of the requests that are this process's to make; None for the others."""
+  videos = [None] * len(requests)
+  mine = range(jax.process_index(), len(requests), jax.process_count())
+  if mine:
+    made = model.sample([requests[i] for i in mine], config, rows=config.rows)
+    for i, video_THWC in zip(mine, made, strict=True):
+      videos[i] = video_THWC
+  return videos
+
+
 def write_samples(folder, requests, videos, shown: int = 16) -> list[pathlib.Path]:
-  """Writes a file each, samples.jsonl and a sheet of up to `shown`; the paths."""
+  """Writes a file each, samples.jsonl and a sheet of up to `shown`; the paths.
+
+  All processes must call it, with None in place of the videos that others write.
+  """
   paths, rows = [], []
   for i, (request, video_THWC) in enumerate(zip(requests, videos, strict=True)):
     words = re.sub(r"\W+", "-", request.prompt.lower()).strip("-")[:60]
-    suffix = ".png" if len(video_THWC) == 1 else ".mp4"
+    suffix = ".png" if sources.legal_frames(request.frames) == 1 else ".mp4"
     paths.append(folder / f"{i:03d}-{words}{suffix}")
-    metadata = {"comment": request.prompt}
-    video.write(paths[-1], video_THWC, request.fps, metadata=metadata)
     rows.append({"file": paths[-1].name, **dataclasses.asdict(request)})
-  chosen = range(0, len(videos), -(-len(videos) // shown))
-  video.contact_sheet(
-    folder / "contact_sheet.png",
-    [videos[i] for i in chosen],
-    [requests[i].prompt for i in chosen],
-  )
-  (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    if video_THWC is not None:
+      metadata = {"comment": request.prompt}
+      video.write(paths[-1], video_THWC, request.fps, metadata=metadata)
+  sharding.sync("samples")
+  if jax.process_index() == 0:
+    chosen = range(0, len(videos), -(-len(videos) // shown))
+    video.contact_sheet(
+      folder / "contact_sheet.png",
+      [video.read(paths[i]) if videos[i] is None else videos[i] for i in chosen],
+      [requests[i].prompt for i in chosen],
+    )
+    (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
   return paths
 
 

@@ -1,5 +1,7 @@
 """Device mesh, and the placement of params, optimizer state and batches on it."""
 
+import collections
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -7,12 +9,15 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 Rules = Sequence[tuple[str, PartitionSpec]]
+_SYNC_HOURS = 48
+_syncs = itertools.count()  # a barrier can be used once
 
 
 def make_mesh(data=1, fsdp=-1, context=1, tensor=1, devices=None) -> Mesh:
@@ -32,11 +37,18 @@ def make_mesh(data=1, fsdp=-1, context=1, tensor=1, devices=None) -> Mesh:
   sizes = [len(devices) // known if size == -1 else size for size in sizes]
   # Explicit axes, the default of jax.make_mesh, make Linen's sharded matmuls raise.
   types = (AxisType.Auto,) * len(AXES)
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  counts = collections.Counter(getattr(d, "slice_index", 0) for d in devices)
+  slices = len(counts)
   if slices == 1:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
   if sizes[0] % slices:
-    raise ValueError(f"data={sizes[0]} is not a multiple of the {slices} slices")
+    raise ValueError(
+      f"data={sizes[0]} is not a multiple of the {slices} slices; set "
+      "config.mesh.data, the axis that crosses them"
+    )
+  if len(set(counts.values())) > 1:
+    shown = " and ".join(str(counts[index]) for index in sorted(counts))
+    raise ValueError(f"slices have {shown} devices; all need the same number")
   grid = mesh_utils.create_hybrid_device_mesh(
     (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1), devices
   )
@@ -135,7 +147,10 @@ def host_shard(mesh: Mesh) -> tuple[int, int]:
       shards.setdefault(device.process_index, set()).add(row)
   groups = sorted({tuple(sorted(rows)) for rows in shards.values()})
   if len({row for rows in groups for row in rows}) != sum(map(len, groups)):
-    raise ValueError(f"processes share some but not all of their rows: mesh {mesh}")
+    raise ValueError(
+      "processes share some but not all of their rows: context x tensor must divide "
+      f"the devices of a process, or be a multiple of them: mesh {mesh}"
+    )
   if len(set(map(len, groups))) > 1:
     raise ValueError(f"processes feed different numbers of rows: mesh {mesh}")
   return groups.index(tuple(sorted(shards[jax.process_index()]))), len(groups)
@@ -173,7 +188,32 @@ def shard_batch(batch, mesh: Mesh):
   }
 
 
+def shard_alike(batch, mesh: Mesh):
+  """Global arrays over (data, fsdp) of a batch that all processes hold whole.
+
+  batch: dict of numpy arrays [rows, ...], equal on all processes of the mesh; scalars
+  are replicated. ValueError if the rows do not divide by the mesh.
+  """
+  ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  placed = {}
+  for name, value in batch.items():
+    value = np.asarray(value)
+    if value.ndim and len(value) % ways:
+      raise ValueError(
+        f"a batch of {len(value)} rows does not divide by {ways} devices "
+        f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
+      )
+    spec = PartitionSpec(BATCH_AXES) if value.ndim else PartitionSpec()
+    place = NamedSharding(mesh, spec)
+    placed[name] = jax.make_array_from_callback(
+      value.shape, place, lambda index, value=value: value[index]
+    )
+  return placed
+
+
 def sync(name: str) -> None:
-  """Waits until all processes are here."""
+  """Waits until all processes are here, be it hours; fails when one of them is gone."""
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+    # Not a collective of devices: those of the CPU give up after 30 seconds.
+    wait = multihost.get_barrier_sync_fn()
+    wait(key=f"{name} {next(_syncs)}", timeout_ms=_SYNC_HOURS * 3_600_000)

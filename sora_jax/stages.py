@@ -21,7 +21,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sora_jax import checkpoint, metrics, sharding
+from sora_jax import checkpoint, hosts, metrics, sharding, train
 from sora_jax import recipe as recipes
 
 # Stage -> (module with run(recipe, workdir), sections of the config, stages it reads).
@@ -43,7 +43,14 @@ WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; runs/<name of the config> by default."
 )
 DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Call jax.distributed.initialize(); for runs on several hosts."
+  "distributed", False, "Run on several hosts: this command on each of them."
+)
+# Where jax finds out itself (TPU, GKE, Slurm), none of these is needed.
+COORDINATOR = flags.DEFINE_string("coordinator", None, "Address:port of process 0.")
+PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.", 1)
+PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", 0)
+PREEMPTED_CODE = flags.DEFINE_integer(
+  "preempted_code", 0, "Exit code once a signal came and the state is saved."
 )
 
 
@@ -171,7 +178,7 @@ def _check(name, stage, workdir, recipe):
   if not old:
     return
   folder = workdir / name
-  changed = list(_differences(old["config"], stage["config"], "config"))
+  changed = list(hosts.differences(old["config"], stage["config"]))
   if changed:
     key, before, after = changed[0]
     default = _default(recipe, key)
@@ -198,16 +205,6 @@ def _default(recipe, key):
     if field.name == last and field.default is not dataclasses.MISSING:
       return json.loads(json.dumps(field.default))
   return None
-
-
-def _differences(old, new, where):
-  if isinstance(old, dict) or isinstance(new, dict):
-    # A section that a later version added is at its defaults where it is missing.
-    old, new = old or {}, new or {}
-    for key in sorted(old | new):
-      yield from _differences(old.get(key), new.get(key), f"{where}.{key}")
-  elif old != new:
-    yield where, old, new
 
 
 def _load(name, workdir):
@@ -252,8 +249,9 @@ def command(*names: str) -> None:
       raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     start_logging()
     if DISTRIBUTED.value:
-      jax.distributed.initialize()
+      hosts.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     recipe = recipes.read(CONFIG.value)
+    hosts.check_alike({**dataclasses.asdict(recipe), "workdir": workdir()})
     run(names or recipe.stages, recipe, workdir())
 
   flags.mark_flag_as_required("config")
@@ -277,13 +275,16 @@ def run_app(main: Callable) -> None:
   def guarded(argv):
     try:
       return main(argv)
+    except train.Preempted:
+      sys.exit(PREEMPTED_CODE.value)
     except ValueError as error:
       if logging.level_debug():
         raise
       logging.error("%s (--verbosity=1 shows where)", error)
       sys.exit(1)
 
-  app.run(guarded, flags_parser=_parse_flags)
+  with hosts.leave_on_error():
+    app.run(guarded, flags_parser=_parse_flags)
 
 
 def _parse_flags(argv):

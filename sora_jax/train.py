@@ -17,7 +17,7 @@ import optax
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import checkpoint, metrics, optim, sharding
+from sora_jax import checkpoint, metrics, optim, profiling, sharding
 from sora_jax.tasks import Task
 
 # Purposes of random keys: fold_in(fold_in(key(seed), step), purpose).
@@ -248,6 +248,7 @@ def train(
   tokens_per_step: int = 0,
   on_eval=None,
   name: str = "dit",
+  profile: profiling.Profile | None = None,
 ) -> TrainState:
   """Trains to config.steps, going on from the newest checkpoint in workdir/name.
 
@@ -258,6 +259,7 @@ def train(
     params, averaged, is written as eval/*. Then on_eval(step, ema, writer) is called.
   describe: list of clip indices -> list of names, for messages.
   flops_per_step, tokens_per_step: of all devices, for the speed in the log.
+  profile: which steps are traced into workdir/name/profile.
 
   Writes workdir/name/{checkpoints, metrics.jsonl, tensorboard}. Raises NonFiniteError,
   Preempted, and ValueError for data that ends early or a checkpoint that does not fit.
@@ -286,9 +288,11 @@ def train(
       devices=mesh.devices.size,
       device_kind=mesh.devices.flat[0].device_kind,
       state=host.get("meter"),
+      alive=_last_written(folder / "metrics.jsonl"),
     )
     writer = metrics.Writer(folder, start, active=jax.process_index() == 0)
-    with contextlib.closing(writer):
+    tracer = profiling.Tracer(profile or profiling.Profile(), folder / "profile")
+    with contextlib.closing(writer), contextlib.closing(tracer):
       monitor = _Monitor(config, meter, writer, describe, signalled)
       evaluated, step = host["evaluated"], start
       while True:
@@ -297,7 +301,7 @@ def train(
         if eval_batches and evaluated != step and not monitor.stop():
           if _due(step, config.eval_every, last):
             monitor.settle()
-            with meter.pause():
+            with meter.pause("evaluate"):
               _evaluate(built, task.frozen, mesh, step, state.ema, eval_batches, writer)
               if on_eval:
                 on_eval(step, state.ema, writer)
@@ -306,22 +310,29 @@ def train(
         if step > start and (stop or last or _due(step, config.save_every)):
           # First settle: a state after a non-finite loss must not be saved.
           monitor.settle()
-          with meter.pause():
+          with meter.pause("checkpoint"):
             host = {"data": data_iterator.get_state(), "evaluated": evaluated}
             checkpoints.save(step, state, {**host, "meter": meter.state()})
         if stop or last:
-          checkpoints.wait()
+          with meter.pause("checkpoint"):
+            checkpoints.wait()
+            sharding.sync(f"{name} saved")  # none exits before all are done
+          logging.info("%s: %s", name, meter.summary())
         if stop or (last and signalled.is_set()):
           logging.info("%s: stopped by a signal; step %d is saved", name, step)
           raise Preempted
         if last:
           return state
+        tracer.reached(step, monitor.settle)
+        if step == start:
+          meter.compile()
         begin = time.perf_counter()
         batch = _next(data_iterator, step, config.steps)
         meter.waited(time.perf_counter() - begin)
         clips = {k: v for k, v in batch.items() if k.startswith("clip")}
         batch = _to_device(batch, mesh, stop=signalled.is_set())
-        state, values = built.update(state, batch, task.frozen)
+        with tracer.step(step):
+          state, values = built.update(state, batch, task.frozen)
         step += 1
         monitor.dispatched(step, values, clips)
         if step == start + 1:
@@ -388,6 +399,11 @@ def _newest(checkpoints, steps: int) -> int:
       f"{steps} steps of the config; raise steps or use another workdir"
     )
   return saved[-1]
+
+
+def _last_written(path) -> float:
+  """When a run that is gone wrote its last row; 0 if there was none."""
+  return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _log_start(name, folder, params, mesh, start, steps) -> None:

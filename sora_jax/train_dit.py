@@ -142,6 +142,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     on_eval=_Preview(recipe, workdir, meta, vocabulary, mesh),
     describe=lambda indices: [made.names[i] for i in indices],
     flops_per_step=made.flops_per_step,
+    profile=recipe.profile,
     tokens_per_step=stage.rows * stage.tokens,
   )
   made.data.close()

@@ -84,6 +84,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     on_eval=functools.partial(_show, stage.model, made.eval_batches[0], mesh),
     describe=lambda indices: [made.names[i] for i in indices],
     flops_per_step=made.flops_per_step,
+    profile=recipe.profile,
   )
   params = state.ema["vae"]
   made.data.close()

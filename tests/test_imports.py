@@ -51,7 +51,10 @@ def own(name):
 
 
 PURE = ("patches", "tiling", "diffusion", "sampler")
-LEAVES = ("sharding", "optim", "checkpoint", "metrics", "hlo", "streamed")
+LEAVES = (
+  "sharding", "optim", "checkpoint", "metrics", "hlo", "hosts", "goodput", "profiling",
+  "sweeps", "curves", "streamed",
+)  # fmt: skip
 COMMANDS = (
   "main",
   "stages",

@@ -37,7 +37,7 @@ def test_speed_excludes_compilation_evaluation_and_saving(clock):
     meter.waited(0.5)
     clock[0] += 2.0
     meter.add({"loss": loss})
-  with meter.pause():
+  with meter.pause("evaluate"):
     clock[0] += 36
   row = meter.row(3)
   assert row["loss"] == 4.0  # of all three steps
@@ -55,7 +55,9 @@ def test_speed_excludes_compilation_evaluation_and_saving(clock):
 def test_first_row_of_one_step_has_no_times(clock):
   meter = meter_of()
   meter.add({"loss": 9.0})
-  assert meter.row(1) == {"loss": 9.0, "progress": 0.001}
+  row = meter.row(1)
+  assert row.keys() - {"goodput", "goodput/restart"} == {"loss", "progress"}
+  assert row["loss"] == 9.0 and row["progress"] == 0.001
 
 
 def test_state_continues_the_means():
@@ -64,7 +66,8 @@ def test_state_continues_the_means():
   resumed = meter_of(state=json.loads(json.dumps(meter.state())))
   resumed.add({"loss": 2.0})
   assert resumed.row(2)["loss"] == 1.5
-  assert meter_of().state() == {"sums": {}, "count": 0}
+  state = meter_of().state()
+  assert state["sums"] == {} and state["count"] == 0
 
 
 @pytest.mark.parametrize(
@@ -81,10 +84,11 @@ def test_peaks(kind, peak):
 
 def test_console_line():
   row = {"loss": 0.123456, "grad_norm": 2.0, "seconds_per_step": 0.5, "mfu": 0.41,
-         "data_wait": 0.02, "eta_seconds": 3900, "progress": 0.25}  # fmt: skip
+         "data_wait": 0.02, "eta_seconds": 3900, "progress": 0.25, "goodput": 0.9,
+         "goodput/compile": 0.1}  # fmt: skip
   assert metrics.format_row(25, 100, row) == (
     "step 25/100 (25.0%) loss 0.12346 grad_norm 2 | "
-    "0.5 s/step, MFU 41.0%, data wait 2.0%, ETA 1h05m"
+    "0.5 s/step, MFU 41.0%, data wait 2.0%, goodput 90.0%, ETA 1h05m"
   )
   seconds = [12, 200, 3900, 183600]
   assert [metrics.format_seconds(s) for s in seconds] == [

@@ -94,6 +94,60 @@ def test_batches_that_do_not_fit():
     sharding.shard_batch({"x": np.zeros(8), "y": np.zeros(4), "z": 1.0}, mesh)
 
 
+class SliceDevice:
+  """A device of a slice, as far as a mesh asks."""
+
+  platform = device_kind = "simulated"
+
+  def __init__(self, index, slice_index):
+    self.id, self.slice_index, self.process_index = index, slice_index, slice_index
+
+
+def slice_devices(slices, each):
+  # Not in the order of slices: jax.devices() need not be, either.
+  return [SliceDevice(i, i % slices) for i in range(slices * each)]
+
+
+def test_only_data_crosses_slices():
+  sizes = {"data": 4, "fsdp": -1, "context": 2, "tensor": 2}
+  mesh = sharding.make_mesh(**sizes, devices=slice_devices(2, 8))
+  assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "context": 2, "tensor": 2}
+  for row, devices in enumerate(mesh.devices):
+    # Rows of one slice lie side by side.
+    assert {device.slice_index for device in devices.flat} == {row // 2}
+  assert len({device.id for device in mesh.devices.flat}) == 16
+
+
+@pytest.mark.parametrize(
+  "sizes, message",
+  [
+    ({}, "data=1 is not a multiple of the 2 slices; set config.mesh.data"),
+    ({"data": 3, "fsdp": 1}, "data=3, .* does not fit 8 devices"),
+    ({"data": 2, "fsdp": 8}, "does not fit 8 devices"),
+  ],
+)
+def test_slices_that_do_not_fit(sizes, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.make_mesh(**sizes, devices=slice_devices(2, 4))
+
+
+def test_slices_of_different_sizes():
+  devices = [*slice_devices(2, 3), SliceDevice(6, 0), SliceDevice(7, 0)]
+  with pytest.raises(ValueError, match="slices have 5 and 3 devices"):
+    sharding.make_mesh(data=2, devices=devices)
+
+
+def test_a_batch_that_all_processes_hold_is_placed_once():
+  mesh = sharding.make_mesh()
+  x = np.arange(16.0).reshape(8, 2)
+  placed = sharding.shard_alike({"x": x, "scale": 2.0}, mesh)
+  assert placed["x"].sharding.spec == PartitionSpec(("data", "fsdp"))
+  assert placed["x"].addressable_shards[3].data.tolist() == [[6.0, 7.0]]
+  assert placed["scale"].shape == () and placed["scale"].is_fully_replicated
+  with pytest.raises(ValueError, match="6 rows does not divide by 8 devices"):
+    sharding.shard_alike({"x": x[:6]}, mesh)
+
+
 def fake_mesh(processes, shape):
   devices = np.array([types.SimpleNamespace(process_index=p) for p in processes])
   return types.SimpleNamespace(devices=devices.reshape(shape), axis_names=sharding.AXES)

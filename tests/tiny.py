@@ -90,6 +90,7 @@ def get_config() -> ConfigDict:
       "steps": 2,
     },
     "evaluate": {"clips": 2},
+    "mesh": {"tensor": 1},
   }
   return ConfigDict(config)
 
@@ -109,6 +110,9 @@ class Commands:
 
   def start(self, module: str, *flags: str) -> subprocess.Popen:
     """Starts a command; its stderr, where the log goes, is a pipe."""
+    return self._start(["-m", f"sora_jax.{module}", *flags])
+
+  def _start(self, arguments) -> subprocess.Popen:
     self.folder.mkdir(parents=True, exist_ok=True)
     environment = {
       **os.environ,
@@ -120,7 +124,7 @@ class Commands:
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen(
-      [sys.executable, "-m", f"sora_jax.{module}", *flags],
+      [sys.executable, *arguments],
       cwd=ROOT,
       env=environment,
       stdout=subprocess.DEVNULL,
@@ -130,7 +134,23 @@ class Commands:
 
   def run(self, module: str, *flags: str, returncode: int = 0) -> str:
     """Runs a command to its end and returns its log."""
-    process = self.start(module, *flags)
+    return self._finish(self.start(module, *flags), returncode)
+
+  def launch(self, script: str, *flags: str, returncode: int = 0) -> str:
+    """Runs a script of launch/ to its end and returns its log."""
+    process = self._start([str(ROOT / "launch" / script), *flags])
+    return self._finish(process, returncode)
+
+  def start_hosts(self, processes: int, workdir, *flags: str) -> subprocess.Popen:
+    """Starts the stages of the tiny config on several processes of one device each."""
+    launch = [f"--processes={processes}", "--grace=20", "--", *tiny_flags(workdir)]
+    return self._start([str(ROOT / "launch" / "local.py"), *launch, *flags])
+
+  def hosts(self, processes: int, workdir, *flags: str, returncode: int = 0) -> str:
+    """Runs `start_hosts` to the end and returns the log of all."""
+    return self._finish(self.start_hosts(processes, workdir, *flags), returncode)
+
+  def _finish(self, process, returncode) -> str:
     _, log = process.communicate(timeout=300)
     assert process.returncode == returncode, log
     return log
@@ -144,6 +164,12 @@ class Commands:
   ) -> tuple[int, str]:
     """Sends a signal once the stage has logged a step; (exit code, log)."""
     process = self.start("main", *tiny_flags(workdir), *flags)
+    return self.interrupt_process(process, workdir, stage, step, number)
+
+  def interrupt_process(
+    self, process, workdir, stage: str, step: int, number: signal.Signals
+  ) -> tuple[int, str]:
+    """Likewise of a command that was started."""
     path = pathlib.Path(workdir) / stage / "metrics.jsonl"
     while process.poll() is None and not any(row["step"] >= step for row in rows(path)):
       time.sleep(0.01)

@@ -1,0 +1,165 @@
+"""Sweeps: overrides, names, and a real one that is stopped, goes on and grows."""
+
+import csv
+import json
+import pathlib
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import tiny
+
+from sora_jax import curves, sweeps
+
+sys.path.insert(0, str(tiny.ROOT / "launch"))
+import sweep as launcher  # noqa: E402
+
+
+def test_grid_is_every_combination():
+  assert list(sweeps.grid({"a.b": [1, 2], "c": ["x", "y"]})) == [
+    {"a.b": 1, "c": "x"}, {"a.b": 1, "c": "y"},
+    {"a.b": 2, "c": "x"}, {"a.b": 2, "c": "y"},
+  ]  # fmt: skip
+  two = sweeps.product([{"a": 1}, {"a": 2}], sweeps.grid({"c": [3]}))
+  assert list(two) == [{"a": 1, "c": 3}, {"a": 2, "c": 3}]
+
+
+def test_random_draws_stay_when_a_sweep_grows():
+  draws = {"rate": sweeps.log_uniform(1e-5, 1e-1), "depth": [2, 4, 8]}
+  runs = list(sweeps.random(200, draws, seed=1))
+  assert runs[:5] == list(sweeps.random(5, draws, seed=1))
+  more = list(sweeps.random(5, {"x": sweeps.uniform(0, 1), **draws}, seed=1))
+  assert [{**run, "x": 0} for run in more] == [{**run, "x": 0} for run in runs[:5]]
+  assert runs[:5] != list(sweeps.random(5, draws, seed=2))
+  logs = np.log10([run["rate"] for run in runs])
+  assert logs.min() > -5.01 and logs.max() < -0.99 and abs(logs.mean() + 3) < 0.3
+  assert {run["depth"] for run in runs} == {2, 4, 8}
+  with pytest.raises(ValueError, match="0 < low"):
+    sweeps.log_uniform(0, 1)
+
+
+def test_names_say_what_is_different():
+  runs = [{"dit.train.steps": 3, "vae.train.steps": 4, "seed": 1}, {}]
+  assert sweeps.names(runs) == ["dit.train.steps=3,vae.train.steps=4,seed=1", "base"]
+  (name,) = sweeps.names([{"data.source": "/a b/" + "c" * 200}])
+  assert len(name) < 110 and "/" not in name and " " not in name
+  with pytest.raises(ValueError, match="two runs of the sweep are the same"):
+    sweeps.names([{"seed": 1}, {"seed": 1}])
+
+
+def sweep_file(folder, body):
+  path = folder / "sweep.py"
+  path.write_text(f"from sora_jax import sweeps\ndef sweep(config):\n{body}\n")
+  return str(path)
+
+
+@pytest.mark.parametrize(
+  "body, message",
+  [
+    ("  return []", "yields no run"),
+    ("  yield {'dit.train.stepz': 1}", "stepz"),
+    ("  yield {'dit.train.steps': 1.5}", "steps"),
+    ("  yield {'dit.tokens': 50}", "config.dit.tokens 50"),
+  ],
+)
+def test_a_sweep_that_does_not_fit_fails_before_any_run(tmp_path, body, message):
+  with pytest.raises(ValueError, match=message):
+    launcher.load(sweep_file(tmp_path, body), tiny.get_config())
+
+
+def test_files_that_hold_no_sweep(tmp_path):
+  with pytest.raises(ValueError, match="nowhere.py is not a file"):
+    launcher.load("nowhere.py", tiny.get_config())
+  with pytest.raises(ValueError, match="has no function other"):
+    path = sweep_file(tmp_path, "  return []")
+    launcher.load(f"{path}:other", tiny.get_config())
+
+
+def test_the_example_fits_its_config():
+  from test_recipe import config_cases
+
+  (quickstart,) = [c.values[0] for c in config_cases() if c.id == "quickstart"]
+  path = tiny.ROOT / "configs" / "sweeps" / "learning_rate.py"
+  assert len(launcher.load(str(path), quickstart())) == 6
+
+
+def test_a_table_has_a_column_for_what_any_run_has(tmp_path):
+  rows = [{"a": 1, "loss": 0.123456789}, {"a": 2, "psnr": 30.0}]
+  lines = launcher.write_table(tmp_path / "r.csv", rows)
+  assert lines[0].split() == ["a", "loss", "psnr"] and "0.12346" in lines[1]
+  with (tmp_path / "r.csv").open() as file:
+    read = list(csv.DictReader(file))
+  assert read[0] == {"a": "1", "loss": "0.123456789", "psnr": ""}
+
+
+def test_curves_are_drawn(tmp_path):
+  points = [(x, 1.0 / (1 + x)) for x in range(20)]
+  made = {"falls": points, "flat": [(0, 0.5), (19, 0.5)], "nan": [(3, np.nan)]}
+  curves.draw(tmp_path / "a.png", made, "loss")
+  with PIL.Image.open(tmp_path / "a.png") as image:
+    pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+  found = {tuple(int(v) for v in pixel) for pixel in np.unique(pixels, axis=0)}
+  assert (0x1F, 0x77, 0xB4) in found and (0xD6, 0x27, 0x28) in found
+  with pytest.raises(ValueError, match="no finite point"):
+    curves.draw(tmp_path / "b.png", {"nan": [(3, np.nan)]})
+
+
+def test_launchers_get_the_arguments_of_each_run():
+  made = launcher.command("c.py", "w", {"seed": 1}, "launch/slurm.py --nodes=2")
+  assert made[1:] == ["launch/slurm.py", "--nodes=2", "--", "--config=c.py",
+                      "--workdir=w", "--config.seed=1"]  # fmt: skip
+
+
+def test_a_sweep_runs_reports_and_goes_on(tiny_run, commands, tmp_path):
+  def run(widths, *flags):
+    body = f"  yield from sweeps.grid({{'dit.model.mlp_width': {widths}}})"
+    return commands.launch(
+      "sweep.py",
+      *tiny.tiny_flags(tmp_path / "runs"),
+      "--config.stages=('data','vae','encode','dit')",
+      "--config.sample.prompts=()",
+      f"--sweep={sweep_file(tmp_path, body)}",
+      f"--base={tiny_run.workdir}",
+      "--parallel=2",
+      *flags,
+    )
+
+  folder = tmp_path / "runs"
+  assert run([64, 32], "--dry-run") == "" and not folder.exists()
+  log = run([64, 32])
+  assert "2 runs, 2 to do" in log and "complete" in log
+  assert (folder / "mlp_width=64" / "vae").is_symlink()
+  with PIL.Image.open(folder / "results.png") as image:
+    assert image.width > 900
+
+  def table():
+    with (folder / "results.csv").open() as file:
+      return {row["dit.model.mlp_width"]: row for row in csv.DictReader(file)}
+
+  # The first one has the width of the run that the sweep took its VAE from.
+  rows = tiny.rows(tiny_run.workdir / "dit" / "metrics.jsonl")
+  loss = [row["loss"] for row in rows if "loss" in row][-1]
+  assert float(table()["64"]["dit:loss"]) == pytest.approx(loss, rel=1e-6)
+  assert table()["32"]["dit:loss"] != table()["64"]["dit:loss"]
+  assert {row["status"] for row in table().values()} == {"complete"}
+
+  log = run([64, 32])
+  assert "2 runs, 0 to do" in log
+  log = run([64, 32, 96], "--report")
+  assert table()["96"]["status"] == "not started"
+  # A run that was cut goes on: only that one.
+  stage = folder / "mlp_width=32" / "dit" / "stage.json"
+  stage.write_text(json.dumps({**json.loads(stage.read_text()), "complete": False}))
+  assert "2 runs, 1 to do" in run([64, 32])
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
+  runner = launcher.Runner(1)
+  commands = {
+    tmp_path / "bad": [sys.executable, "-c", "print('why'); raise SystemExit(3)"],
+    tmp_path / "good": [sys.executable, "-c", "print('done')"],
+  }
+  codes = {folder.name: code for folder, code in runner.run(commands).items()}
+  assert codes == {"bad": 3, "good": 0}
+  assert pathlib.Path(tmp_path / "bad" / "log.txt").read_text() == "why\n"
