@@ -50,7 +50,7 @@ def own(name):
   return {i for i in IMPORTS[name] if i in IMPORTS and i != "sora_jax"}
 
 
-PURE = ("patches", "tiling", "diffusion", "sampler")
+PURE = ("patches", "tiling", "diffusion", "sampler", "prompting")
 LEAVES = ("sharding", "optim", "checkpoint", "metrics", "hlo")
 COMMANDS = (
   "main",
@@ -60,6 +60,9 @@ COMMANDS = (
   "train_vae",
   "encode",
   "train_dit",
+  "denoiser",
+  "jobs",
+  "generate",
   "sample",
   "evaluate",
   "autoencoder",
