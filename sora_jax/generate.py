@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -182,13 +182,20 @@ class Sampler:
     return np.concatenate(list(self.stream(Job(prompt, **job), options, tile)))
 
   def stream(
-    self, job: Job, options: sampler.Options | None = None, tile: int | None = None
+    self,
+    job: Job,
+    options: sampler.Options | None = None,
+    tile: int | None = None,
+    watch: Callable[[Prompt, np.ndarray], None] | None = None,
   ) -> Iterator[np.ndarray]:
-    """Like `video`, in chunks of frames: memory does not grow with the duration."""
+    """Like `video`, in chunks of frames: memory does not grow with the duration.
+
+    watch: is called with each window's prompt and the latents made of it.
+    """
     options = options or sampler.Options()
     if job.preview:
       job = self.refined(job, np.concatenate(list(self.preview(job, options, tile))))
-    return self._stream(job, options, tile)
+    return self._stream(job, options, tile, watch)
 
   def preview(self, job: Job, options=None, tile=None) -> Iterator[np.ndarray]:
     """Chunks of the small version of a job that has a preview."""
@@ -209,10 +216,17 @@ class Sampler:
       video=video_files.resize(small_THWC, made.size),
     )
 
-  def _stream(self, job, options, tile):
+  def _stream(self, job, options, tile, watch=None):
     plan = jobs.plan(job, self.encode, self.size_multiple)
     tail = collections.deque(maxlen=4 * max(job.windows.given, 1))
-    chunks = self._windows(plan, job.windows, options, tail)
+
+    def make(prompt):
+      (latent_THWC,) = self.latents([prompt], options)
+      if watch is not None:
+        watch(prompt, latent_THWC)
+      return latent_THWC
+
+    chunks = self._windows(plan, job.windows, make, tail)
     skip, left = 0, plan.frames
     if plan.timeline.loop:
       (latent_THWC,) = chunks
@@ -235,11 +249,11 @@ class Sampler:
       if not left:
         return
 
-  def _windows(self, plan, windows, options, tail) -> Iterator[np.ndarray]:
+  def _windows(self, plan, windows, make, tail) -> Iterator[np.ndarray]:
     """Latents of a plan in chunks. tail: the last decoded frames of those before."""
     timeline = plan.timeline
     if plan.backwards:
-      timeline = self._backwards(plan, windows, options)
+      timeline = self._backwards(plan, windows, make)
     before, after = timeline.before_THWC, timeline.after_THWC
     if len(before):
       yield before
@@ -254,8 +268,7 @@ class Sampler:
         frame_HWC = tail[-1 - 4 * (len(last) - 1)]
         anchor = self.encode(frame_HWC[None])[0]
       prompt, known, new = prompting.next_window(timeline, windows, made, last, anchor)
-      (latent_THWC,) = self.latents([prompt], options)
-      fresh = latent_THWC[known : known + new]
+      fresh = make(prompt)[known : known + new]
       last = np.concatenate([last, fresh])[-given:] if len(last) else fresh[-given:]
       made += new
       if made < end or made > new:
@@ -264,7 +277,7 @@ class Sampler:
     if after is not None and len(after) > 1 and not plan.closes:
       yield after[1:]
 
-  def _backwards(self, plan, windows, options) -> prompting.Timeline:
+  def _backwards(self, plan, windows, make) -> prompting.Timeline:
     """The timeline with what comes before its start made, from there to the front."""
     timeline, left = plan.timeline, plan.backwards
     video, hw = timeline.before_THWC, timeline.grid[1:]
@@ -279,8 +292,8 @@ class Sampler:
         timeline.request, (new + known, *hw), after_THWC=video[:known]
       )
       prompt = dataclasses.replace(prompt, start=left - new, given_noise=noise)
-      (latent_THWC,) = self.latents([prompt], options)
-      video, left = np.concatenate([latent_THWC[: new + 1], video[1:]]), left - new
+      video = np.concatenate([make(prompt)[: new + 1], video[1:]])
+      left -= new
     return dataclasses.replace(
       timeline,
       before_THWC=video,

@@ -43,7 +43,7 @@ class Job:
     size: (width, height); that of the first medium, or 64x64. Larger than the grid of
       the model by less than a step, it is cut from the next larger one.
     frames: 17 if there is nothing else to tell. Of a job with `video`, its own.
-    fps: that of the video, or 12.
+    fps: that of the video, or 12; a video is read at it.
     image, last_image: first and last frame. key_frames: (seconds, image) of others.
     video: what to work on; what to do with it, one of:
       extend_before, extend_after: seconds to add.
@@ -387,8 +387,6 @@ class _Planner:
 
   def _interpolate(self):
     times = self.job.interpolate
-    if self.job.fps:
-      raise ValueError("interpolate follows the video's own rate: leave out fps")
     video_THWC = self._video(self.job.video)
     if len(video_THWC) < 2:
       raise ValueError("interpolate needs a video of 2 frames or more")

@@ -65,6 +65,7 @@ COMMANDS = (
   "generate",
   "sample",
   "evaluate",
+  "evaluate_prompting",
   "autoencoder",
   "text_encoder",
 )

@@ -186,7 +186,9 @@ def test_cfg_zero_stays_still_for_whole_steps():
 def test_ddpm_learns_and_samples():
   """Algorithms 1 and 2 of arXiv:2006.11239: a network learns tokens of a Gaussian."""
   mean, deviation, count = 1.0, 0.5, 16
-  one = {k: v[:, :9] if k[-2:] in ("_L", "LP", "L2", "L3") else v for k, v in rows().items()}
+  one = {
+    k: v[:, :9] if k[-2:] in ("_L", "LP", "L2", "L3") else v for k, v in rows().items()
+  }
   batch = {k: jnp.tile(v, (count, *[1] * (v.ndim - 1))) for k, v in one.items()}
   batch["group_L"] = 2 * (batch["segment_L"] - 1)  # none is given
   task = task_of("ddpm_linear", "eps", timesteps="discrete")
