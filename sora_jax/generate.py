@@ -29,8 +29,9 @@ from sora_jax.prompting import Prompt, Request
 from sora_jax.tasks import dit as dit_task
 from sora_jax.text_encoder import FrozenTextEncoder
 
-# Frames that the encoder, and latent frames that the decoder, is given at once.
-_ENCODE_CHUNK, _DECODE_CHUNK = 32, 8
+# Frames that the encoder is given at once, and latent frames that the decoder is: few
+# sizes, for few compilations.
+_ENCODE_CHUNK, _DECODE_CHUNKS = 32, (4, 1)
 # Latent frames of a loop's end that are decoded in front of its start: more than the
 # causal decoder looks back.
 _WARM_UP = 4
@@ -237,7 +238,7 @@ class Sampler:
     batches = (
       np.repeat(part[None], copies, axis=0)
       for chunk in chunks
-      for part in np.split(chunk, range(_DECODE_CHUNK, len(chunk), _DECODE_CHUNK))
+      for part in _parts(chunk)
     )
     height, width = plan.size
     for video_BTHWC in self.autoencoder.decode_stream(batches, tile):
@@ -341,3 +342,11 @@ class Sampler:
         for i, video_THWC in zip(part, decoded, strict=False):
           videos[i] = video_THWC[: requests[i].frames]
     return [videos[i] for i in range(len(requests))]
+
+
+def _parts(latent_THWC) -> Iterator[np.ndarray]:
+  """Pieces of _DECODE_CHUNKS frames."""
+  while len(latent_THWC):
+    size = next(n for n in _DECODE_CHUNKS if n <= len(latent_THWC))
+    yield latent_THWC[:size]
+    latent_THWC = latent_THWC[size:]
