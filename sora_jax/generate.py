@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from sora_jax import checkpoint, jobs, prompting, sampler, sharding
+from sora_jax import checkpoint, layout, prompting, sampler, sharding
 from sora_jax.autoencoder import Autoencoder, in_chunks
 from sora_jax.data import video as video_files
 from sora_jax.denoiser import Denoiser
@@ -200,14 +200,14 @@ class Sampler:
 
   def preview(self, job: Job, options=None, tile=None) -> Iterator[np.ndarray]:
     """Chunks of the small version of a job that has a preview."""
-    size = jobs.plan(job, self.encode, self.size_multiple).size
+    size = layout.plan(job, self.encode, self.size_multiple).size
     half = tuple(max(self.size_multiple, n // 2) for n in size[::-1])
     small = dataclasses.replace(job, size=half, preview=0.0)
     return self._stream(small, options or sampler.Options(), tile)
 
   def refined(self, job: Job, small_THWC: np.ndarray) -> Job:
     """The job that makes a preview again at full size, of the same composition."""
-    made = jobs.plan(job, self.encode, self.size_multiple)
+    made = layout.plan(job, self.encode, self.size_multiple)
     return dataclasses.replace(
       job,
       preview=0.0,
@@ -218,7 +218,7 @@ class Sampler:
     )
 
   def _stream(self, job, options, tile, watch=None):
-    plan = jobs.plan(job, self.encode, self.size_multiple)
+    plan = layout.plan(job, self.encode, self.size_multiple)
     tail = collections.deque(maxlen=4 * max(job.windows.given, 1))
 
     def make(prompt):

@@ -20,7 +20,7 @@ import re
 import numpy as np
 from absl import flags, logging
 
-from sora_jax import jobs, sampler, stages
+from sora_jax import layout, sampler, stages
 from sora_jax import recipe as recipes
 from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
@@ -288,7 +288,7 @@ def _made(model, work, options, tile, paths):
       preview = path.with_name(f"{path.stem}-preview{path.suffix}")
       video.write(preview, small, full.fps, metadata={"comment": job.prompt})
       logging.info("%s: preview", preview)
-    yield path, job, model.stream(full, options, tile), jobs.rate(full)
+    yield path, job, model.stream(full, options, tile), layout.rate(full)
 
 
 def _write(path, job, chunks, fps, options, checkpoint, model):

@@ -62,6 +62,7 @@ COMMANDS = (
   "train_dit",
   "denoiser",
   "jobs",
+  "layout",
   "generate",
   "sample",
   "evaluate",

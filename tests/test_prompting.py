@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from sora_jax import evaluate_prompting, jobs, prompting, sample, sharding
+from sora_jax import evaluate_prompting, layout, prompting, sample, sharding
 from sora_jax.data import video
 from sora_jax.jobs import Job
 from sora_jax.prompting import Prompt, Request, Timeline, Windows
@@ -323,7 +323,7 @@ def test_more_frames_a_second(sampler):
   own = clip(9)
   made = sampler.video("", video=own, interpolate=2, fps=8.0, options=OPTIONS)
   assert len(made) == 17
-  assert jobs.rate(Job(video=own, interpolate=2, fps=8.0)) == 16.0
+  assert layout.rate(Job(video=own, interpolate=2, fps=8.0)) == 16.0
 
 
 def test_a_preview_is_half_the_size(sampler):
@@ -357,7 +357,7 @@ def test_windows_see_what_came_before(sampler):
 
 
 def make_job(kwargs):
-  return jobs.plan(Job(**kwargs), lambda v: latents(1 + (len(v) - 1) // 4), 16)
+  return layout.plan(Job(**kwargs), lambda v: latents(1 + (len(v) - 1) // 4), 16)
 
 
 @pytest.mark.parametrize(
@@ -519,6 +519,9 @@ def test_seam_ratio():
   assert evaluate_prompting.seam_ratio(frames, 0) == 7.0
   frames[5:] += 4
   assert evaluate_prompting.seam_ratio(frames, 5) == 5.0
+  assert evaluate_prompting.seam_ratio(frames, 4, [5]) == 0.2
+  assert evaluate_prompting.alike(17, 5) == [1, 9, 13]
+  assert evaluate_prompting.alike(16, 0, (8,)) == [4, 12]
 
 
 def test_histogram_distance():
