@@ -14,44 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from sora_jax import diffusion, metrics, patches, prompting, sampler, sharding
+from sora_jax import diffusion, metrics, packing, patches, prompting, sampler, sharding
 from sora_jax.autoencoder import from_json
 from sora_jax.data import tokenizer
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.text import TextEncoderConfig
+from sora_jax.packing import RowClip
 from sora_jax.prompting import Prompt
 from sora_jax.tasks import dit as dit_task
-
-
-@dataclasses.dataclass(frozen=True)
-class _Budget:
-  """What a row can hold; a slot is a text with its two groups of tokens."""
-
-  tokens: int
-  text_tokens: int
-  slots: int
-
-  def fits(self, *sizes: tuple[int, int, int]) -> bool:
-    """Whether clips of these (tokens, text tokens, slots) share a row."""
-    room = (self.tokens, self.text_tokens, self.slots)
-    return all(
-      sum(size) <= r for size, r in zip(zip(*sizes, strict=True), room, strict=True)
-    )
-
-
-@dataclasses.dataclass
-class _Clip:
-  """A clip of a row: one prompt, or one of the two texts that a prompt blends."""
-
-  prompt: Prompt
-  texts: list[tuple[np.ndarray, np.ndarray]]  # of each slot: with and without
-  shot_T: np.ndarray  # slot of each latent frame
-
-  @property
-  def size(self) -> tuple[int, int, int]:
-    t, h, w = self.prompt.grid
-    text = max(sum(map(len, side)) for side in zip(*self.texts, strict=True))
-    return (t + len(self.prompt.extras)) * h * w, text, len(self.texts)
 
 
 class Denoiser:
@@ -67,6 +37,12 @@ class Denoiser:
       text = TextEncoderConfig(**from_json(meta["text"]))
     noise = meta.get("noise", {"process": "flow", "target": "velocity"})
     self._process, self._target = noise["process"], noise["target"]
+    self._layout = packing.RowLayout(
+      self.model,
+      meta["reference_fps"],
+      self._process,
+      "text_S" if encode_text is None else "text_SE",
+    )
     self.integrate = jax.jit(
       functools.partial(integrate, self.model, text, dtype, **noise),
       static_argnames="options",
@@ -101,19 +77,18 @@ class Denoiser:
     if not self.meta["conditional"]:
       prompts, options = _unconditional(prompts, options)
     clips = self._clips(prompts)
-    sizes = [
-      tuple(map(sum, zip(*[c.size for c in unit], strict=True))) for unit in clips
-    ]
-    budget = self._budget(sizes)
-    planned = _plan(sizes, budget)
+    sizes = [packing.size_of(unit) for unit in clips]
+    budget = packing.budget_of(sizes, self.meta)
+    planned = packing.plan_rows(sizes, budget)
     rows = min(rows, len(planned)) if rows else len(planned)
     ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
     rows = -(-rows // ways) * ways
     latents, begin = {}, time.monotonic()
     for i in range(0, len(planned), rows):
       part = planned[i : i + rows]
-      batch, scale_BN, places = self._batch([[clips[j] for j in row] for row in part],
-                                            rows, budget, options)  # fmt: skip
+      batch, scale_BN, places = self._layout.batch(
+        [[clips[j] for j in row] for row in part], rows, budget, options.guidance_scale
+      )
       patch_BLP = self._run(params, batch, scale_BN, options)
       for row, indices in enumerate(part):
         for index, start in zip(indices, places[row], strict=True):
@@ -154,7 +129,7 @@ class Denoiser:
       given = np.repeat(given, patch, axis=dim)
     return np.where(given[..., None], prompt.latent_THWC, latent_THWC)
 
-  def _clips(self, prompts) -> list[list[_Clip]]:
+  def _clips(self, prompts) -> list[list[RowClip]]:
     """Clips of each prompt: one, or two whose predictions are blended."""
     wanted = []
     for prompt in prompts:
@@ -167,7 +142,7 @@ class Denoiser:
     known = self._encode_texts(sorted(set(sum(pairs, ()))))
 
     def clip(prompt, side, shot_T):
-      return _Clip(prompt, [tuple(known[t] for t in pair) for pair in side], shot_T)
+      return RowClip(prompt, [tuple(known[t] for t in pair) for pair in side], shot_T)
 
     return [[clip(*part) for part in unit] for unit in wanted]
 
@@ -194,14 +169,6 @@ class Denoiser:
       ]
     return dict(zip(texts, made, strict=True))
 
-  def _budget(self, sizes) -> _Budget:
-    """Row of training; twice, four times ... as long for what does not fit."""
-    meta = self.meta
-    budget = _Budget(meta["tokens"], meta["text_tokens"], meta["segments"])
-    while not all(budget.fits(size) for size in sizes):
-      budget = _Budget(*(2 * n for n in dataclasses.astuple(budget)))
-    return budget
-
   def _table(self, batch, options) -> sampler.Table:
     """The solver's coefficients for each slot of the rows: [calls, ..., B, N]."""
     tokens_BN = np.maximum(batch.pop("tokens_N"), 1.0)
@@ -212,121 +179,6 @@ class Denoiser:
       options.steps, np.broadcast_to(shift_BN, tokens_BN.shape), batch.pop("start_N")
     )
     return sampler.make_table(options.method, levels, self._process, options.eta)
-
-  def _batch(self, units_of_rows, rows, budget, options):
-    L, S, N = dataclasses.astuple(budget)
-    like = units_of_rows[0][0][0].texts[0][0]
-    text_name = "text_S" if self._encode_text is None else "text_SE"
-    shapes = {
-      "start_LP": ((L, self.model.patch_width), np.float32),
-      "position_L3": ((L, 3), np.float32),
-      "turn_L2": ((L, 2), np.int32),
-      "turn_step_L": ((L,), np.float32),
-      "twin_weight_L": ((L,), np.float32),
-      **{n: ((L,), np.int32) for n in ("segment_L", "group_L", "twin_L")},
-      **{n: ((L,), np.uint32) for n in ("seed_L", "token_L")},
-      "given_level_N": ((N,), np.float32),
-      "tokens_N": ((N,), np.float64),
-    }
-    for prefix in ("", "empty_"):
-      for name in ("text_segment_S", "text_position_S"):
-        shapes[prefix + name] = ((S,), np.int32)
-      shapes[prefix + text_name] = ((S, *like.shape[1:]), like.dtype)
-    batch = {n: np.zeros((rows, *shape), dt) for n, (shape, dt) in shapes.items()}
-    batch["start_N"] = np.ones((rows, N))
-    batch["twin_L"][:] = np.arange(L)
-    scale_BN = np.full((rows, N), options.guidance_scale, np.float32)
-    places = []
-    for row, units in enumerate(units_of_rows):
-      view = {name: value[row] for name, value in batch.items()}
-      segment = token = slot = 0
-      text_starts = [0, 0]
-      places.append([])
-      for unit in units:
-        places[-1].append(token)
-        begins = []
-        for clip in unit:
-          request, count = clip.prompt.request, clip.size[0]
-          here = slice(token, token + count)
-          view["segment_L"][here] = segment + 1
-          self._put_tokens(view, here, clip, slot)
-          for n, pair in enumerate(clip.texts, slot):
-            view["tokens_N"][n] = count
-            view["start_N"][n] = clip.prompt.strength or 1.0
-            view["given_level_N"][n] = clip.prompt.given_noise
-            if request.guidance_scale is not None:
-              scale_BN[row, n] = request.guidance_scale
-            for k, (prefix, text) in enumerate(zip(("", "empty_"), pair, strict=True)):
-              there = slice(text_starts[k], text_starts[k] + len(text))
-              view[prefix + text_name][there] = text
-              view[f"{prefix}text_segment_S"][there] = n + 1
-              view[f"{prefix}text_position_S"][there] = np.arange(len(text))
-              text_starts[k] = there.stop
-          begins.append(token)
-          segment, token, slot = segment + 1, here.stop, slot + len(clip.texts)
-        if len(unit) == 2:
-          self._put_twins(view, unit[0], begins)
-    return batch, scale_BN, places
-
-  def _put_tokens(self, view, here, clip, slot):
-    """Writes the tokens of a clip into its place of a row."""
-    prompt, (t, h, w) = clip.prompt, clip.prompt.grid
-    request = prompt.request
-    count = t * h * w
-    # Noise of its own for each request: it does not depend on its company.
-    seeds = (request.seed, prompt.start) if prompt.start else request.seed
-    rng = np.random.default_rng(seeds)
-    noise_LP = rng.standard_normal(
-      (here.stop - here.start, self.model.patch_width), np.float32
-    )
-    given_L = np.zeros(len(noise_LP), bool)
-    given_L[count:] = True
-    start_LP = noise_LP.copy()
-    if prompt.latent_THWC is not None:
-      data_LP = patches.patchify(prompt.latent_THWC, self.model.patch_size)
-      if prompt.given_THW is not None:
-        given_L[:count] = prompt.given_THW.reshape(-1)
-      level_L = np.where(given_L[:count], prompt.given_noise, prompt.strength)
-      start_LP[:count] = self._noisy(data_LP, noise_LP[:count], level_L)
-    position_L3 = patches.grid_positions(prompt.grid)
-    scale = self.meta["reference_fps"] / request.fps
-    position_L3[:, 0] *= self.model.patch_size[0] * scale
-    if prompt.loop:
-      frame_L = np.repeat(np.arange(t), h * w)
-      view["turn_L2"][here] = np.stack([frame_L, np.full_like(frame_L, t)], -1)
-      view["turn_step_L"][here] = self.model.patch_size[0] * scale
-    frame_L3 = patches.grid_positions((1, h, w))
-    for i, (at, latent_HWC) in enumerate(prompt.extras):
-      place = slice(count + i * h * w, count + (i + 1) * h * w)
-      data_LP = patches.patchify(latent_HWC[None], self.model.patch_size)
-      level_L = np.full(h * w, prompt.given_noise)
-      start_LP[place] = self._noisy(data_LP, noise_LP[place], level_L)
-      frame_L3[:, 0] = at * scale
-      position_L3 = np.concatenate([position_L3, frame_L3])
-    slot_T = slot + clip.shot_T
-    # An extra image is of the shot that its frame is in.
-    frames = [min(t - 1, int(np.ceil(at))) for at, _ in prompt.extras]
-    slot_L = np.repeat(np.concatenate([slot_T, slot_T[frames]]), h * w)
-    view["start_LP"][here] = start_LP
-    view["position_L3"][here] = position_L3
-    view["group_L"][here] = 2 * slot_L + given_L
-    view["seed_L"][here] = (request.seed + 1_000_003 * prompt.start) % 2**32
-    view["token_L"][here] = np.arange(len(noise_LP))
-
-  def _put_twins(self, view, clip, begins):
-    """Each noisy token of two clips looks at the other's prediction."""
-    t, h, w = clip.prompt.grid
-    weight_L = np.repeat(prompting.blend_weights(clip.prompt), h * w)
-    tokens = np.arange(t * h * w)
-    for own, other, weights in ((0, 1, weight_L), (1, 0, 1.0 - weight_L)):
-      view["twin_L"][begins[own] + tokens] = begins[other] + tokens
-      view["twin_weight_L"][begins[own] + tokens] = weights
-
-  def _noisy(self, data_LP, noise_LP, level_L):
-    """x_t of tokens; exact where the level is 0."""
-    alpha, sigma = diffusion.alpha_sigma(self._process, level_L[:, None], np)
-    noisy_LP = alpha * data_LP + sigma * noise_LP
-    return np.where(level_L[:, None] > 0, noisy_LP, data_LP).astype(np.float32)
 
 
 def _unconditional(prompts, options):
@@ -345,19 +197,6 @@ def _unconditional(prompts, options):
     options, guidance_scale=1.0, guidance_rescale=0.0, cfg_zero=False
   )
   return prompts, options
-
-
-def _plan(sizes, budget) -> list[list[int]]:
-  """Rows of indices: each clip, longest first, into the first row with room."""
-  rows = []
-  for index in sorted(range(len(sizes)), key=lambda i: -sizes[i][0]):
-    for row in rows:
-      if budget.fits(sizes[index], *(sizes[i] for i in row)):
-        row.append(index)
-        break
-    else:
-      rows.append([index])
-  return rows
 
 
 def integrate(

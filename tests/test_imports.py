@@ -60,6 +60,7 @@ COMMANDS = (
   "train_vae",
   "encode",
   "train_dit",
+  "packing",
   "denoiser",
   "jobs",
   "layout",
