@@ -51,11 +51,16 @@ def size_of(unit: list[RowClip]) -> tuple[int, int, int]:
 
 
 def budget_of(sizes, meta: dict) -> RowBudget:
-  """Row of training; twice, four times ... as long for what does not fit."""
-  budget = RowBudget(meta["tokens"], meta["text_tokens"], meta["segments"])
-  while not all(budget.fits(size) for size in sizes):
-    budget = RowBudget(*(2 * n for n in dataclasses.astuple(budget)))
-  return budget
+  """Row of training; twice, four times ... as long for what does not fit.
+
+  Tokens grow by themselves, texts and slots together: a long video has one text.
+  """
+  tokens, texts, slots = (meta[n] for n in ("tokens", "text_tokens", "segments"))
+  while any(size[0] > tokens for size in sizes):
+    tokens *= 2
+  while any(size[1] > texts or size[2] > slots for size in sizes):
+    texts, slots = 2 * texts, 2 * slots
+  return RowBudget(tokens, texts, slots)
 
 
 def plan_rows(sizes, budget: RowBudget) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Prompting: what is given stays exact, one program for all modes, clear errors."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -9,11 +10,22 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from sora_jax import evaluate_prompting, layout, prompting, sample, sharding
+from sora_jax import (
+  denoiser,
+  evaluate_prompting,
+  layout,
+  packing,
+  prompting,
+  sample,
+  sharding,
+)
+from sora_jax import sampler as solver
 from sora_jax.data import video
 from sora_jax.jobs import Job
+from sora_jax.models import dit
 from sora_jax.prompting import Prompt, Request, Timeline, Windows
 from sora_jax.sampler import Options
+from sora_jax.tasks import dit as dit_task
 
 OPTIONS = Options(steps=2)
 C = 4
@@ -528,3 +540,57 @@ def test_histogram_distance():
   black, white = np.zeros((2, 4, 4, 3), np.uint8), np.full((1, 4, 4, 3), 255, np.uint8)
   assert evaluate_prompting.histogram_distance(black, black) == 0.0
   assert evaluate_prompting.histogram_distance(black, white) == 1.0
+
+
+# --- full size, by shapes alone
+
+
+@pytest.mark.parametrize(
+  "size, frames, tokens",
+  [
+    ((2048, 2048), 1, 16384),
+    ((1920, 1080), 17, 40800),
+    ((1080, 1920), 1, 8160),
+    # 60 s at 16 frames a second, in windows of 81 with 9 of them given.
+    ((832, 480), 961, 32760),
+  ],
+)
+def test_rows_of_a_published_size(size, frames, tokens):
+  """Wan 2.1's 14B: prompts of large images and long videos become one row each."""
+  model, meta = dit.PRESETS["wan2.1-t2v-14b"], {"tokens": 4096, "text_tokens": 512}
+  job = Job("a star", size=size, frames=frames, fps=16.0, window=81, given=9)
+  made = layout.plan(job, None, 16)
+  windows, timeline = job.windows, made.timeline
+  assert made.frames == frames and timeline.grid[0] == 1 + (frames - 1) // 4
+  prompt, _, _ = prompting.next_window(timeline, windows, 0, np.zeros((0,)))
+  assert np.prod(prompt.grid) == tokens
+  features = np.zeros((512, 1), np.float32)
+  texts, shot_T = prompting.texts(prompt)
+  clip = packing.RowClip(prompt, [(features, features)] * len(texts), shot_T)
+  budget = packing.budget_of([clip.size], {**meta, "segments": 1})
+  assert tokens <= budget.tokens < max(2 * tokens, 4097)
+  rows = packing.RowLayout(
+    dataclasses.replace(model, channels=1), 16.0, "flow", "text_SE"
+  )
+  batch, scale_BN, _ = rows.batch([[[clip]]], 1, budget, 5.0)
+  for name in ("tokens_N", "start_N"):
+    batch.pop(name)
+  assert (batch["segment_L"] > 0).sum() == tokens
+  # The network itself: nothing is computed, but every shape has to fit.
+  params = jax.eval_shape(
+    dit_task.make(model, None, dit_task.DiTLossConfig(), 1).init, jax.random.key(0)
+  )
+  L, S, N = dataclasses.astuple(budget)
+  shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
+  shapes["start_LP"] = jax.ShapeDtypeStruct((1, L, model.patch_width), np.float32)
+  for name in ("text_SE", "empty_text_SE"):
+    shapes[name] = jax.ShapeDtypeStruct((1, S, model.text_width), np.float32)
+  table = solver.make_table("euler", solver.schedule(2, np.ones((1, N))))
+  out = jax.eval_shape(
+    functools.partial(
+      denoiser.integrate, model, None, np.float32, process="flow", target="velocity",
+      options=Options(steps=1),
+    ),
+    params, shapes, table, scale_BN,
+  )  # fmt: skip
+  assert out.shape == (1, L, model.patch_width)
