@@ -15,6 +15,7 @@ from sora_jax import (
   evaluate_prompting,
   layout,
   packing,
+  patches,
   prompting,
   sample,
   sharding,
@@ -147,9 +148,15 @@ def test_windows_cover_a_long_video_once():
 def test_windows_meet_what_follows():
   timeline = Timeline(request(frames=57), (15, 2, 2), latents(4), latents(4, 1))
   spans, made = walk(timeline, Windows(6, 2))
-  # 12 are known or made before the last three of `after`, of which one is context.
-  assert spans == [(2, 6, 4), (6, 6, 4), (10, 3, 0)][:2] + spans[2:]
+  # 12 are known or made before the last three of `after`; the window that reaches them
+  # sees one more of them than it has room for new ones.
+  assert spans == [(2, 6, 4), (6, 6, 4)]
   assert len(made) == 12
+  prompt, _, _ = prompting.next_window(
+    timeline, Windows(6, 2), 10, latents(2), latents(1)[0]
+  )
+  assert prompt.grid[0] == 5 and prompt.given_THW[:, 0, 0].tolist() == [1, 1, 0, 0, 1]
+  assert [time for time, _ in prompt.extras] == [3.0]
 
 
 def test_windows_with_noise_take_it_from_the_second_on():
@@ -275,11 +282,27 @@ def test_a_blend_turns_from_one_text_to_the_other(sampler, made):
   assert from_a[0] < from_b[0] and from_b[-1] < from_a[-1]
 
 
-def test_no_frame_of_a_loop_is_the_first():
-  """Over as many calls as it has frames, each is at each position once."""
-  frames = np.arange(4)
-  places = np.stack([(frames + call) % 4 for call in range(4)])
-  assert all(sorted(column) == [0, 1, 2, 3] for column in places.T)
+def test_a_loop_turns_by_a_frame_with_each_call(sampler):
+  """Its second call is a plain one on latents that are turned by hand."""
+  grid, asked = (4, 2, 2), request(frames=16)
+
+  def make(latent_THWC=None, loop=False, steps=1):
+    strength = 1.0 if latent_THWC is None else 0.5
+    prompt = Prompt(asked, grid, latent_THWC, strength=strength, loop=loop)
+    (out,) = sampler.latents([prompt], Options(steps=steps), rows=1)
+    return out
+
+  first = make()
+  noise_LP = np.random.default_rng(asked.seed).standard_normal((16, 16), np.float32)
+  noise = patches.unpatchify(noise_LP, grid, (1, 2, 2))
+  # Half way the latents are half noise, half what the first call predicts.
+  half = 0.5 * (noise + first)
+  np.testing.assert_allclose(make(first), make(steps=2), atol=1e-4)
+  turned = np.roll(half, 1, axis=0)
+  by_hand = np.roll(make(2.0 * turned - noise), -1, axis=0)
+  loop = make(loop=True, steps=2)
+  np.testing.assert_allclose(loop, by_hand, atol=1e-4)
+  assert np.abs(loop - make(steps=2)).max() > 0.01
 
 
 # --- jobs: from pixels to pixels
