@@ -195,14 +195,18 @@ class Job:
     return cls(**{**values, **pairs, **tuples})
 
   def files(self) -> dict[str, str]:
-    """Hash of every file that is used, by path."""
+    """Hash of every file that is used, by path; ValueError if one cannot be read."""
     media = [getattr(self, name) for name in _MEDIA]
     media += [image for _, image in self.key_frames]
-    return {
-      str(path): hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
-      for path in media
-      if isinstance(path, (str, pathlib.Path))
-    }
+    hashes = {}
+    for path in media:
+      if isinstance(path, (str, pathlib.Path)):
+        try:
+          content = pathlib.Path(path).read_bytes()
+        except OSError as error:
+          raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        hashes[str(path)] = hashlib.sha256(content).hexdigest()
+    return hashes
 
 
 def _there(job, name):

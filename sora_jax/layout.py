@@ -145,15 +145,13 @@ class _Planner:
 
   def _edit(self):
     job = self.job
-    video_THWC = self._video(job.video)
+    start, frames = self._whole(job.video)
     strength = 1.0 if job.strength is None else job.strength
-    start = self.encode(video_THWC)
     if job.connect is not None:
-      other = self.encode(self._video(job.connect))
-      count = min(len(start), len(other))
+      other, others = self._whole(job.connect)
+      frames, count = min(frames, others), min(len(start), len(other))
       turned_T = np.linspace(0.0, 1.0, count, dtype=np.float32)[:, None, None, None]
       start = (1.0 - turned_T) * start[:count] + turned_T * other[:count]
-    frames = 1 + 4 * (len(start) - 1)
     kept = None
     if job.mask is not None:
       mask_HW = _read_mask(job.mask, self.size)
@@ -274,11 +272,20 @@ class _Planner:
       raise ValueError(f"{_name(medium)}: an image is needed, not {len(image)} frames")
     return image
 
+  def _frames_of(self, medium):
+    """Frames at the job's size and rate, not more than it wants."""
+    return _read(medium, self.size, self.fps, self.job.fit)[: self.job.frames]
+
+  def _whole(self, medium):
+    """Latents of all frames, the last one repeated up to 1 + 4k; how many it has."""
+    video_THWC = self._frames_of(medium)
+    over = -(len(video_THWC) - 1) % 4
+    padded = np.pad(video_THWC, ((0, over), (0, 0), (0, 0), (0, 0)), mode="edge")
+    return self.encode(padded), len(video_THWC)
+
   def _video(self, medium, keep="start"):
-    """Frames at the job's size and rate: 1 + 4k of them."""
-    video_THWC = _read(medium, self.size, self.fps, self.job.fit)
-    if self.job.frames is not None and len(video_THWC) > self.job.frames:
-      video_THWC = video_THWC[: self.job.frames]
+    """The same, without those that are over 1 + 4k."""
+    video_THWC = self._frames_of(medium)
     over = (len(video_THWC) - 1) % 4
     if over:
       logging.info(

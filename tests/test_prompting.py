@@ -362,11 +362,11 @@ def test_more_frames_a_second(sampler):
 
 
 def test_a_preview_is_half_the_size(sampler):
-  job = Job("a star", size=(64, 32), frames=5, preview=0.5)
+  job = Job("a star", size=(60, 32), frames=6, preview=0.5)
   small = np.concatenate(list(sampler.preview(job, OPTIONS)))
-  assert small.shape == (5, 16, 32, 3)
+  assert small.shape == (6, 16, 30, 3)
   full = np.concatenate(list(sampler.stream(job, OPTIONS)))
-  assert full.shape == (5, 32, 64, 3)
+  assert full.shape == (6, 32, 60, 3)
   # No strength: the preview itself, larger.
   same = dataclasses.replace(sampler.refined(job, small), strength=0.0)
   kept = np.concatenate(list(sampler.stream(same, OPTIONS)))
@@ -534,6 +534,8 @@ def test_previews_are_written_first(command, tmp_path):
     (["--infill=1"], "--infill=1 is not FROM,TO"),
     (["--guidance_interval=a,b"], "--guidance_interval=a,b is not LOW,HIGH"),
     (["--out=x.avi"], "must end in .mp4"),
+    (["--last_image=no.png"], "no.png: cannot be read"),
+    (["--strength=2"], "strength 2.0 is not between 0 and 1"),
     (["--from=no.json"], "--from=no.json is no description of a video"),
     (["--frames=9", "--out=x.png"], "holds one image, but --frames=9"),
   ],
