@@ -172,7 +172,7 @@ class Job:
       if any(isinstance(m, np.ndarray) for m in media):
         raise ValueError(f"{field.name} is an array: only files can be kept in JSON")
       if field.name == "key_frames":
-        value = [(time, str(image)) for time, image in value]
+        value = tuple((time, str(image)) for time, image in value)
       if field.name in _MEDIA and value is not None:
         value = str(value)
       if value != field.default:
