@@ -44,8 +44,8 @@ class Case:
   Attributes:
     job: what to make. truth: what it should show, or None.
     kept: (slice of the result, frames that it should show). soft: they were images in
-      time. seams: indices of frames that begin something new; 0 is a loop's. place: of a
-    frame that the seam is alike to, where it is not its own.
+      time. seams: indices of frames that begin something new; 0 is a loop's. place: of
+      a frame that the seam is alike to, where it is not its own.
     region: (rows, columns) that the kept frames are compared in.
   """
 
