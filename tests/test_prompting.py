@@ -439,7 +439,7 @@ def test_jobs_that_cannot_be(kwargs, message):
 
 
 def test_what_is_lost_is_said(sampler, caplog):
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", logger="absl")
   made = make_job({"image": clip(1, size=(32, 64)), "size": (32, 32)})
   assert made.size == (32, 32)
   assert "is 64x32, another aspect ratio than 32x32: cropped" in caplog.text

@@ -155,7 +155,7 @@ def test_without_guidance_and_longer_than_a_row_of_training(sampler):
 
 
 def test_sizes_off_the_grid_are_cut_from_the_next_larger_one(sampler, caplog):
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", logger="absl")
   request = Request("a star", width=70, height=5, frames=8, fps=12.0)
   legal = sampler.legal(request)
   assert (legal.width, legal.height, legal.frames) == (80, 16, 9)
@@ -272,7 +272,7 @@ def test_several_prompts(command, film, tmp_path):
 
 def test_an_odd_size_is_said(command, tmp_path, caplog):
   out = tmp_path / "x.png"
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", logger="absl")
   command("--prompt=white noise", "--size=47x33", "--seed=6", f"--out={out}")
   assert video.read(out).shape == (1, 33, 47, 3)
   assert "47x33 is off the model's grid of 16 pixels: made at 48x48" in caplog.text
