@@ -1,6 +1,7 @@
 """Stage "evaluate": how good reconstructions and samples are, in numbers.
 
   python -m sora_jax.evaluate --config=configs/quickstart.py
+  python -m sora_jax.evaluate --config=configs/quickstart.py --suite=prompting
 
 PSNR and SSIM of held-out clips through the VAE. For the generated shapes also the share
 of samples whose colour, shape, ... are what the prompt of a held-out clip says, read
@@ -13,15 +14,16 @@ import pathlib
 
 import jax
 import numpy as np
-from absl import logging
+from absl import flags, logging
 from scipy import ndimage
 
-from sora_jax import attributes, hosts, sharding, stages
+from sora_jax import attributes, evaluate_prompting, hosts, sharding, stages
 from sora_jax import recipe as recipes
 from sora_jax.autoencoder import Autoencoder
 from sora_jax.data import video
 from sora_jax.data.clips import Clip, read_manifest
 from sora_jax.encode import frame_bucket, limit_sizes
+from sora_jax.metrics import psnr
 from sora_jax.sample import Request, Sampler, sample_share, write_samples
 
 
@@ -138,12 +140,6 @@ def read_clip(clip: Clip) -> np.ndarray:
   )
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-  """Peak signal-to-noise ratio of uint8 arrays, dB; at most 100."""
-  mse = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-  return float(10 * np.log10(255.0**2 / max(mse, 255.0**2 * 1e-10)))
-
-
 def ssim(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
   """Mean structural similarity of the frames of uint8 videos.
 
@@ -230,5 +226,17 @@ def _sample(recipe, workdir, clips):
   return write_samples(folder, requests, sample_share(model, requests, config))
 
 
+def _main(argv):
+  if SUITE.value == "stage":
+    return stages.run_stages(argv, "evaluate")
+  stages.start_logging()
+  recipe = recipes.read(stages.CONFIG.value)
+  return evaluate_prompting.run(recipe, stages.workdir())
+
+
 if __name__ == "__main__":
-  stages.command("evaluate")
+  SUITE = flags.DEFINE_enum(
+    "suite", "stage", ("stage", "prompting"), "What to evaluate."
+  )
+  flags.mark_flag_as_required("config")
+  stages.run_app(_main)

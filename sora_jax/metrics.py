@@ -173,6 +173,12 @@ def format_row(step: int, steps: int, row: dict[str, float]) -> str:
   return " ".join(parts) + (" | " + ", ".join(times) if times else "")
 
 
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+  """Peak signal-to-noise ratio of uint8 arrays, dB; at most 100."""
+  mse = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+  return float(10 * np.log10(255.0**2 / max(mse, 255.0**2 * 1e-10)))
+
+
 def format_seconds(seconds: float) -> str:
   """'2d03h', '1h05m', '3m20s' or '12s'."""
   seconds = round(seconds)

@@ -109,10 +109,17 @@ class Table(NamedTuple):
   noise: np.ndarray
 
 
-def schedule(steps: int, shift=1.0) -> np.ndarray:
-  """Noise levels from 1 to 0, float64 [steps + 1, ...], shifted towards noise."""
-  levels = np.linspace(1.0, 0.0, steps + 1).reshape(-1, *np.ones(np.ndim(shift), int))
-  return diffusion.shift_timesteps(levels, np.asarray(shift))
+def schedule(steps: int, shift=1.0, start=1.0) -> np.ndarray:
+  """Noise levels from `start` to 0, float64 [steps + 1, ...], shifted towards noise.
+
+  shift and start, above 0, may differ from clip to clip: [...].
+  """
+  shift, start = np.broadcast_arrays(np.asarray(shift, np.float64), start)
+  levels = np.linspace(1.0, 0.0, steps + 1).reshape(-1, *np.ones(shift.ndim, int))
+  # The level before the shift that the shift takes to `start`.
+  return diffusion.shift_timesteps(
+    levels * start / (shift - (shift - 1) * start), shift
+  )
 
 
 def make_table(method: str, levels, process: str = "flow", eta: float = 0.0) -> Table:

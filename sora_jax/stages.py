@@ -244,18 +244,20 @@ def start_logging() -> None:
 def command(*names: str) -> None:
   """Runs stages (those of config.stages if none is named) as a program with flags."""
 
-  def main(argv):
-    if len(argv) > 1:
-      raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    start_logging()
-    if DISTRIBUTED.value:
-      hosts.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    recipe = recipes.read(CONFIG.value)
-    hosts.check_alike({**dataclasses.asdict(recipe), "workdir": workdir()})
-    run(names or recipe.stages, recipe, workdir())
-
   flags.mark_flag_as_required("config")
-  run_app(main)
+  run_app(lambda argv: run_stages(argv, *names))
+
+
+def run_stages(argv: list[str], *names: str) -> None:
+  """Runs the stages of the flags' config; what `command` does once they are parsed."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  start_logging()
+  if DISTRIBUTED.value:
+    hosts.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+  recipe = recipes.read(CONFIG.value)
+  hosts.check_alike({**dataclasses.asdict(recipe), "workdir": workdir()})
+  run(names or recipe.stages, recipe, workdir())
 
 
 def workdir() -> str:

@@ -50,7 +50,7 @@ def own(name):
   return {i for i in IMPORTS[name] if i in IMPORTS and i != "sora_jax"}
 
 
-PURE = ("patches", "tiling", "diffusion", "sampler")
+PURE = ("patches", "tiling", "diffusion", "sampler", "prompting")
 LEAVES = (
   "sharding", "optim", "checkpoint", "metrics", "hlo", "hosts", "goodput", "profiling",
   "sweeps", "curves", "streamed",
@@ -63,8 +63,14 @@ COMMANDS = (
   "train_vae",
   "encode",
   "train_dit",
+  "packing",
+  "denoiser",
+  "jobs",
+  "layout",
+  "generate",
   "sample",
   "evaluate",
+  "evaluate_prompting",
   "autoencoder",
   "text_encoder",
   "import_weights",

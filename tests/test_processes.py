@@ -9,7 +9,7 @@ import optax
 import pytest
 from golden.make_losses import FAST_COMPILE
 
-from sora_jax import diffusion, sample, sampler
+from sora_jax import denoiser, diffusion, sampler
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.text import TextEncoderConfig
 from sora_jax.tasks import dit as dit_task
@@ -58,7 +58,11 @@ def rows():
     "seed_L": segment_L.astype(np.uint32),
     "token_L": np.arange(10, dtype=np.uint32),
   }
-  batch["noise_LP"] = rng.standard_normal(batch["patch_LP"].shape).astype(np.float32)
+  batch["start_LP"] = rng.standard_normal(batch["patch_LP"].shape).astype(np.float32)
+  batch["given_level_N"] = np.zeros(SEGMENTS)
+  batch["turn_L2"] = np.zeros((10, 2), np.int32)
+  batch["turn_step_L"] = batch["twin_weight_L"] = np.zeros(10)
+  batch["twin_L"] = np.arange(10)
   for name in ("text_S", "text_segment_S", "text_position_S"):
     batch[f"empty_{name}"] = batch[name]
   return {k: jnp.asarray(v)[None] for k, v in batch.items()}
@@ -110,7 +114,7 @@ def test_trains(process, target):
 def program(process, target):
   return fast_jit(
     functools.partial(
-      sample._integrate, MODEL, TEXT, jnp.float32, process=process, target=target
+      denoiser.integrate, MODEL, TEXT, jnp.float32, process=process, target=target
     ),
     static_argnames="options",
   )
@@ -141,7 +145,7 @@ def test_samples(process, target):
   whole = {m: sampled(process, target, m, params(0)) for m in methods}
   for method, out in whole.items():
     assert np.all(np.isfinite(out[real])), method
-    np.testing.assert_array_equal(out[given], batch["noise_LP"][given])
+    np.testing.assert_array_equal(out[given], batch["start_LP"][given])
   found = {m: out[real] for m, out in whole.items()}
   for out in found.values():
     same = [m for m in found if np.array_equal(found[m], out)]
@@ -151,7 +155,7 @@ def test_samples(process, target):
 def test_a_network_that_says_zero():
   """Samples follow by hand."""
   zeros = jax.tree.map(np.zeros_like, params(0))
-  noise = np.asarray(rows()["noise_LP"])
+  noise = np.asarray(rows()["start_LP"])
   real = np.asarray(rows()["segment_L"])[..., None] > 0
   # A velocity of zero leaves the noise as it is; data of zero ends in zero.
   stay = sampled("flow", "velocity", "euler", zeros)
@@ -163,7 +167,7 @@ def test_a_network_that_says_zero():
 
 def test_cfg_zero_stays_still_for_whole_steps():
   """Heun asks twice a step: three calls are one still step and half of the next."""
-  noise, noisy = (np.asarray(rows()[k]) for k in ("noise_LP", "group_L"))
+  noise, noisy = (np.asarray(rows()[k]) for k in ("start_LP", "group_L"))
   noisy = (noisy % 2 == 0) & (np.asarray(rows()["segment_L"]) > 0)
   levels = sampler.schedule(3, np.ones((1, SEGMENTS)))
   run = program("flow", "velocity")
@@ -182,7 +186,9 @@ def test_cfg_zero_stays_still_for_whole_steps():
 def test_ddpm_learns_and_samples():
   """Algorithms 1 and 2 of arXiv:2006.11239: a network learns tokens of a Gaussian."""
   mean, deviation, count = 1.0, 0.5, 16
-  one = {k: v[:, :9] if k[-2:] in ("_L", "LP", "L3") else v for k, v in rows().items()}
+  one = {
+    k: v[:, :9] if k[-2:] in ("_L", "LP", "L2", "L3") else v for k, v in rows().items()
+  }
   batch = {k: jnp.tile(v, (count, *[1] * (v.ndim - 1))) for k, v in one.items()}
   batch["group_L"] = 2 * (batch["segment_L"] - 1)  # none is given
   task = task_of("ddpm_linear", "eps", timesteps="discrete")
@@ -211,7 +217,7 @@ def test_ddpm_learns_and_samples():
     "ddpm", sampler.schedule(1000, np.ones((count, SEGMENTS))), "ddpm_linear"
   )
   key = jax.random.key(1)
-  batch["noise_LP"] = jax.random.normal(key, batch["noise_LP"].shape)
+  batch["start_LP"] = jax.random.normal(key, batch["start_LP"].shape)
   batch["seed_L"] += jnp.arange(count, dtype=jnp.uint32)[:, None] * 100
   options = sampler.Options(method="ddpm", guidance_scale=0.0)
   run = program("ddpm_linear", "eps")

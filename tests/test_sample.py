@@ -154,12 +154,13 @@ def test_without_guidance_and_longer_than_a_row_of_training(sampler):
   assert longer.shape == (33, 64, 64, 3)
 
 
-def test_sizes_off_the_grid_are_rounded(sampler, caplog):
+def test_sizes_off_the_grid_are_cut_from_the_next_larger_one(sampler, caplog):
+  caplog.set_level("INFO", logger="absl")
   request = Request("a star", width=70, height=5, frames=8, fps=12.0)
   legal = sampler.legal(request)
-  assert (legal.width, legal.height, legal.frames) == (64, 16, 5)
+  assert (legal.width, legal.height, legal.frames) == (80, 16, 9)
   assert "70x5, 8 frames is off" in caplog.text
-  assert "making 64x16, 5 frames" in caplog.text
+  assert "cut from 80x16, 9 frames" in caplog.text
   caplog.clear()
   assert sampler.legal(FILM) == FILM
   assert not caplog.text
@@ -235,7 +236,8 @@ def test_formats(command, film, tmp_path, suffix):
   info = video.probe(out)
   assert info.fps == pytest.approx(12, rel=0.05)
   assert brightness_error(read, film) < 4
-  assert [path.name for path in out.parent.iterdir()] == [out.name]
+  names = sorted(path.name for path in out.parent.iterdir())
+  assert names == [out.name, f"{out.name}.json"]
 
 
 def test_an_image(command, sampler, tmp_path):
@@ -270,9 +272,10 @@ def test_several_prompts(command, film, tmp_path):
 
 def test_an_odd_size_is_said(command, tmp_path, caplog):
   out = tmp_path / "x.png"
+  caplog.set_level("INFO", logger="absl")
   command("--prompt=white noise", "--size=47x33", "--seed=6", f"--out={out}")
-  assert video.read(out).shape == (1, 32, 48, 3)
-  assert "47x33, 1 frames is off the model's grid" in caplog.text
+  assert video.read(out).shape == (1, 33, 47, 3)
+  assert "47x33 is off the model's grid of 16 pixels: made at 48x48" in caplog.text
 
 
 def test_as_a_user_types_it(tiny_run, commands, tmp_path):
@@ -290,5 +293,5 @@ def test_as_a_user_types_it(tiny_run, commands, tmp_path):
   )
   assert "60x70, 10 frames is off the model's grid" in log
   for n in range(2):
-    assert video.read(tmp_path / f"x-00{n}.mp4").shape == (9, 64, 64, 3)
+    assert video.read(tmp_path / f"x-00{n}.mp4").shape == (10, 70, 60, 3)
   assert sheet.exists()

@@ -6,6 +6,7 @@ by counting, so that variable frame rates, B-frames and cuts come out right.
 
 import dataclasses
 import fractions
+import itertools
 import os
 import pathlib
 
@@ -114,7 +115,9 @@ def probe(path) -> Info:
     return Info(len(pts), fps, width, height, duration, len(pts) == 1)
 
 
-def read(path, *, start=0.0, frames=None, fps=None, size=None) -> np.ndarray:
+def read(
+  path, *, start=0.0, frames=None, fps=None, size=None, fit="crop"
+) -> np.ndarray:
   """Decodes frames to uint8 [T, H, W, 3].
 
   Rotation is applied; grey becomes RGB; transparency is laid over white.
@@ -125,7 +128,8 @@ def read(path, *, start=0.0, frames=None, fps=None, size=None) -> np.ndarray:
     frames: how many frames; None reads to the end.
     fps: rate to sample at: frame k is the one on screen at start + k / fps. None gives
       the file's own frames, whatever their times.
-    size: (height, width) to fill: resized without distortion, cropped at the centre.
+    size: (height, width), reached by resizing without distortion. fit: "crop" fills it
+      and cuts off what is over at the sides, "pad" keeps all and adds black there.
 
   Raises:
     ClipError: the file cannot be decoded, or holds fewer frames than asked for.
@@ -138,11 +142,11 @@ def read(path, *, start=0.0, frames=None, fps=None, size=None) -> np.ndarray:
   if _is_image(path):
     if frames not in (None, 1):
       raise ClipError(path, f"too short: 1 frame, {frames} asked for")
-    return _fit(_read_image(path), size)[None]
+    return _fit(_read_image(path), size, fit)[None]
   with _open(path) as container:
     try:
       chosen = _choose(container, path, start, frames, fps)
-      video = [_fit(_to_rgb(frame), size) for frame in chosen]
+      video = [_fit(_to_rgb(frame), size, fit) for frame in chosen]
     except ClipError:
       raise
     except _DECODE_ERRORS as e:
@@ -156,6 +160,11 @@ def read(path, *, start=0.0, frames=None, fps=None, size=None) -> np.ndarray:
   if not video:
     raise ClipError(path, f"no frames from {start:g} s on")
   return np.stack(video)
+
+
+def resize(video, size, fit="crop") -> np.ndarray:
+  """uint8 [T, H, W, 3] at another (height, width), see `read`."""
+  return np.stack([_fit(frame, size, fit) for frame in video])
 
 
 def write(path, video, fps, *, crf=12, metadata=None):
@@ -175,7 +184,47 @@ def write(path, video, fps, *, crf=12, metadata=None):
   Raises:
     ValueError: wrong array, rate or suffix.
   """
+  write_chunks(path, [video], fps, crf=crf, metadata=metadata)
+
+
+def write_chunks(path, chunks, fps, *, crf=12, metadata=None) -> int:
+  """Writes a video that comes in chunks, as `write` does; the number of its frames.
+
+  Only one chunk is in memory at a time, but of a .gif or an image all.
+  """
   path = pathlib.Path(path)
+  if not fps > 0:
+    raise ValueError(f"{path}: fps must be positive, not {fps}")
+  suffix = path.suffix.lower()
+  if suffix not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
+    known = " ".join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)
+    raise ValueError(f"{path}: cannot write {suffix!r}, only {known}")
+  metadata = {k: str(v) for k, v in (metadata or {}).items()}
+  chunks = (_checked(path, chunk) for chunk in chunks)
+  first = next(chunks)
+  if suffix in IMAGE_SUFFIXES or suffix == ".gif":
+    first, chunks = np.concatenate([first, *chunks]), ()
+  if suffix in IMAGE_SUFFIXES and len(first) != 1:
+    raise ValueError(f"{path}: an image holds 1 frame, not {len(first)}")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # The suffix stays last, because it names the format.
+  partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+  frames = len(first)
+  try:
+    if suffix in IMAGE_SUFFIXES:
+      _write_image(partial, first[0], metadata)
+    elif suffix == ".gif":
+      _write_gif(partial, first, fps, metadata)
+    else:
+      frames = _write_video(partial, itertools.chain([first], chunks), fps, crf,
+                            metadata)  # fmt: skip
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
+  return frames
+
+
+def _checked(path, video):
   video = np.asarray(video)
   if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3:
     raise ValueError(
@@ -183,28 +232,7 @@ def write(path, video, fps, *, crf=12, metadata=None):
     )
   if not video.size:
     raise ValueError(f"{path}: an empty video {video.shape}")
-  if not fps > 0:
-    raise ValueError(f"{path}: fps must be positive, not {fps}")
-  suffix = path.suffix.lower()
-  if suffix not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
-    known = " ".join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)
-    raise ValueError(f"{path}: cannot write {suffix!r}, only {known}")
-  if suffix in IMAGE_SUFFIXES and len(video) != 1:
-    raise ValueError(f"{path}: an image holds 1 frame, not {len(video)}")
-  metadata = {k: str(v) for k, v in (metadata or {}).items()}
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # The suffix stays last, because it names the format.
-  partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-  try:
-    if suffix in IMAGE_SUFFIXES:
-      _write_image(partial, video[0], metadata)
-    elif suffix == ".gif":
-      _write_gif(partial, video, fps, metadata)
-    else:
-      _write_video(partial, video, fps, crf, metadata)
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
+  return video
 
 
 def contact_sheet(path, videos, captions=None, *, columns=6, scale=2):
@@ -379,11 +407,18 @@ def _read_image(path):
     raise ClipError(path, f"not an image ({_short(e)})") from e
 
 
-def _fit(array, size):
-  """Resizes [H, W, 3] to cover `size` and crops the centre."""
+def _fit(array, size, fit="crop"):
+  """Resizes [H, W, 3] to cover `size` and crops the centre, or to fit inside."""
   height, width = array.shape[:2]
   if size is None or tuple(size) == (height, width):
     return np.ascontiguousarray(array)
+  if fit == "pad":
+    scale = min(size[0] / height, size[1] / width)
+    inner = tuple(max(1, round(n * scale)) for n in (height, width))
+    top, left = ((n - m) // 2 for n, m in zip(size, inner, strict=True))
+    padded = np.zeros((*size, 3), np.uint8)
+    padded[top : top + inner[0], left : left + inner[1]] = _fit(array, inner)
+    return padded
   scale = max(size[0] / height, size[1] / width)
   top, left = (height - size[0] / scale) / 2, (width - size[1] / scale) / 2
   box = (left, top, width - left, height - top)
@@ -395,9 +430,10 @@ def _fit(array, size):
 # --- encoding
 
 
-def _write_video(path, video, fps, crf, metadata):
-  height, width = video.shape[1:3]
-  video = np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+def _write_video(path, chunks, fps, crf, metadata):
+  first = next(chunks)
+  height, width = first.shape[1:3]
+  odd = ((0, height % 2), (0, width % 2), (0, 0))
   suffix = path.suffix.lower()
   # Without a name-keeping flag the mp4 writer drops all but a few known names.
   flags = {"movflags": "+faststart+use_metadata_tags"}
@@ -408,7 +444,7 @@ def _write_video(path, video, fps, crf, metadata):
     rate = fractions.Fraction(fps).limit_denominator(1001)
     codec = "libvpx-vp9" if suffix == ".webm" else "libx264"
     stream = container.add_stream(codec, rate=rate)
-    stream.height, stream.width = video.shape[1:3]
+    stream.height, stream.width = height + height % 2, width + width % 2
     stream.pix_fmt = "yuv420p"
     stream.thread_count = 1
     # Tagged as BT.709 and converted so, because players guess by size otherwise.
@@ -428,8 +464,11 @@ def _write_video(path, video, fps, crf, metadata):
     else:
       stream.options = {"crf": str(crf), "b": "0", "cpu-used": "4", "row-mt": "0"}
     reformatter = av.video.reformatter.VideoReformatter()
-    for array in video:
-      frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+    count = 0
+    for array in itertools.chain(first, itertools.chain.from_iterable(chunks)):
+      count += 1
+      array = np.ascontiguousarray(np.pad(array, odd, mode="edge"))
+      frame = av.VideoFrame.from_ndarray(array, format="rgb24")
       frame = reformatter.reformat(
         frame,
         format="yuv420p",
@@ -440,6 +479,7 @@ def _write_video(path, video, fps, crf, metadata):
       )
       container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
+  return count
 
 
 def _write_gif(path, video, fps, metadata):

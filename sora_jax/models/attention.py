@@ -38,8 +38,7 @@ def attention(
 
   Args:
     q_BLNK: queries. k_BSNK, v_BSNK: keys and values, same N and K.
-    segments_q_BL, segments_k_BS: int32 segment ids; 0 is padding. On TPU the segments
-      of a row must be contiguous, padding last.
+    segments_q_BL, segments_k_BS: int32 segment ids; 0 is padding.
 
   Returns:
     [B, L, N, K] in the dtype of the queries. Its name for remat policies, and that of

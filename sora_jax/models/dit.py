@@ -96,10 +96,12 @@ class DiT(nn.Module):
   Args of call:
     x_BLP: noisy and given patches.
     t_BG: noise level of each group, in [0, 1]; given groups hold 0.
-    group_BL: group of each token.
+    group_BL: group of each token. Groups 2n and 2n + 1 see the text n + 1: a clip has
+      one, or several that change with time.
     segment_BL: clip of each token, 0 = padding.
     position_BL3: (t, h, w) of each token, may be fractional.
-    text_BSE, text_segment_BS: caption features, and the clip that each belongs to.
+    text_BSE, text_segment_BS: caption features, and the text that each belongs to; of
+      a clip with one text, the number of its segment.
 
   Returns:
     [B, L, P] float32.
@@ -156,7 +158,9 @@ class DiT(nn.Module):
       in_axes=nn.broadcast,
       length=c.depth,
     )(c, name="blocks")
-    context = (modulation_BG6D, group_BL, segment_BL, rope, text_BSD, text_segment_BS)
+    text_BL = jnp.where(segment_BL > 0, group_BL // 2 + 1, 0)
+    segments = (segment_BL, text_BL, text_segment_BS)
+    context = (modulation_BG6D, group_BL, segments, rope, text_BSD)
     x_BLD, _ = blocks(x_BLD, context)
 
     table_2D = self.param(
@@ -177,7 +181,8 @@ class _Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD, context):
-    modulation_BG6D, group_BL, segment_BL, rope, text_BSD, text_segment_BS = context
+    modulation_BG6D, group_BL, segments, rope, text_BSD = context
+    segment_BL, text_BL, text_segment_BS = segments
     c, dtype = self.config, x_BLD.dtype
     x_BLD = checkpoint_name(x_BLD, "block")
 
@@ -213,7 +218,7 @@ class _Block(nn.Module):
       layers.RMSNorm(name="cross_key_norm")(dense(c.width, "cross_key")(text_BSD))
     )
     v_BSNK = heads(dense(c.width, "cross_value")(text_BSD))
-    h_BLNK = attention(q_BLNK, k_BSNK, v_BSNK, segment_BL, text_segment_BS)
+    h_BLNK = attention(q_BLNK, k_BSNK, v_BSNK, text_BL, text_segment_BS)
     h_BLD = h_BLNK.reshape(x_BLD.shape)
     x_BLD = x_BLD + _shard(dense(c.width, "cross_out")(h_BLD))
 

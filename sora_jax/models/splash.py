@@ -30,7 +30,7 @@ def splash_attention(
   block: int = BLOCK,
   interpret=False,
 ) -> Array:
-  """`attention` for TPUs; the segments of a row must be contiguous, padding last.
+  """`attention` for TPUs; quick where the segments of a row are contiguous.
 
   Args:
     q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS: as for `attention`.
@@ -122,7 +122,7 @@ def active_blocks(segments_L, segments_S, block_q: int, block_k: int) -> Array:
   """Whether a block of queries meets one of keys: bool [L / block_q, S / block_k].
 
   A block of queries without keys of its own segments gets the first one, or its softmax
-  would have no terms at all.
+  would have no terms at all. Padding meets nothing: nobody reads its output.
   """
   low_q, high_q = _range(segments_L, block_q)
   low_k, high_k = _range(segments_S, block_k)
@@ -132,10 +132,10 @@ def active_blocks(segments_L, segments_S, block_q: int, block_k: int) -> Array:
 
 
 def _range(segments_L, block):
-  # Padding comes last, so it counts as the last segment.
-  ids = jnp.where(segments_L == 0, jnp.iinfo(jnp.int32).max, segments_L)
-  blocks = ids.reshape(-1, block)
-  return blocks.min(axis=1), blocks.max(axis=1)
+  """Lowest and highest id of each block; of one that is all padding: beyond all ids."""
+  blocks = segments_L.reshape(-1, block)
+  low = jnp.where(blocks == 0, jnp.iinfo(jnp.int32).max, blocks).min(axis=1)
+  return low, blocks.max(axis=1)
 
 
 def _heads_first(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS):

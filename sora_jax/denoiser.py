@@ -1,0 +1,330 @@
+"""Prompts to latents: packs them into rows, integrates those, and takes them apart.
+
+One compiled function serves every mode of `prompting` and every length of a bucket:
+what is given, where clips begin, loops, shots and blends are arrays of the batch.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sora_jax import diffusion, metrics, packing, patches, prompting, sampler, sharding
+from sora_jax.autoencoder import from_json
+from sora_jax.data import tokenizer
+from sora_jax.models.dit import DiTConfig
+from sora_jax.models.text import TextEncoderConfig
+from sora_jax.packing import RowClip
+from sora_jax.prompting import Prompt
+from sora_jax.tasks import dit as dit_task
+
+
+class Denoiser:
+  """Packs prompts of any sizes into rows and integrates them together."""
+
+  def __init__(self, meta, vocabulary, dtype, mesh, encode_text=None):
+    """Args: meta of the DiT; others as of `generate.Sampler`."""
+    self.meta, self.mesh = meta, mesh
+    self.model = DiTConfig(**from_json(meta["model"]))
+    self._encode_text, text = encode_text, None
+    if "features" not in meta["text"]:
+      self._tokenizer = tokenizer.Tokenizer(str(vocabulary))
+      text = TextEncoderConfig(**from_json(meta["text"]))
+    noise = meta.get("noise", {"process": "flow", "target": "velocity"})
+    self._process, self._target = noise["process"], noise["target"]
+    self._layout = packing.RowLayout(
+      self.model,
+      meta["reference_fps"],
+      self._process,
+      "text_S" if encode_text is None else "text_SE",
+    )
+    self.integrate = jax.jit(
+      functools.partial(integrate, self.model, text, dtype, **noise),
+      static_argnames="options",
+      # Whole on every host, which each then decodes.
+      out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
+
+  def __call__(
+    self,
+    params,
+    prompts: Sequence[Prompt],
+    options: sampler.Options,
+    rows: int = 4,
+  ) -> list[np.ndarray]:
+    """Latents of the prompts, in order: float32 [T, H, W, C] each.
+
+    Args:
+      params: of the DiT and its text encoder.
+      prompts: what to make.
+      options: of the solver and of guidance.
+      rows: packed rows computed at once; a multiple of the mesh's batch shards.
+
+    Raises:
+      ValueError: for options that the model's noise process cannot be sampled with.
+    """
+    negative = "".join(prompt.request.negative_prompt for prompt in prompts)
+    options.check(self._process, self._target, negative)
+    for prompt in prompts:
+      scale = prompt.request.guidance_scale
+      if scale not in (None, 1.0) and options.guidance_scale == 1.0:
+        raise ValueError(
+          f"guidance_scale {scale} of a request needs options with guidance, not 1"
+        )
+    if not self.meta["conditional"]:
+      prompts, options = _unconditional(prompts, options)
+    clips = self._clips(prompts)
+    sizes = [packing.size_of(unit) for unit in clips]
+    budget = packing.budget_of(sizes, self.meta)
+    planned = packing.plan_rows(sizes, budget)
+    rows = min(rows, len(planned)) if rows else len(planned)
+    ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    rows = -(-rows // ways) * ways
+    latents, begin = {}, time.monotonic()
+    for i in range(0, len(planned), rows):
+      part = planned[i : i + rows]
+      batch, scale_BN, places = self._layout.batch(
+        [[clips[j] for j in row] for row in part], rows, budget, options.guidance_scale
+      )
+      patch_BLP = self._run(params, batch, scale_BN, options)
+      for row, indices in enumerate(part):
+        for index, start in zip(indices, places[row], strict=True):
+          patch_LP = patch_BLP[row, start:]
+          latents[index] = self._latent(patch_LP, prompts[index])
+      done = len(latents)
+      eta = (time.monotonic() - begin) / done * (len(prompts) - done)
+      logging.info(
+        "sampled %d/%d, ETA %s", done, len(prompts), metrics.format_seconds(eta)
+      )
+    return [latents[i] for i in range(len(prompts))]
+
+  def _run(self, params, batch, scale_BN, options):
+    with jax.set_mesh(self.mesh):
+      patch_BLP = self.integrate(
+        params,
+        sharding.shard_alike(batch, self.mesh),
+        self._table(batch, options),
+        scale_BN,
+        # What is an array anyway must not make another program.
+        options=dataclasses.replace(
+          options,
+          steps=1,
+          shift=1.0,
+          shift_tokens=0,
+          guidance_scale=float(options.guidance_scale != 1.0),
+        ),
+      )
+    return np.asarray(jax.device_get(patch_BLP))
+
+  def _latent(self, patch_LP, prompt):
+    latent_THWC = patches.unpatchify(patch_LP, prompt.grid, self.model.patch_size)
+    if prompt.given_THW is None:
+      return latent_THWC
+    # With noise on given tokens, the network saw them noisy; the result has them as is.
+    given = prompt.given_THW
+    for dim, patch in enumerate(self.model.patch_size):
+      given = np.repeat(given, patch, axis=dim)
+    return np.where(given[..., None], prompt.latent_THWC, latent_THWC)
+
+  def _clips(self, prompts) -> list[list[RowClip]]:
+    """Clips of each prompt: one, or two whose predictions are blended."""
+    wanted = []
+    for prompt in prompts:
+      pairs, shot_T = prompting.texts(prompt)
+      sides = [pairs]
+      if prompt.request.blend:
+        sides.append([(prompt.request.blend, prompt.request.negative_prompt)])
+      wanted.append([(prompt, side, shot_T) for side in sides])
+    pairs = {pair for unit in wanted for _, side, _ in unit for pair in side}
+    known = self._encode_texts(sorted(set(sum(pairs, ()))))
+
+    def clip(prompt, side, shot_T):
+      return RowClip(prompt, [tuple(known[t] for t in pair) for pair in side], shot_T)
+
+    return [[clip(*part) for part in unit] for unit in wanted]
+
+  def _encode_texts(self, texts) -> dict[str, np.ndarray]:
+    """Ids or features of each text; says which ones are too long."""
+    limit = self.meta["max_text_tokens"]
+    if self._encode_text is None:
+      # One id over the limit is enough to see that a text is cut.
+      for text, length in zip(
+        texts, self._tokenizer.lengths(texts, limit + 1), strict=True
+      ):
+        if length > limit:
+          logging.warning(
+            "a prompt of %d characters has more than the %d tokens that the model "
+            "reads: the rest is left out (%.40s...)",
+            *(len(text), limit, text),
+          )
+      made = [np.array(self._tokenizer.encode(text, limit), np.int32) for text in texts]
+    else:
+      pad_to = self.meta["text"]["pad_to"]
+      made = [
+        np.pad(features_SE, ((0, max(0, pad_to - len(features_SE))), (0, 0)))
+        for features_SE in self._encode_text(texts, limit)
+      ]
+    return dict(zip(texts, made, strict=True))
+
+  def _table(self, batch, options) -> sampler.Table:
+    """The solver's coefficients for each slot of the rows: [calls, ..., B, N]."""
+    tokens_BN = np.maximum(batch.pop("tokens_N"), 1.0)
+    shift_BN = diffusion.resolution_shift(
+      options.shift, tokens_BN, options.shift_tokens
+    )
+    levels = sampler.schedule(
+      options.steps, np.broadcast_to(shift_BN, tokens_BN.shape), batch.pop("start_N")
+    )
+    return sampler.make_table(options.method, levels, self._process, options.eta)
+
+
+def _unconditional(prompts, options):
+  """The same without texts, which the model does not know."""
+  if any(prompt.request.prompt for prompt in prompts):
+    logging.warning("the model was trained without captions: it ignores prompts")
+  silent = {"prompt": "", "negative_prompt": "", "shots": (), "blend": ""}
+  prompts = [
+    dataclasses.replace(
+      prompt,
+      request=dataclasses.replace(prompt.request, **silent, guidance_scale=None),
+    )
+    for prompt in prompts
+  ]
+  options = dataclasses.replace(
+    options, guidance_scale=1.0, guidance_rescale=0.0, cfg_zero=False
+  )
+  return prompts, options
+
+
+def integrate(
+  model,
+  text,
+  dtype,
+  params,
+  batch,
+  table,
+  guidance_scale,
+  *,
+  process,
+  target,
+  options,
+):
+  """Noise to latents of packed rows [B, L, P]; pure.
+
+  Args:
+    model, text, dtype: sizes, and dtype of the computation.
+    params: of the networks.
+    batch: rows as in training, and start_LP: what tokens begin from; given ones (of
+      odd groups) hold their data, and keep it. Groups 2n and 2n + 1 belong to text
+      n + 1. given_level_N: noise on given tokens. turn_L2: (frame, frames) of a loop,
+      whose positions turn, and turn_step_L: time of a frame. twin_L, twin_weight_L:
+      token whose prediction of the data is blended with the own one, and how much.
+    table: of the solver, by text: [calls, ..., B, N].
+    guidance_scale: [B, N] or one number.
+    process, target: of the model.
+    options: static; its guidance_scale is 0 for no guidance at all.
+  """
+  segment_BL, given_BL = batch["segment_L"], batch["group_L"] % 2 == 1
+  slot_BL = batch["group_L"] // 2
+
+  def text_of(prefix):
+    names = ("text_S" if text else "text_SE", "text_segment_S", "text_position_S")
+    packed = {name: batch[prefix + name] for name in names}
+    return packed, dit_task.encode_text(text, params, packed, dtype)
+
+  (packed, text_BSE), (empty, empty_BSE) = text_of(""), text_of("empty_")
+  context = {**batch, **packed}
+  # Both in one call of twice the rows.
+  names = ("segment_L", "group_L", "text_segment_S")
+  twice = {
+    name: jnp.concatenate([context[name], {**context, **empty}[name]]) for name in names
+  }
+  slots = table.level.shape[-1]
+  counts_BLN = (segment_BL[:, :, None] == 1 + jnp.arange(slots)) & ~given_BL[:, :, None]
+
+  def at(c_BN, index_BL):
+    # No matmul with a one-hot: accelerators round a float32 matmul's inputs.
+    c_BL = jnp.take_along_axis(c_BN, index_BL, axis=1)
+    return jnp.where(segment_BL > 0, c_BL, 0.0)[..., None]
+
+  def per_token(c_BN):
+    return at(c_BN, slot_BL)
+
+  def clip_mean(x_BL):
+    total_BN = jnp.sum(jnp.where(counts_BLN, x_BL[:, :, None], 0.0), axis=1)
+    mean_BN = total_BN / jnp.maximum(counts_BLN.sum(axis=1), 1)
+    return at(mean_BN, jnp.maximum(segment_BL - 1, 0))[..., 0]
+
+  def positions(index):
+    """Loops have turned by one frame with each call of the network."""
+    frame_BL, frames_BL = batch["turn_L2"][..., 0], batch["turn_L2"][..., 1]
+    turned_BL = (frame_BL + index) % jnp.maximum(frames_BL, 1)
+    time_BL, *place = jnp.moveaxis(batch["position_L3"], -1, 0)
+    time_BL = jnp.where(frames_BL > 0, turned_BL * batch["turn_step_L"], time_BL)
+    return jnp.stack([time_BL, *place], -1)
+
+  def network(x_BLP, level_BN, index, context, text_BSE):
+    # Each text has two groups: noisy tokens, and given ones.
+    t_BG = jnp.stack([level_BN, batch["given_level_N"]], -1).reshape(len(level_BN), -1)
+    position_BL3 = positions(index)
+    if len(x_BLP) > len(t_BG):
+      t_BG, position_BL3 = (jnp.concatenate([x, x]) for x in (t_BG, position_BL3))
+    context = {**context, "position_L3": position_BL3}
+    return dit_task.predict(model, params, x_BLP, t_BG, context, text_BSE, dtype)
+
+  def plain(x_BLP, level_BN, index):
+    return network(x_BLP, level_BN, index, context, text_BSE)
+
+  def guided(x_BLP, level_BN, index):
+    predicted = network(
+      jnp.concatenate([x_BLP, x_BLP]),
+      level_BN,
+      index,
+      twice,
+      jnp.concatenate([text_BSE, empty_BSE]),
+    )
+    low, high = options.guidance_interval
+    inside_BN = (level_BN >= low) & (level_BN <= high)
+    scale_BL1 = per_token(jnp.where(inside_BN, guidance_scale, 1.0))
+    return sampler.guide(*jnp.split(predicted, 2), scale_BL1, options, clip_mean)
+
+  def data(x_BLP, level_BN, index):
+    low, high = options.guidance_interval
+    if not options.guidance_scale:
+      predicted = plain(x_BLP, level_BN, index)
+    elif (low, high) == (0.0, 1.0):
+      predicted = guided(x_BLP, level_BN, index)
+    else:
+      inside = jnp.any((level_BN >= low) & (level_BN <= high))
+      predicted = jax.lax.cond(inside, guided, plain, x_BLP, level_BN, index)
+    if options.cfg_zero:
+      step = index // 2 if options.method == "heun" else index
+      predicted = jnp.where(step < options.zero_steps, 0.0, predicted)
+    own_BLP = diffusion.to_x0(predicted, x_BLP, per_token(level_BN), target, process)
+    twin_BLP = jnp.take_along_axis(own_BLP, batch["twin_L"][..., None], axis=1)
+    # Of a token without a twin the weight is 0: it keeps its value exactly.
+    return own_BLP + batch["twin_weight_L"][..., None] * (twin_BLP - own_BLP)
+
+  def noise(index):
+    """Of each token by its clip's seed, so that it does not depend on the row."""
+
+    def draw(seed, token):
+      key = jax.random.fold_in(jax.random.key(seed), index)
+      return jax.random.normal(jax.random.fold_in(key, token), (model.patch_width,))
+
+    return jax.vmap(jax.vmap(draw))(batch["seed_L"], batch["token_L"])
+
+  return sampler.integrate(
+    data,
+    batch["start_LP"],
+    table,
+    noise if options.stochastic else None,
+    per_token,
+    given_BL[..., None],
+  )

@@ -1,0 +1,352 @@
+"""A trained model as Python calls it: prompts, images and videos in, videos out.
+
+  sampler = Sampler.from_checkpoint("runs/quickstart")
+  video_THWC = sampler.video("a red circle moves right", size=(64, 64), frames=17)
+  video_THWC = sampler.video("it goes on", video="x.mp4", extend_after=2.0)
+
+Long videos are made window by window and decoded as they come: `Sampler.stream`.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from sora_jax import checkpoint, layout, prompting, sampler, sharding
+from sora_jax.autoencoder import Autoencoder, in_chunks
+from sora_jax.data import video as video_files
+from sora_jax.denoiser import Denoiser
+from sora_jax.encode import frame_bucket
+from sora_jax.jobs import Job
+from sora_jax.prompting import Prompt, Request
+from sora_jax.tasks import dit as dit_task
+from sora_jax.text_encoder import FrozenTextEncoder
+
+# Frames that the encoder is given at once, and latent frames that the decoder is: few
+# sizes, for few compilations.
+_ENCODE_CHUNK, _DECODE_CHUNKS = 32, (4, 1)
+# Latent frames of a loop's end that are decoded in front of its start: more than the
+# causal decoder looks back.
+_WARM_UP = 4
+
+
+class Sampler:
+  """Makes videos and images of any size from prompts, images and videos."""
+
+  def __init__(self, params, meta, autoencoder, vocabulary, dtype, encode_text=None):
+    """Args: as `from_checkpoint` loads them; vocabulary is a sentencepiece file.
+
+    encode_text: (texts, max_tokens) -> features of each, for a model that was trained
+    on those of a frozen text encoder, and takes the place of the vocabulary.
+    """
+    self.params, self.meta, self.autoencoder = params, meta, autoencoder
+    self.vocabulary, self.dtype = vocabulary, dtype
+    self.denoiser = Denoiser(meta, vocabulary, dtype, autoencoder.mesh, encode_text)
+
+  @classmethod
+  def from_checkpoint(cls, folder, mesh=None, dtype=None) -> "Sampler":
+    """Loads a run's folder, with vae/model and dit/model in it.
+
+    A frozen text encoder is in text/model, or where it was in training.
+
+    Raises:
+      ValueError: if one of the models is missing, damaged, or made for another.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+      raise ValueError(f"{folder}: no such checkpoint folder")
+    if dtype is None:
+      dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    mesh = mesh or sharding.make_mesh(devices=jax.local_devices())
+    autoencoder = Autoencoder(folder / "vae" / "model", mesh, dtype)
+    text = checkpoint.load_meta(folder / "dit" / "model")["text"]
+    rules = dit_task.DIT_RULES if "features" in text else dit_task.SHARDING_RULES
+    params, meta = checkpoint.load_model(
+      folder / "dit" / "model",
+      lambda shapes: sharding.param_shardings(shapes, rules, mesh),
+    )
+    if "vae" not in meta or meta["vae"] != autoencoder.meta.get("id"):
+      raise ValueError(
+        f"{folder}: dit/model was trained on latents of another VAE than vae/model "
+        f"({meta.get('vae')} and {autoencoder.meta.get('id')}); take both of one run"
+      )
+    encode_text = None
+    if "features" in text:
+      place = folder
+      if not (folder / "text" / "model").is_dir():
+        place = pathlib.Path(text.get("folder", folder))
+      encode_text = FrozenTextEncoder(place, mesh, dtype, text["features"]).encode
+    vocabulary = folder / "dit" / "model" / "tokenizer.model"
+    return cls(params, meta, autoencoder, vocabulary, dtype, encode_text)
+
+  @property
+  def size_multiple(self) -> int:
+    """Widths and heights are multiples of it, or cut from the next one."""
+    return self.autoencoder.config.space_factor * self.denoiser.model.patch_size[1]
+
+  @property
+  def model_id(self) -> str:
+    """Tells models apart: a hash of what the DiT's folder says, and of its head."""
+    head = np.asarray(jax.device_get(self.params["dit"]["head"]["kernel"]))
+    text = json.dumps(self.meta, sort_keys=True).encode()
+    return hashlib.sha256(text + head.tobytes()).hexdigest()[:16]
+
+  # --- texts to videos, many at once
+
+  def sample(
+    self,
+    requests: Sequence[Request],
+    options: sampler.Options | None = None,
+    *,
+    rows: int = 4,
+  ) -> list[np.ndarray]:
+    """Videos of the requests, in order: uint8 [T, H, W, 3] each.
+
+    A video off the model's grid is made on the next larger one and cut.
+
+    Args:
+      requests: what to make.
+      options: of the solver and of guidance (guidance_scale 1 is half the work); the
+        defaults of `sampler.Options` if not given.
+      rows: packed rows computed at once.
+
+    Raises:
+      ValueError: for options that the model's noise process cannot be sampled with.
+    """
+    made = [self.legal(request) for request in requests]
+    multiple = self.size_multiple
+    prompts = [
+      Prompt(r, (1 + r.frames // 4, r.height // multiple, r.width // multiple))
+      for r in made
+    ]
+    latents = self.latents(prompts, options, rows=rows)
+    videos = self._decode(latents, made)
+    return [
+      video_THWC[: request.frames, : request.height, : request.width]
+      for video_THWC, request in zip(videos, requests, strict=True)
+    ]
+
+  def legal(self, request: Request) -> Request:
+    """The request on the grid, or the next larger one; says what it changed."""
+    request.check()
+    multiple = self.size_multiple
+    legal = dataclasses.replace(
+      request,
+      width=-(-request.width // multiple) * multiple,
+      height=-(-request.height // multiple) * multiple,
+      frames=1 + 4 * -(-(request.frames - 1) // 4),
+    )
+    if legal != request:
+      logging.info(
+        "%dx%d, %d frames is off the model's grid (multiples of %d, 1 + 4k frames): "
+        "cut from %dx%d, %d frames",
+        *(request.width, request.height, request.frames, multiple),
+        *(legal.width, legal.height, legal.frames),
+      )
+    return legal
+
+  def latents(
+    self,
+    prompts: Sequence[Prompt],
+    options: sampler.Options | None = None,
+    *,
+    rows: int = 4,
+  ) -> list[np.ndarray]:
+    """Latents of prompts: float32 [T, H, W, C] each.
+
+    Given ones are exactly what the prompt says. See `Denoiser`.
+    """
+    options = options or sampler.Options()
+    return self.denoiser(self.params, prompts, options, rows)
+
+  # --- everything to a video
+
+  def video(self, prompt: str = "", *, options=None, tile=None, **job) -> np.ndarray:
+    """One video, uint8 [T, H, W, 3], of what `jobs.Job` says; an image has one frame.
+
+    Args:
+      prompt: what to make.
+      options: of the solver and of guidance, `sampler.Options`.
+      tile: see `Autoencoder.decode_stream`.
+      **job: of `jobs.Job`: size, frames, seed, image, video, extend_after, loop, ...
+
+    Raises:
+      ValueError: for what cannot be made; says why.
+    """
+    return np.concatenate(list(self.stream(Job(prompt, **job), options, tile)))
+
+  def stream(
+    self,
+    job: Job,
+    options: sampler.Options | None = None,
+    tile: int | None = None,
+    watch: Callable[[Prompt, np.ndarray], None] | None = None,
+  ) -> Iterator[np.ndarray]:
+    """Like `video`, in chunks of frames: memory does not grow with the duration.
+
+    watch: is called with each window's prompt and the latents made of it.
+    """
+    options = options or sampler.Options()
+    if job.preview:
+      job = self.refined(job, np.concatenate(list(self.preview(job, options, tile))))
+    return self._stream(job, options, tile, watch)
+
+  def preview(self, job: Job, options=None, tile=None) -> Iterator[np.ndarray]:
+    """Chunks of the small version of a job that has a preview."""
+    size = layout.plan(job, self.encode, self.size_multiple).size
+    half = tuple(max(self.size_multiple, n // 2) for n in size[::-1])
+    small = dataclasses.replace(job, size=half, preview=0.0)
+    return self._stream(small, options or sampler.Options(), tile)
+
+  def refined(self, job: Job, small_THWC: np.ndarray) -> Job:
+    """The job that makes a preview again at full size, of the same composition."""
+    made = layout.plan(job, self.encode, self.size_multiple)
+    return dataclasses.replace(
+      job,
+      preview=0.0,
+      strength=job.preview,
+      size=made.size[::-1],
+      fps=made.timeline.request.fps,
+      video=video_files.resize(small_THWC, made.size),
+    )
+
+  def _stream(self, job, options, tile, watch=None):
+    plan = layout.plan(job, self.encode, self.size_multiple)
+    tail = collections.deque(maxlen=4 * max(job.windows.given, 1))
+
+    def make(prompt):
+      (latent_THWC,) = self.latents([prompt], options)
+      if watch is not None:
+        watch(prompt, latent_THWC)
+      return latent_THWC
+
+    chunks = self._windows(plan, job.windows, make, tail)
+    skip, left = 0, plan.frames
+    if plan.timeline.loop:
+      (latent_THWC,) = chunks
+      warm_up = min(_WARM_UP, len(latent_THWC))
+      chunks = [np.concatenate([latent_THWC[-warm_up:], latent_THWC])]
+      skip = 1 + 4 * (warm_up - 1)
+    copies = self.autoencoder.batch_size(1)
+    batches = (
+      np.repeat(part[None], copies, axis=0)
+      for chunk in chunks
+      for part in _parts(chunk)
+    )
+    height, width = plan.size
+    for video_BTHWC in self.autoencoder.decode_stream(batches, tile):
+      tail.extend(video_BTHWC[0])
+      video_THWC = video_BTHWC[0, skip:][:left, :height, :width]
+      skip, left = max(0, skip - video_BTHWC.shape[1]), left - len(video_THWC)
+      if len(video_THWC):
+        yield video_THWC
+      if not left:
+        return
+
+  def _windows(self, plan, windows, make, tail) -> Iterator[np.ndarray]:
+    """Latents of a plan in chunks. tail: the last decoded frames of those before."""
+    timeline = plan.timeline
+    if plan.backwards:
+      timeline = self._backwards(plan, windows, make)
+    before, after = timeline.before_THWC, timeline.after_THWC
+    if len(before):
+      yield before
+    # All of what is known, if the video is made at once.
+    given = windows.given if windows.length else max(len(before), 1)
+    last, made = before[-given:], len(before)
+    end = timeline.grid[0] - (0 if after is None else len(after) - 1)
+    while made < end:
+      anchor = None
+      if made > len(last):
+        # The frame that the window begins with, as an image.
+        frame_HWC = tail[-1 - 4 * (len(last) - 1)]
+        anchor = self.encode(frame_HWC[None])[0]
+      prompt, known, new = prompting.next_window(timeline, windows, made, last, anchor)
+      fresh = make(prompt)[known : known + new]
+      last = np.concatenate([last, fresh])[-given:] if len(last) else fresh[-given:]
+      made += new
+      if made < end or made > new:
+        logging.info("made %d of %d latent frames", made, end)
+      yield fresh
+    if after is not None and len(after) > 1 and not plan.closes:
+      yield after[1:]
+
+  def _backwards(self, plan, windows, make) -> prompting.Timeline:
+    """The timeline with what comes before its start made, from there to the front."""
+    timeline, left = plan.timeline, plan.backwards
+    video, hw = timeline.before_THWC, timeline.grid[1:]
+    while left:
+      known, new, noise = len(video), left, 0.0
+      if windows.length:
+        known = min(windows.given, len(video))
+        new = min(left, max(1, windows.length - known))
+      if left < plan.backwards:
+        noise = windows.noise
+      prompt = prompting.bridge(
+        timeline.request, (new + known, *hw), after_THWC=video[:known]
+      )
+      prompt = dataclasses.replace(prompt, start=left - new, given_noise=noise)
+      video = np.concatenate([make(prompt)[: new + 1], video[1:]])
+      left -= new
+    return dataclasses.replace(
+      timeline,
+      before_THWC=video,
+      grid=(timeline.grid[0] + plan.backwards, *hw),
+    )
+
+  # --- pixels and latents
+
+  def encode(self, video_THWC: np.ndarray) -> np.ndarray:
+    """uint8 [T, H, W, 3] of 1 + 4k frames -> latents [t, h, w, C], chunk by chunk."""
+    frames = len(video_THWC)
+    copies = self.autoencoder.batch_size(1)
+    if frames > 1:
+      # Padding is exact, as the encoder is causal, and saves compilations.
+      over = -(frames - 1) % _ENCODE_CHUNK
+      video_THWC = np.pad(video_THWC, ((0, over), (0, 0), (0, 0), (0, 0)), mode="edge")
+    chunks = in_chunks(np.repeat(video_THWC[None], copies, axis=0), _ENCODE_CHUNK)
+    latents = [chunk[0] for chunk in self.autoencoder.encode_stream(chunks)]
+    return np.concatenate(latents)[: 1 + (frames - 1) // 4]
+
+  def _decode(self, latents, requests) -> list[np.ndarray]:
+    """Videos of latents, those of a size together."""
+    groups = {}
+    for i, request in enumerate(requests):
+      key = (request.height, request.width, request.frames == 1)
+      groups.setdefault(key, []).append(i)
+    videos = {}
+    for group in groups.values():
+      # One length for all of a size: the decoder is causal, so padding is exact.
+      frames = frame_bucket(max(requests[i].frames for i in group))
+      length = self.autoencoder.config.latent_shape(
+        frames, requests[group[0]].height, requests[group[0]].width
+      )[0]
+      size = self.autoencoder.batch_size(min(8, len(group)))
+      for start in range(0, len(group), size):
+        part = group[start : start + size]
+        padded = [latents[i] for i in part] + [latents[part[0]]] * (size - len(part))
+        batch = np.stack(
+          [
+            np.pad(x, ((0, length - len(x)), (0, 0), (0, 0), (0, 0)), mode="edge")
+            for x in padded
+          ]
+        )
+        decoded = self.autoencoder.decode(batch)
+        for i, video_THWC in zip(part, decoded, strict=False):
+          videos[i] = video_THWC[: requests[i].frames]
+    return [videos[i] for i in range(len(requests))]
+
+
+def _parts(latent_THWC) -> Iterator[np.ndarray]:
+  """Pieces of _DECODE_CHUNKS frames."""
+  while len(latent_THWC):
+    size = next(n for n in _DECODE_CHUNKS if n <= len(latent_THWC))
+    yield latent_THWC[:size]
+    latent_THWC = latent_THWC[size:]

@@ -1,0 +1,323 @@
+"""Each way of prompting a video, as data for one sampler: pure numpy.
+
+A prompt says what is known of a grid of latents. Tokens that are *given* keep their
+value exactly; others begin as noise, or as known latents with some noise on them
+(SDEdit, arXiv:2108.01073); images at any time are *extra* tokens. Training draws all of
+these at random, in the same layout, so that every mode here is a few lines:
+
+  image to video        bridge(before=its latent)       last frame: bridge(after=...)
+  extend forwards       bridge(before=end of the video)
+  extend backwards      bridge(after=start of the video)
+  connect, infill       bridge(before, after)
+  loop of a video       bridge(before=its end, after=its start)
+  loop of a text        Prompt(loop=True)
+  video to video        Prompt(latent, strength=...); of a region: `kept` ones given
+
+The causal VAE lays time out as 1 + 4k frames: latent i > 0 holds frames 4i - 3 .. 4i,
+so that frame f is at time f / 4 and a one-frame latent at the time of its frame.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One video to make; frames 1 is an image. Equal requests give equal videos.
+
+  Attributes:
+    prompt, negative_prompt: what to make, and what guidance leads away from, instead
+      of from no caption at all.
+    width, height, frames, fps, seed: of the video; with shots, in seconds.
+    guidance_scale: instead of that of the options, which must not be 1.
+    shots: (seconds, text) of later shots: from there on, that is what the video shows.
+    blend: text that the video gradually turns to; both run at once, and the weight of
+      their predictions moves from one to the other.
+  """
+
+  prompt: str
+  width: int
+  height: int
+  frames: int
+  fps: float
+  seed: int = 0
+  negative_prompt: str = ""
+  guidance_scale: float | None = None
+  shots: tuple[tuple[float, str], ...] = ()
+  blend: str = ""
+
+  def check(self) -> None:
+    """Raises ValueError for values that no model can make."""
+    if min(self.width, self.height, self.frames) < 1 or not self.fps > 0:
+      raise ValueError(
+        f"a video of {self.frames} frames of {self.width}x{self.height} at {self.fps} "
+        "frames a second cannot be made: all must be positive"
+      )
+    times = [0.0, *(time for time, _ in self.shots)]
+    if any(b <= a for a, b in zip(times, times[1:], strict=False)):
+      raise ValueError(f"shots begin at {times[1:]} s: times must grow, from above 0")
+    if times[-1] >= self.frames / self.fps:
+      raise ValueError(
+        f"a shot begins at {times[-1]} s, but the video has {self.frames} frames, "
+        f"{self.frames / self.fps:.2f} s"
+      )
+    if self.shots and self.blend:
+      raise ValueError("shots and blend exclude each other")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt:
+  """A request and what is known of its latents.
+
+  Attributes:
+    request: what to make. grid: tokens (t, h, w).
+    latent_THWC: known latents, or None. given_THW: bool by token; those stay exactly
+      as they are. Other tokens begin from theirs if `strength` is below 1.
+    strength: noise level where those begin; 1 is noise alone.
+    extras: (time in latent frames, latent_HWC) of images anywhere in time.
+    given_noise: level of noise that the network sees on given tokens and extras.
+    loop: positions turn by a latent frame with each call of the network, so that no
+      frame is the first one (after arXiv:2502.20307).
+    start: latent frames of a longer video before the first one of this window.
+  """
+
+  request: Request
+  grid: tuple[int, int, int]
+  latent_THWC: np.ndarray | None = None
+  given_THW: np.ndarray | None = None
+  strength: float = 1.0
+  extras: tuple[tuple[float, np.ndarray], ...] = ()
+  given_noise: float = 0.0
+  loop: bool = False
+  start: int = 0
+
+
+def check_level(name: str, value: float) -> float:
+  """The value; ValueError if it is no noise level."""
+  if not 0.0 <= value <= 1.0:
+    raise ValueError(f"{name} {value} is not between 0 and 1")
+  return value
+
+
+# --- modes
+
+
+def bridge(
+  request: Request,
+  grid: tuple[int, int, int],
+  before_THWC: np.ndarray | None = None,
+  after_THWC: np.ndarray | None = None,
+  extras: tuple[tuple[float, np.ndarray], ...] = (),
+) -> Prompt:
+  """A video that begins with given latents, ends with given ones, or both.
+
+  Args:
+    request: what to make.
+    grid: tokens (t, h, w); t in latent frames.
+    before_THWC: latents of a video's last frames, the first of one frame.
+    after_THWC: latents of a video's first frames, likewise. That first one is not on
+      the grid, where its frame is the last of four: it becomes an extra token.
+    extras: further images, see `Prompt`; those at the time of a given frame go.
+
+  Raises:
+    ValueError: if nothing is left to make, or an extra is outside the video.
+  """
+  total = grid[0]
+  begin = 0 if before_THWC is None else len(before_THWC)
+  end = total if after_THWC is None else total - len(after_THWC) + 1
+  if begin >= end:
+    raise ValueError(
+      f"nothing to make: of {total} latent frames {begin} are given at the start and "
+      f"{total - end} at the end"
+    )
+  check_times([time for time, _ in extras], total)
+  if after_THWC is not None:
+    extras = (*extras, (float(end - 1), after_THWC[0]))
+  known = before_THWC if begin else after_THWC
+  if known is None:
+    return Prompt(request, grid, extras=extras)
+  latent_THWC = np.zeros((total, *known.shape[1:]), np.float32)
+  given_THW = np.zeros(grid, bool)
+  if begin:
+    latent_THWC[:begin] = before_THWC
+  if end < total:
+    latent_THWC[end:] = after_THWC[1:]
+  given_THW[:begin], given_THW[end:] = True, True
+  return Prompt(request, grid, latent_THWC, given_THW, extras=tuple(extras))
+
+
+def kept(mask_HW: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
+  """Tokens that a region leaves as they are: bool [t, h, w].
+
+  Args:
+    mask_HW: True where pixels are made anew. A token with any such pixel is.
+    grid: tokens (t, h, w).
+
+  Raises:
+    ValueError: if the mask leaves all, or is of another aspect than the grid.
+  """
+  t, h, w = grid
+  H, W = mask_HW.shape
+  if H % h or W % w:
+    raise ValueError(f"a mask of {W}x{H} pixels does not divide into {w}x{h} tokens")
+  made_hw = mask_HW.reshape(h, H // h, w, W // w).any(axis=(1, 3))
+  if not made_hw.any():
+    raise ValueError("the mask is empty: it must be white where to make anew")
+  return np.broadcast_to(~made_hw, grid)
+
+
+def check_times(times, total: int) -> None:
+  """Raises ValueError if a time in latent frames is outside, or occurs twice."""
+  for time in times:
+    if not 0.0 <= time <= total - 1:
+      raise ValueError(
+        f"a key frame at frame {4 * time:g} is outside the video of "
+        f"{1 + 4 * (total - 1)} frames"
+      )
+  if twice := {4 * time for time in times if list(times).count(time) > 1}:
+    raise ValueError(f"two key frames at frame {min(twice):g}")
+
+
+# --- windows of a long video
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Timeline:
+  """A video of any length, with what is known of it; made window by window.
+
+  Attributes:
+    request, grid: of the whole video.
+    before_THWC, after_THWC, extras: as in `bridge`; before may have no frames.
+    start_THWC: latents that begin with noise of level `strength` on them, or None.
+    kept_THW: bool by token; those of start_THWC that stay as they are.
+    loop: as in Prompt; such a video is one window.
+  """
+
+  request: Request
+  grid: tuple[int, int, int]
+  before_THWC: np.ndarray
+  after_THWC: np.ndarray | None = None
+  extras: tuple[tuple[float, np.ndarray], ...] = ()
+  start_THWC: np.ndarray | None = None
+  strength: float = 1.0
+  kept_THW: np.ndarray | None = None
+  loop: bool = False
+
+  def __post_init__(self):
+    check_level("strength", self.strength)
+    check_times([time for time, _ in self.extras], self.grid[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+  """How a long video is cut.
+
+  Attributes:
+    length: latent frames of a window; 0 makes the whole video at once.
+    given: latent frames that a window takes over from the one before.
+    noise: level of noise on them, against drift (as in arXiv:2407.01392).
+  """
+
+  length: int = 0
+  given: int = 2
+  noise: float = 0.0
+
+  def __post_init__(self):
+    if self.given < 1 or (self.length and self.length <= self.given):
+      raise ValueError(
+        f"windows of {self.length} latent frames with {self.given} of them given: "
+        "1 or more must be given, and fewer than a window has"
+      )
+    check_level("given_noise", self.noise)
+
+
+def next_window(
+  timeline: Timeline,
+  windows: Windows,
+  made: int,
+  last_THWC: np.ndarray,
+  anchor_HWC: np.ndarray | None = None,
+) -> tuple[Prompt, int, int]:
+  """The window after the first `made` latent frames of a timeline.
+
+  Args:
+    timeline: what is made. windows: how.
+    made: latent frames that are known already, `before` included.
+    last_THWC: the last of them, as many as there are up to windows.given.
+    anchor_HWC: one-frame latent of the last frame of last_THWC[0]; takes its place,
+      because a clip begins with a latent of one frame. None: it is one.
+
+  Returns:
+    The prompt, how many of its latent frames are known, and how many are new.
+  """
+  total, known = timeline.grid[0], len(last_THWC)
+  first, after = made - known, timeline.after_THWC
+  end = total if after is None else total - len(after) + 1
+  context = 0 if after is None else min(windows.given, len(after)) - 1
+  stop = end + context
+  if windows.length and not timeline.loop:
+    stop = min(stop, first + windows.length)
+  before = np.array(last_THWC, np.float32)
+  if anchor_HWC is not None:
+    before[0] = anchor_HWC
+  ends_here = after is not None and stop >= end
+  grid = (stop - first, *timeline.grid[1:])
+  prompt = bridge(
+    timeline.request,
+    grid,
+    before if known else None,
+    after[: 1 + stop - end] if ends_here else None,
+    tuple(
+      (time - first, latent)
+      for time, latent in timeline.extras
+      if made - 1 < time <= min(stop, end) - 1
+    ),
+  )
+  if timeline.start_THWC is not None:
+    prompt = _on_top(prompt, grid, timeline, first, known)
+  noise = windows.noise if first or made > len(timeline.before_THWC) else 0.0
+  prompt = dataclasses.replace(
+    prompt, given_noise=noise, loop=timeline.loop, start=first
+  )
+  return prompt, known, min(stop, end) - made
+
+
+def _on_top(prompt, grid, timeline, first, known):
+  """Adds start latents, and the tokens that are kept, to a window."""
+  here = slice(first, first + grid[0])
+  latent_THWC = np.array(timeline.start_THWC[here], np.float32)
+  # At strength 0 there is nothing to make: what is known is the result.
+  given_THW = np.full(grid, timeline.strength == 0.0)
+  if timeline.kept_THW is not None:
+    given_THW |= timeline.kept_THW[here]
+  if prompt.given_THW is not None:
+    frames = prompt.given_THW.any(axis=(1, 2))
+    latent_THWC[frames] = prompt.latent_THWC[frames]
+    given_THW |= prompt.given_THW
+  return dataclasses.replace(
+    prompt, latent_THWC=latent_THWC, given_THW=given_THW, strength=timeline.strength
+  )
+
+
+# --- what a prompt is, by latent frame
+
+
+def texts(prompt: Prompt) -> tuple[list[tuple[str, str]], np.ndarray]:
+  """(prompt, negative prompt) of each shot in a window, and the shot of each frame."""
+  request = prompt.request
+  starts = [0.0, *(time for time, _ in request.shots)]
+  shown = [request.prompt, *(text for _, text in request.shots)]
+  # A latent belongs to the shot of its last frame.
+  time_T = 4 * (prompt.start + np.arange(prompt.grid[0])) / request.fps
+  index_T = np.searchsorted(starts, time_T + 1e-6, side="right") - 1
+  used, shot_T = np.unique(index_T, return_inverse=True)
+  return [(shown[i], request.negative_prompt) for i in used], shot_T
+
+
+def blend_weights(prompt: Prompt) -> np.ndarray:
+  """Share of the text that a video turns to, by latent frame: smooth, 0 to 1."""
+  last = max(1.0, (prompt.request.frames - 1) / 4)
+  x_T = (prompt.start + np.arange(prompt.grid[0])) / last
+  return (0.5 - 0.5 * np.cos(math.pi * np.clip(x_T, 0.0, 1.0))).astype(np.float32)
