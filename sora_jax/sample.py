@@ -76,10 +76,7 @@ class Sampler:
       text = TextEncoderConfig(**from_json(meta["text"]))
     noise = meta.get("noise", {"process": "flow", "target": "velocity"})
     self._process, self._target = noise["process"], noise["target"]
-    self._integrate = jax.jit(
-      functools.partial(_integrate, self.model, text, dtype, **noise),
-      static_argnames="options",
-    )
+    self._integrate = program(self.model, text, dtype, **noise)
 
   @classmethod
   def from_checkpoint(cls, folder, mesh=None, dtype=None) -> "Sampler":
@@ -198,14 +195,7 @@ class Sampler:
           sharding.shard_batch(batch, self.mesh),
           self._table(batch, options),
           options.guidance_scale,
-          # What is an array anyway must not make another program.
-          options=dataclasses.replace(
-            options,
-            steps=1,
-            shift=1.0,
-            shift_tokens=0,
-            guidance_scale=float(options.guidance_scale != 1.0),
-          ),
+          options=static_options(options),
         )
       patch_BLP = np.asarray(jax.device_get(patch_BLP))
       for row, indices in enumerate(part):
@@ -247,28 +237,12 @@ class Sampler:
     """The solver's coefficients for each clip of the rows: [calls, ..., B, N]."""
     ids_N = 1 + np.arange(self.meta["segments"])
     tokens_BN = (batch["segment_L"][:, :, None] == ids_N).sum(axis=1)
-    shift_BN = diffusion.resolution_shift(
-      options.shift, np.maximum(tokens_BN, 1.0), options.shift_tokens
-    )
-    levels = sampler.schedule(options.steps, np.broadcast_to(shift_BN, tokens_BN.shape))
-    return sampler.make_table(options.method, levels, self._process, options.eta)
+    return solver_table(tokens_BN, options, self._process)
 
   def _batch(self, part, rows, budget, requests, grids, texts):
-    L, S, P = budget.tokens, budget.text_tokens, self.model.patch_width
-    batch = {
-      "noise_LP": np.zeros((rows, L, P), np.float32),
-      "segment_L": np.zeros((rows, L), np.int32),
-      "position_L3": np.zeros((rows, L, 3), np.float32),
-      "group_L": np.zeros((rows, L), np.int32),
-      "seed_L": np.zeros((rows, L), np.uint32),
-      "token_L": np.zeros((rows, L), np.uint32),
-    }
-    text_name = "text_S" if self._encode_text is None else "text_SE"
-    for prefix in ("", "empty_"):
-      for name in ("text_segment_S", "text_position_S"):
-        batch[prefix + name] = np.zeros((rows, S), np.int32)
-      like = texts[0][0]
-      batch[prefix + text_name] = np.zeros((rows, S, *like.shape[1:]), like.dtype)
+    P, like = self.model.patch_width, texts[0][0]
+    batch = empty_batch(rows, budget, P, like)
+    text_name = "text_S" if like.ndim == 1 else "text_SE"
     for row, indices in enumerate(part):
       start, text_starts = 0, [0, 0]
       for n, index in enumerate(indices):
@@ -324,6 +298,59 @@ class Sampler:
         for i, video_THWC in zip(part, decoded, strict=False):
           videos[i] = video_THWC[: requests[i].frames]
     return [videos[i] for i in range(len(requests))]
+
+
+def empty_batch(rows: int, budget: pack.Budget, patch_width: int, text) -> dict:
+  """Rows of padding: the names, shapes and dtypes of what is integrated.
+
+  text: one caption, ids [S] or features [S, E].
+  """
+  L, S = budget.tokens, budget.text_tokens
+  batch = {
+    "noise_LP": np.zeros((rows, L, patch_width), np.float32),
+    "segment_L": np.zeros((rows, L), np.int32),
+    "position_L3": np.zeros((rows, L, 3), np.float32),
+    "group_L": np.zeros((rows, L), np.int32),
+    "seed_L": np.zeros((rows, L), np.uint32),
+    "token_L": np.zeros((rows, L), np.uint32),
+  }
+  text_name = "text_S" if text.ndim == 1 else "text_SE"
+  for prefix in ("", "empty_"):
+    for name in ("text_segment_S", "text_position_S"):
+      batch[prefix + name] = np.zeros((rows, S), np.int32)
+    batch[prefix + text_name] = np.zeros((rows, S, *text.shape[1:]), text.dtype)
+  return batch
+
+
+def solver_table(tokens_BN, options: sampler.Options, process: str) -> sampler.Table:
+  """The solver's coefficients for clips of so many tokens: [calls, ..., B, N]."""
+  shift_BN = diffusion.resolution_shift(
+    options.shift, np.maximum(tokens_BN, 1.0), options.shift_tokens
+  )
+  levels = sampler.schedule(options.steps, np.broadcast_to(shift_BN, tokens_BN.shape))
+  return sampler.make_table(options.method, levels, process, options.eta)
+
+
+def static_options(options: sampler.Options) -> sampler.Options:
+  """What of them is compiled in: what is an array must not make another program."""
+  return dataclasses.replace(
+    options,
+    steps=1,
+    shift=1.0,
+    shift_tokens=0,
+    guidance_scale=float(options.guidance_scale != 1.0),
+  )
+
+
+def program(model: DiTConfig, text, dtype, *, process: str, target: str):
+  """Jitted (params, batch, table, guidance_scale, options=static) -> patch_BLP.
+
+  batch: as `empty_batch`, on the mesh. text: config of its encoder, or None.
+  """
+  return jax.jit(
+    functools.partial(_integrate, model, text, dtype, process=process, target=target),
+    static_argnames="options",
+  )
 
 
 def _integrate(

@@ -138,19 +138,14 @@ def host_shard(mesh: Mesh) -> tuple[int, int]:
   return groups.index(tuple(sorted(shards[jax.process_index()]))), len(groups)
 
 
-def shard_batch(batch, mesh: Mesh):
-  """Global arrays of this host's rows, over the mesh axes (data, fsdp).
+def batch_shardings(batch, mesh: Mesh, hosts: int = 1) -> dict[str, NamedSharding]:
+  """Where `shard_batch` puts the arrays of a batch, or of their shapes.
 
-  batch: dict of numpy arrays, each [this host's rows, ...]; scalars are replicated.
-  ValueError if the rows differ between arrays or do not divide by the mesh.
+  hosts: how many feed that many rows each. ValueError as for `shard_batch`.
   """
-  rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-  replicated = NamedSharding(mesh, PartitionSpec())
-  batch = {name: np.asarray(value) for name, value in batch.items()}
-  sizes = {name: len(value) for name, value in batch.items() if value.ndim}
+  sizes = {name: value.shape[0] for name, value in batch.items() if value.ndim}
   if len(set(sizes.values())) > 1:
     raise ValueError(f"arrays of a batch have different numbers of rows: {sizes}")
-  hosts = host_shard(mesh)[1] if jax.process_count() > 1 else 1
   size = hosts * next(iter(sizes.values()), 0)
   ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
   if size % ways or (sizes and not size):
@@ -158,8 +153,21 @@ def shard_batch(batch, mesh: Mesh):
       f"a batch of {size} rows does not divide by {ways} devices "
       f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
     )
+  rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  replicated = NamedSharding(mesh, PartitionSpec())
+  return {name: rows if value.ndim else replicated for name, value in batch.items()}
 
-  shardings = {name: rows if batch[name].ndim else replicated for name in batch}
+
+def shard_batch(batch, mesh: Mesh):
+  """Global arrays of this host's rows, over the mesh axes (data, fsdp).
+
+  batch: dict of numpy arrays, each [this host's rows, ...]; scalars are replicated.
+  ValueError if the rows differ between arrays or do not divide by the mesh.
+  """
+  batch = {name: np.asarray(value) for name, value in batch.items()}
+  hosts = host_shard(mesh)[1] if jax.process_count() > 1 else 1
+  shardings = batch_shardings(batch, mesh, hosts)
+  size = hosts * next((len(value) for value in batch.values() if value.ndim), 0)
   if jax.process_count() == 1:
     return jax.device_put(batch, shardings)  # one call: half the time of one each
   return {

@@ -156,3 +156,22 @@ def test_bytes_of_types():
     24 + 8 + 1 + 3
   )
   assert np.isclose(hlo.num_bytes("f8e4m3fn[10]"), 10)
+
+
+@pytest.mark.parametrize(
+  "text, group",
+  [
+    ("replica_groups={{0,2},{1,3}}, use_global", (0, 2)),
+    ("replica_groups=[2,4]", (0, 1, 2, 3)),
+    ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+    ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", (0, 2)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a','b':(2)2}", (0, 1, 4, 5)),
+    ("source_target_pairs={{3,1},{1,3}}", (3, 1)),
+    ("replica_groups={}", tuple(range(8))),
+  ],
+)
+def test_groups_of_chips(text, group):
+  assert hlo._group(text, 8) == group
