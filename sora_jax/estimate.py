@@ -68,11 +68,14 @@ def attention_launch(name: str, type_text: str, rest: str) -> Launch | None:
 class Load(NamedTuple):
   """What a packed row holds on average.
 
-  clips, tokens, text_tokens: real ones. pairs: sum over clips of tokens x (tokens +
+  source: where that is from. fill: share of the row's tokens that are real. clips,
+  tokens, text_tokens: real ones. pairs: sum over clips of tokens x (tokens +
   text tokens). self_share, cross_share: of the blocks of all (token, token) pairs and
   (token, text token) pairs, those that attention has to visit.
   """
 
+  source: str
+  fill: float
   clips: float
   tokens: float
   text_tokens: float
@@ -95,6 +98,27 @@ def kernel_flops(load: Load, text_tokens: int) -> Callable[[str, str, str], floa
     return launch.flops * (share if launch.skips else 1.0)
 
   return flops
+
+
+def attention_units(text: str, devices: int, stage) -> float:
+  """Matmuls over all pairs of tokens that the attention kernels do, per block.
+
+  A model needs 6: two forwards, four backwards. 0 without kernels.
+
+  Args:
+    text: of the program.
+    devices: that it runs on.
+    stage: a recipe.DiTStage.
+  """
+
+  def flops(name, type_text, rest):
+    launch = attention_launch(name, type_text, rest)
+    return launch.flops if launch and launch.keys != stage.text_tokens else 0.0
+
+  report = hlo.analyze(text, devices, flops)
+  total = devices * sum(kernel.flops for kernel in report.kernels.values())
+  pairs = float(stage.rows) * stage.tokens**2
+  return total / (2.0 * pairs * stage.model.width * stage.model.depth)
 
 
 def collective_seconds(

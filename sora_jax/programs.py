@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import autoencoder, encode, sample, sharding, train, train_dit
+from sora_jax import autoencoder, encode, sample, sharding, stages, train, train_dit
 from sora_jax import recipe as recipes
 from sora_jax.hardware import Topology
 from sora_jax.tasks import vae as vae_task
@@ -158,7 +158,12 @@ def dit_state(recipe: recipes.Recipe, mesh) -> train.Built:
 
 
 def dit_step(recipe: recipes.Recipe, mesh):
-  """The lowered train step of the stage "dit"."""
+  """The lowered train step of the stage "dit".
+
+  Raises:
+    ValueError: if the rows do not divide by the mesh.
+  """
+  stages.check_rows("config.dit.rows", recipe.dit.rows, recipe.dit.train, mesh)
   built = dit_state(recipe, mesh)
   batch = dit_batch(recipe, mesh)
   with jax.set_mesh(mesh):

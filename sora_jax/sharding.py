@@ -22,14 +22,7 @@ def make_mesh(data=1, fsdp=-1, context=1, tensor=1, devices=None) -> Mesh:
   ValueError if the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = [data, fsdp, context, tensor]
-  shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-    raise ValueError(f"mesh sizes are positive, at most one is -1: {shown}")
-  known = math.prod(size for size in sizes if size != -1)
-  if len(devices) % known or (-1 not in sizes and known != len(devices)):
-    raise ValueError(f"mesh {shown} does not fit {len(devices)} devices")
-  sizes = [len(devices) // known if size == -1 else size for size in sizes]
+  sizes = axis_sizes(len(devices), data, fsdp, context, tensor)
   # Explicit axes, the default of jax.make_mesh, make Linen's sharded matmuls raise.
   types = (AxisType.Auto,) * len(AXES)
   slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -41,6 +34,18 @@ def make_mesh(data=1, fsdp=-1, context=1, tensor=1, devices=None) -> Mesh:
     (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1), devices
   )
   return Mesh(grid, AXES, axis_types=types)
+
+
+def axis_sizes(devices: int, data=1, fsdp=-1, context=1, tensor=1) -> list[int]:
+  """Sizes of the mesh's axes for that many devices; see `make_mesh`."""
+  sizes = [data, fsdp, context, tensor]
+  shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    raise ValueError(f"mesh sizes are positive, at most one is -1: {shown}")
+  known = math.prod(size for size in sizes if size != -1)
+  if devices % known or (-1 not in sizes and known != devices):
+    raise ValueError(f"mesh {shown} does not fit {devices} devices")
+  return [devices // known if size == -1 else size for size in sizes]
 
 
 def path_name(path) -> str:

@@ -51,7 +51,15 @@ def own(name):
 
 
 PURE = ("patches", "tiling", "diffusion", "sampler")
-LEAVES = ("sharding", "optim", "checkpoint", "metrics", "hlo")
+LEAVES = (
+  "sharding",
+  "optim",
+  "checkpoint",
+  "metrics",
+  "hlo",
+  "hardware",
+  "estimate",
+)
 COMMANDS = (
   "main",
   "stages",
@@ -64,6 +72,10 @@ COMMANDS = (
   "evaluate",
   "autoencoder",
   "text_encoder",
+  "plan",
+  "plan_report",
+  "packing_load",
+  "programs",
 )
 # Modules -> what of the package they may import. All of the package is listed.
 ALLOWED = {
