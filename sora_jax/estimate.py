@@ -49,6 +49,10 @@ class Launch(NamedTuple):
     pairs = float(self.queries) * self.keys
     return 2.0 * self.matmuls * self.heads * pairs * self.width
 
+  def on_text(self, text_tokens: int) -> bool:
+    """Whether its keys are the captions of a row, filled up to whole blocks."""
+    return self.keys != self.queries and 0 <= self.keys - text_tokens < 512
+
 
 def attention_launch(name: str, type_text: str, rest: str) -> Launch | None:
   """Reads a splash kernel's custom call (see `hlo.analyze`); None for other kernels."""
@@ -71,7 +75,8 @@ class Load(NamedTuple):
   source: where that is from. fill: share of the row's tokens that are real. clips,
   tokens, text_tokens: real ones. pairs: sum over clips of tokens x (tokens +
   text tokens). self_share, cross_share: of the blocks of all (token, token) pairs and
-  (token, text token) pairs, those that attention has to visit.
+  (token, text token) pairs, those that attention has to visit. own_share: of all (token,
+  token) pairs, those inside of clips.
   """
 
   source: str
@@ -82,19 +87,20 @@ class Load(NamedTuple):
   pairs: float
   self_share: float
   cross_share: float
+  own_share: float
 
 
 def kernel_flops(load: Load, text_tokens: int) -> Callable[[str, str, str], float]:
   """For `hlo.analyze`: FLOPs of a launch, without the blocks that it skips.
 
-  text_tokens: of a row; keys of that length are the captions'.
+  text_tokens: of a row, by which launches on captions are known.
   """
 
   def flops(name, type_text, rest):
     launch = attention_launch(name, type_text, rest)
     if launch is None:
       return 0.0
-    share = load.cross_share if launch.keys == text_tokens else load.self_share
+    share = load.cross_share if launch.on_text(text_tokens) else load.self_share
     return launch.flops * (share if launch.skips else 1.0)
 
   return flops
@@ -103,7 +109,7 @@ def kernel_flops(load: Load, text_tokens: int) -> Callable[[str, str, str], floa
 def attention_units(text: str, devices: int, stage) -> float:
   """Matmuls over all pairs of tokens that the attention kernels do, per block.
 
-  A model needs 6: two forwards, four backwards. 0 without kernels.
+  A model needs 6: two forwards, four backwards. Blocks that are skipped count, too.
 
   Args:
     text: of the program.
@@ -113,7 +119,8 @@ def attention_units(text: str, devices: int, stage) -> float:
 
   def flops(name, type_text, rest):
     launch = attention_launch(name, type_text, rest)
-    return launch.flops if launch and launch.keys != stage.text_tokens else 0.0
+    cross = launch is None or launch.on_text(stage.text_tokens)
+    return 0.0 if cross else launch.flops
 
   report = hlo.analyze(text, devices, flops)
   total = devices * sum(kernel.flops for kernel in report.kernels.values())

@@ -87,13 +87,14 @@ def _packed(lengths, budget, seed):
 
 def of_rows(rows, fill: float, budget: pack.Budget, source: str) -> estimate.Load:
   """Load of rows of (tokens, text tokens) of each clip; means over them."""
-  sums = np.zeros(6)
+  sums = np.zeros(7)
   for row in rows:
     tokens, texts = (np.array(column) for column in zip(*row, strict=True))
     visits = _visited(_ids(tokens, budget.tokens), _ids(tokens, budget.tokens))
     cross = _visited(_ids(tokens, budget.tokens), _ids(texts, budget.text_tokens))
     pairs = np.sum(tokens * (tokens + texts))
-    sums += [len(row), tokens.sum(), texts.sum(), pairs, visits, cross]
+    own = np.sum(tokens.astype(float) ** 2) / budget.tokens**2
+    sums += [len(row), tokens.sum(), texts.sum(), pairs, visits, cross, own]
   return estimate.Load(source, fill, *(sums / len(rows)).tolist())
 
 
@@ -107,8 +108,11 @@ def _ids(lengths, total):
 
 def _visited(ids_L, ids_S):
   """Share of the blocks that the attention kernel visits."""
-  sizes = []
+  blocks, padded = [], []
   for ids in (ids_L, ids_S):
-    fitting = [b for b in range(splash.BLOCK, 0, -128) if len(ids) % b == 0]
-    sizes.append(fitting[0] if fitting else len(ids))
-  return float(np.mean(splash.active_blocks(ids_L, ids_S, *sizes)))
+    # As `splash` fills rows up to whole blocks.
+    unit = splash.BLOCK if len(ids) >= 8 * splash.BLOCK else 128
+    padded.append(np.pad(ids, (0, -len(ids) % unit)))
+    length = len(padded[-1])
+    blocks.append(next(b for b in range(splash.BLOCK, 0, -128) if length % b == 0))
+  return float(np.mean(splash.active_blocks(*padded, *blocks)))

@@ -34,6 +34,7 @@ from sora_jax import recipe as recipes
 from sora_jax.models import dit
 
 STAGES = ("dit", "vae", "sample")
+TRAIN_STEP = "train step"
 TOPOLOGY = flags.DEFINE_string(
   "topology", None, "Chips: v5p:4x4x4, v6e:16x16, tpu7x:2x2x4, h100:64, ..."
 )
@@ -76,7 +77,7 @@ def plan(
   made["mesh"] = dict(mesh.shape)
   if "dit" in names:
     lowered = programs.dit_step(recipe, mesh)
-    program = programs.compile_program("train step", lowered)
+    program = programs.compile_program(TRAIN_STEP, lowered)
     made["programs"] = [measure(program, recipe, topology, mesh, load)]
     made["speed"] = speed(made["programs"][0], recipe, topology, load)
   host = topology.one_host()
@@ -145,7 +146,9 @@ def measure(program: programs.Program, recipe, topology, mesh, load) -> dict:
   report = hlo.analyze(program.text, mesh.devices.size, kernel_flops)
   place_D5 = programs.places(mesh, topology)
   seconds = estimate.seconds(report, place_D5, topology)
-  units = estimate.attention_units(program.text, mesh.devices.size, stage)
+  units = None
+  if program.name == TRAIN_STEP:
+    units = estimate.attention_units(program.text, mesh.devices.size, stage)
   return made | {
     "matmul_flops": report.matmul_flops * count,
     "attention_flops": sum(k.flops for k in report.kernels.values()) * count,
@@ -209,7 +212,7 @@ def gpu_plan(recipe: recipes.Recipe, topology: hardware.Topology, load) -> dict:
   made["mesh"] = dict(mesh.shape)
   made["programs"] = [
     {
-      "name": "train step, ESTIMATE by analysis",
+      "name": f"{TRAIN_STEP}, ESTIMATE by analysis",
       "fits": peak <= chip.hbm,
       "arguments": arguments,
       "temporaries": peak - arguments,

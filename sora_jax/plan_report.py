@@ -20,6 +20,8 @@ def table(made: dict) -> list[str]:
     f"{line(made['mesh'])}, remat {made['remat']}",
     f"batch: {made['rows']} rows of {made['tokens']} tokens; {load['source']}: "
     f"{100 * load['fill']:.1f} % full, {load['clips']:.2f} clips a row",
+    f"attention's blocks hold {load['self_share'] / load['own_share']:.3f} times the "
+    "pairs inside of clips, where the kernel skips the others",
     f"training compiles {made['executables']} programs (init, update, evaluate)",
   ]
   for program in made["programs"]:
@@ -42,10 +44,13 @@ def _program(made):
     )
   if "seconds" not in made:
     return lines
+  units = made["attention_units"]
+  shown = (
+    f" ({units:.2f} units of all pairs, before blocks are skipped)" if units else ""
+  )
   lines.append(
     f"  FLOPs a chip: matmul {made['matmul_flops'] / _TF:.1f} TF, attention kernels "
-    f"{made['attention_flops'] / _TF:.1f} TF ({made['attention_units']:.2f} units of "
-    "all pairs, before blocks are skipped)"
+    f"{made['attention_flops'] / _TF:.1f} TF{shown}"
   )
   kernels = {name: f"{n:g}" for name, n in made["kernels"].items()}
   lines.append(f"  kernel launches: {line(kernels) or 'none'}")

@@ -31,6 +31,9 @@ _ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
 }
+_TOO_LARGE = re.compile(
+  r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"
+)
 _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
@@ -99,7 +102,7 @@ def compile_program(name: str, lowered) -> Program:
     try:
       compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-      short = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
+      short = _TOO_LARGE.search(str(error))
       if not short:
         raise
       used, limit = (float(short[i]) * _UNITS[short[i + 1]] for i in (1, 3))
