@@ -75,8 +75,8 @@ class Load(NamedTuple):
   source: where that is from. fill: share of the row's tokens that are real. clips,
   tokens, text_tokens: real ones. pairs: sum over clips of tokens x (tokens +
   text tokens). self_share, cross_share: of the blocks of all (token, token) pairs and
-  (token, text token) pairs, those that attention has to visit. own_share: of all (token,
-  token) pairs, those inside of clips.
+  (token, text token) pairs, those that attention has to visit. own_share: of the
+  (token, token) pairs, those inside of clips.
   """
 
   source: str
