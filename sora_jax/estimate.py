@@ -29,6 +29,21 @@ _DIE_LINKS = 6.0
 GPU_MFU = (0.33, 0.48)
 
 
+def assumptions(chip: Chip) -> str:
+  """What the times of a plan rest on, in a line."""
+  if not chip.axes:
+    low, high = GPU_MFU
+    return (
+      f"nothing was compiled: MFU {low:.0%} to {high:.0%}, as published for video "
+      "diffusion on H100, and memory by a rough count"
+    )
+  return (
+    f"matmuls and the rest by the compiler's cycles at {chip.clock / 1e9:.2f} GHz, "
+    f"attention kernels at {chip.attention:.0%} of the peak (fitted to published "
+    f"steps), collectives at {LINK_EFFICIENCY:.0%} of the links' rate; not timed"
+  )
+
+
 class Launch(NamedTuple):
   """Sizes of one launch of the TPU's attention kernel.
 

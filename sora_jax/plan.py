@@ -78,8 +78,12 @@ def plan(
   if "dit" in names:
     lowered = programs.dit_step(recipe, mesh)
     program = programs.compile_program(TRAIN_STEP, lowered)
-    made["programs"] = [measure(program, recipe, topology, mesh, load)]
-    made["speed"] = speed(made["programs"][0], recipe, topology, load)
+    step = measure(program, recipe, topology, mesh, load)
+    if program.text is None:  # the compiler only says how much all is
+      step["arguments"] = state_size(recipe, mesh)[0] * topology.chip.devices
+      step["temporaries"] = step["peak"] - step["arguments"]
+    made["programs"] = [step]
+    made["speed"] = speed(step, recipe, topology, load)
   host = topology.one_host()
   for name, lower in (("vae", programs.vae_encode), ("sample", programs.sampling)):
     if name in names:
@@ -101,6 +105,8 @@ def _header(recipe, topology, load):
     "rows": stage.rows,
     "tokens": stage.tokens,
     "load": load._asdict(),
+    "chip": dataclasses.asdict(topology.chip),
+    "assumptions": estimate.assumptions(topology.chip),
     # init, update and evaluate; packing leaves one shape.
     "executables": len(train.Built._fields) - 1,
     "model_flops": model_flops(recipe, load),
@@ -137,7 +143,7 @@ def measure(program: programs.Program, recipe, topology, mesh, load) -> dict:
     "arguments": program.arguments * count,
     "temporaries": program.temporaries * count,
     "peak": program.peak * count,
-    "hbm": chip.hbm,
+    "hbm": program.limit * count or chip.hbm,
   }
   if program.text is None:
     return made
@@ -194,17 +200,8 @@ def gpu_plan(recipe: recipes.Recipe, topology: hardware.Topology, load) -> dict:
   sizes = sharding.axis_sizes(topology.chips, **dataclasses.asdict(recipe.mesh))
   mesh = jax.sharding.AbstractMesh(tuple(sizes), sharding.AXES)
   stages.check_rows("config.dit.rows", recipe.dit.rows, recipe.dit.train, mesh)
-  state = programs.dit_state(recipe, mesh).abstract
-
-  def local(tree):
-    return [
-      (int(np.prod(leaf.sharding.shard_shape(leaf.shape))), leaf.dtype.itemsize)
-      for leaf in jax.tree.leaves(tree)
-    ]
-
   chip, stage = topology.chip, recipe.dit
-  arguments = sum(size * width for size, width in local(state))
-  params = sum(size for size, _ in local(state.params))
+  arguments, params = state_size(recipe, mesh)
   tokens = stage.rows * stage.tokens / stage.train.grad_accumulation / topology.chips
   peak = estimate.gpu_bytes(arguments, params, stage.model, tokens, stage.model.remat)
   fast, slow = estimate.gpu_seconds(model_flops(recipe, load), topology.chips, chip)
@@ -223,6 +220,20 @@ def gpu_plan(recipe: recipes.Recipe, topology: hardware.Topology, load) -> dict:
   made["speed"] = _rates(slow, recipe, topology, load) | {"fastest_seconds": fast}
   made["advice"] = plan_report.advice(made, recipe)
   return made
+
+
+def state_size(recipe: recipes.Recipe, mesh) -> tuple[int, int]:
+  """(bytes of the train state, number of params) on one device of a mesh."""
+  state = programs.dit_state(recipe, mesh).abstract
+
+  def shards(tree):
+    return [
+      (int(np.prod(leaf.sharding.shard_shape(leaf.shape))), leaf.dtype.itemsize)
+      for leaf in jax.tree.leaves(tree)
+    ]
+
+  size = sum(count * width for count, width in shards(state))
+  return size, sum(count for count, _ in shards(state.params))
 
 
 # --- search

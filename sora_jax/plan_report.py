@@ -27,6 +27,7 @@ def table(made: dict) -> list[str]:
   for program in made["programs"]:
     lines += _program(program)
   lines += _speed(made)
+  lines.append(f"assumed: {made['assumptions']}")
   return lines + [f"advice: {text}" for text in made["advice"]]
 
 
