@@ -231,7 +231,8 @@ def _trips(op, computations) -> int:
   condition = re.search(r"condition=%([\w.\-]+)", op.rest)[1]
   for name in [condition, *(c for o in computations[condition] for c in o.calls())]:
     for inner in computations.get(name, []):
-      if inner.opcode == "constant" and inner.type.startswith("s32[]"):
+      # Loops that spread a matmul over a collective count in unsigned numbers.
+      if inner.opcode == "constant" and inner.type.startswith(("s32[]", "u32[]")):
         return int(re.match(r"-?\d+", inner.rest)[0])
   raise ValueError(f"the loop {op.name} has no constant number of trips")
 

@@ -42,6 +42,32 @@ def test_nested_loops_multiply():
   assert report.matmul_flops == 3 * 5 * 2 * 16**3
 
 
+@pytest.mark.parametrize("kind", ["s32", "u32"])
+def test_a_loop_runs_as_often_as_its_condition_says(kind):
+  text = f"""HloModule m
+%body (x: ({kind}[], f32[8,8])) -> ({kind}[], f32[8,8]) {{
+  %x = ({kind}[], f32[8,8]{{1,0}}) parameter(0)
+  %i = {kind}[] get-tuple-element(%x), index=0
+  %y = f32[8,8]{{1,0}} get-tuple-element(%x), index=1
+  %z = f32[8,8] dot(%y, %y), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  ROOT %t = ({kind}[], f32[8,8]{{1,0}}) tuple(%i, %z)
+}}
+
+%condition (x.1: ({kind}[], f32[8,8])) -> pred[] {{
+  %x.1 = ({kind}[], f32[8,8]{{1,0}}) parameter(0)
+  %i.1 = {kind}[] get-tuple-element(%x.1), index=0
+  %n = {kind}[]{{:T(128)}} constant(7)
+  ROOT %less = pred[] compare(%i.1, %n), direction=LT
+}}
+
+ENTRY %main (a: ({kind}[], f32[8,8])) -> ({kind}[], f32[8,8]) {{
+  %a = ({kind}[], f32[8,8]{{1,0}}) parameter(0)
+  ROOT %w = ({kind}[], f32[8,8]{{1,0}}) while(%a), condition=%condition, body=%body
+}}
+"""
+  assert hlo.analyze(text, 1).matmul_flops == 7 * 2 * 8**3
+
+
 def test_convolutions_count_the_taps_inside():
   convolve = functools.partial(
     jax.lax.conv_general_dilated,
