@@ -149,12 +149,16 @@ def collective_seconds(
   """Seconds in which each device of a group sends `wire` bytes.
 
   Args:
-    kind: one of hlo.COLLECTIVES.
+    kind: of an hlo.Report.
     group: partition ids of the devices.
     place_D5: (slice, x, y, z, core) of each partition.
     where: the topology.
   """
   chip, members = where.chip, place_D5[list(group)]
+  if kind.startswith("network-"):
+    # Between slices; summing sends what is not a chip's own share twice.
+    ways = 2 * (where.slices - 1) / where.slices if kind.endswith("reduce") else 1.0
+    return ways * wire * chip.devices / chip.network / LINK_EFFICIENCY
   slices = len(set(members[:, 0].tolist()))
   # (chips that the group spans, links to the next one) of each axis that it lies on.
   axes = []

@@ -144,7 +144,7 @@ def analyze(text: str, chips: int, kernel_flops=None) -> Report:
 
   def visit(name, times):
     types = {op.name: op.type for op in computations[name]}
-    clock, started = 0.0, {}
+    clock, started, sent, received = 0.0, {}, {}, {}
     for op in computations[name]:
       cycles, kind = op.cycles(), re.sub("-(start|done)$", "", op.opcode)
       flops = _matmul_flops(op, types)
@@ -163,6 +163,30 @@ def analyze(text: str, chips: int, kernel_flops=None) -> Report:
           started[op.name] = (clock, kind, wire, group)
       elif kind in COLLECTIVES:
         begin, kind, wire, group = started.pop(op.operands()[0], (clock, kind, 0, ()))
+        if clock > begin:
+          report.collectives[kind].hidden += wire
+          report.collectives[kind].exposed[group] -= wire
+      elif op.opcode in ("send", "recv") and "xla_megascale" in op.rest:
+        # Between slices: handed to the network of the hosts, and taken from it.
+        name = (
+          re.search(r'_transfer_type="(\w+)"', op.rest)[1].lower().replace("_", "-")
+        )
+        kind = f"network-{name}"
+        meeting = re.search(r'_rendezvous="([^"]*)"', op.rest)[1]
+        if op.opcode == "send":
+          members = tuple(range(chips))
+          dtype, shape = shapes(op.type)[0]
+          wire = times * math.prod(shape) * _bits(dtype) / 8
+          traffic = report.collectives[kind]
+          traffic.runs += times
+          traffic.bytes += wire
+          traffic.wire += wire
+          traffic.exposed[members] += wire
+          sent[meeting] = (clock, kind, wire, members)
+        else:
+          received[op.name] = meeting
+      elif op.opcode == "recv-done" and op.operands()[0] in received:
+        begin, kind, wire, group = sent[received[op.operands()[0]]]
         if clock > begin:
           report.collectives[kind].hidden += wire
           report.collectives[kind].exposed[group] -= wire

@@ -58,8 +58,9 @@ def _program(made):
   for kind, traffic in made["collectives"].items():
     hidden = 100 * traffic["hidden"] / traffic["wire"] if traffic["wire"] else 0.0
     groups = ",".join(str(size) for size in traffic["groups"])
+    groups = f"in groups of {groups}" if groups else "between slices"
     lines.append(
-      f"  {kind}: {traffic['runs']:g} runs in groups of {groups}, "
+      f"  {kind}: {traffic['runs']:g} runs {groups}, "
       f"{traffic['wire'] / _GB:.2f} GB sent a chip, {hidden:.0f} % beside computation"
     )
   parts = [f"{name} {made['seconds'][name]:.3g}" for name in _PARTS]

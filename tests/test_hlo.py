@@ -172,6 +172,33 @@ def test_wire_is_hidden_where_work_is_scheduled_inside(cycles):
   assert gather.hidden == (gather.wire if cycles else 0.0)
 
 
+BETWEEN_SLICES = """HloModule m
+ENTRY %main (a: f32[64,8]) -> f32[64,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %all = token[] after-all()
+  %s = (f32[64,8]{1,0}, u32[]{:S(2)}, token[]) send(%a, %all), channel_id=2, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_host_transfer_rendezvous="r_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %r = (f32[64,8]{1,0}, u32[]{:S(2)}, token[]) recv(%all), channel_id=1, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_host_transfer_rendezvous="r_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %t = f32[64,8]{1,0} tanh(%a), backend_config={"estimated_cycles":"CYCLES"}
+  %sd = token[] send-done(%s), channel_id=2
+  %rd = (f32[64,8]{1,0}, token[]) recv-done(%r), channel_id=1
+  ROOT %o = f32[64,8]{1,0} get-tuple-element(%rd), index=0
+}
+"""
+
+
+@pytest.mark.parametrize("cycles", [0, 70])
+def test_what_slices_send_each_other(cycles):
+  report = hlo.analyze(BETWEEN_SLICES.replace("CYCLES", str(cycles)), 8)
+  traffic = report.collectives["network-all-reduce"]
+  assert (traffic.runs, traffic.wire) == (1, 64 * 8 * 4)
+  assert traffic.hidden == (traffic.wire if cycles else 0.0)
+  assert traffic.exposed[tuple(range(8))] == traffic.wire - traffic.hidden
+
+
 def test_other_text_is_an_error():
   with pytest.raises(ValueError, match="ENTRY"):
     hlo.parse("module @jit_f {}")

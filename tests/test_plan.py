@@ -124,6 +124,13 @@ def test_slices_talk_over_the_network():
   assert made == pytest.approx((1e9 / 600e9 + 1e9 / 64 / 6.25e9) / 0.9)
 
 
+def test_sums_over_slices():
+  three = hardware.parse("v5p:4x4x4", slices=3)
+  where, group = grid(three), tuple(range(192))
+  made = estimate.collective_seconds("network-all-reduce", 3e9, group, where, three)
+  assert made == pytest.approx(3e9 * 4 / 3 / 6.25e9 / 0.9)
+
+
 def test_two_dies_share_the_links_of_a_chip():
   pair = hardware.parse("tpu7x:2x2x1")
   assert grid(pair)[:2].tolist() == [[0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
