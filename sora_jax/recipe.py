@@ -329,7 +329,7 @@ def _check(recipe: Recipe) -> None:
     recipe.sample.check(
       dit.loss.process, dit.loss.target, recipe.sample.negative_prompt
     )
-  key, longest_text = "config.dit.max_text_tokens", dit.max_text_tokens
+  key = "config.dit.max_text_tokens"
   if recipe.text.folder:
     text = recipe.text
     if min(text.max_tokens, text.width) < 1:
@@ -340,10 +340,9 @@ def _check(recipe: Recipe) -> None:
         f"max_tokens {text.max_tokens}"
       )
     key = "config.text.pad_to" if text.pad_to else "config.text.max_tokens"
-    longest_text = max(text.pad_to, text.max_tokens)
-  if longest_text > dit.text_tokens:
+  if longest_text(recipe) > dit.text_tokens:
     raise ValueError(
-      f"{key} {longest_text} is more than a row has: config.dit.text_tokens "
+      f"{key} {longest_text(recipe)} is more than a row has: config.dit.text_tokens "
       f"{dit.text_tokens}"
     )
   if dit.text.vocab_size < 261:
@@ -367,11 +366,24 @@ def _check(recipe: Recipe) -> None:
   for frames in recipe.encode.frame_buckets:
     if (frames - 1) % 4:
       raise ValueError(f"config.encode.frame_buckets: {frames} is not 1 + 4k")
-  longest = 1 + (data.max_frames - 1) // vae.time_factor
-  # Rounding sizes to the grid keeps their area below max_pixels.
-  most = longest * (data.max_pixels // (multiple * multiple))
+  most = longest_clip(recipe)
   if most > dit.tokens:
     raise ValueError(
       f"config.dit.tokens {dit.tokens}: a clip of config.data.max_frames "
       f"{data.max_frames} and max_pixels {data.max_pixels} can have {most} tokens"
     )
+
+
+def longest_clip(recipe: Recipe) -> int:
+  """Most tokens that a clip can have."""
+  data, vae = recipe.data, recipe.vae.model
+  edge = vae.space_factor * recipe.dit.model.patch_size[1]
+  # Rounding sizes to the grid keeps their area below max_pixels.
+  return (1 + (data.max_frames - 1) // vae.time_factor) * (data.max_pixels // edge**2)
+
+
+def longest_text(recipe: Recipe) -> int:
+  """Most tokens that a caption can take of a row."""
+  if not recipe.text.folder:
+    return recipe.dit.max_text_tokens
+  return max(recipe.text.pad_to, recipe.text.max_tokens)

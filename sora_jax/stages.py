@@ -96,16 +96,21 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
 def _check_mesh(recipe):
   """Batches must divide by the devices; better known now than after hours."""
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
+  check_rows("config.vae.batch_size", recipe.vae.batch_size, recipe.vae.train, mesh)
+  check_rows("config.dit.rows", recipe.dit.rows, recipe.dit.train, mesh)
+
+
+def check_rows(key: str, rows: int, config, mesh) -> None:
+  """Raises ValueError if a batch of that many rows does not divide by the mesh.
+
+  config: a train.TrainConfig.
+  """
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  for key, rows, config in (
-    ("config.vae.batch_size", recipe.vae.batch_size, recipe.vae.train),
-    ("config.dit.rows", recipe.dit.rows, recipe.dit.train),
-  ):
-    if rows % (ways * config.grad_accumulation):
-      raise ValueError(
-        f"{key} {rows} must be a multiple of {ways} (devices along data and fsdp) x "
-        f"{config.grad_accumulation} (grad_accumulation); set it, or config.mesh"
-      )
+  if rows % (ways * config.grad_accumulation):
+    raise ValueError(
+      f"{key} {rows} must be a multiple of {ways} (devices along data and fsdp) x "
+      f"{config.grad_accumulation} (grad_accumulation); set it, or config.mesh"
+    )
 
 
 def _check_text(recipe):

@@ -15,6 +15,7 @@ from sora_jax import autoencoder, checkpoint, encode, sample, sharding, stages, 
 from sora_jax import recipe as recipes
 from sora_jax.data import pack, pipeline, records, tokenizer
 from sora_jax.models import dit
+from sora_jax.tasks import Task
 from sora_jax.tasks import dit as dit_task
 from sora_jax.text_encoder import FrozenTextEncoder
 
@@ -45,7 +46,7 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
     return pipeline.PackedDataset(
       latents,
       str(workdir / "encode"),
-      budget=pack.Budget(stage.tokens, stage.text_tokens, stage.segments),
+      budget=budget(stage),
       patch_size=stage.model.patch_size,
       seed=seed,
       reference_fps=stage.reference_fps,
@@ -57,15 +58,10 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
     )
 
   training = dataset(recipe.seed, caption_dropout=stage.caption_dropout)
+  task, rules = make_task(recipe)
   return train.Setup(
-    task=dit_task.make(
-      stage.model,
-      None if frozen else stage.text,
-      stage.loss,
-      stage.segments,
-      recipe.dtype,
-    ),
-    rules=dit_task.DIT_RULES if frozen else dit_task.SHARDING_RULES,
+    task=task,
+    rules=rules,
     data=pipeline.Batches(training, stage.rows, workers=recipe.data.workers, **shard),
     eval_batches=pipeline.first_batches(
       dataset(0, split="heldout", caption_dropout=0.0),
@@ -78,6 +74,26 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
     units=lambda batch: int(np.count_nonzero(batch["segment_L"])),
     captioned=any(clip.captions for clip in latents if clip.split == "train"),
   )
+
+
+def make_task(recipe: recipes.Recipe) -> tuple[Task, sharding.Rules]:
+  """What the stage learns, and where its params go; needs no data."""
+  stage, frozen = recipe.dit, bool(recipe.text.folder)
+  text = None if frozen else stage.text
+  task = dit_task.make(stage.model, text, stage.loss, stage.segments, recipe.dtype)
+  return task, dit_task.DIT_RULES if frozen else dit_task.SHARDING_RULES
+
+
+def budget(stage: recipes.DiTStage) -> pack.Budget:
+  """Size of a packed row."""
+  return pack.Budget(stage.tokens, stage.text_tokens, stage.segments)
+
+
+def empty_row(recipe: recipes.Recipe) -> dict[str, np.ndarray]:
+  """A row of padding as the stage's data has it, see `pipeline.empty_row`."""
+  text_width = recipe.text.width if recipe.text.folder else None
+  stage = recipe.dit
+  return pipeline.empty_row(budget(stage), stage.model.patch_width, text_width)
 
 
 def _tokenizer(stage, latents, path):

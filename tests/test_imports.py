@@ -53,7 +53,7 @@ def own(name):
 PURE = ("patches", "tiling", "diffusion", "sampler", "prompting")
 LEAVES = (
   "sharding", "optim", "checkpoint", "metrics", "hlo", "hosts", "goodput", "profiling",
-  "sweeps", "curves", "streamed",
+  "sweeps", "curves", "streamed", "hardware", "estimate",
 )  # fmt: skip
 COMMANDS = (
   "main",
@@ -75,6 +75,10 @@ COMMANDS = (
   "text_encoder",
   "import_weights",
   "export_weights",
+  "plan",
+  "plan_report",
+  "packing_load",
+  "programs",
 )
 # Modules -> what of the package they may import. All of the package is listed.
 ALLOWED = {

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sora_jax import optim, recipe, sharding, train
+from sora_jax import optim, recipe, sharding, train, train_dit
 from sora_jax.models import dit, vae
 from sora_jax.tasks import dit as dit_task
 from sora_jax.tasks import vae as vae_task
@@ -23,7 +23,7 @@ KEY = jax.random.key(0)
 
 
 # File of configs/ -> what its get_config takes.
-VARIANTS = {"quickstart": ("short", "ddpm")}
+VARIANTS = {"quickstart": ("short", "ddpm"), "pod": ("14b", "wan2.1-14b")}
 
 
 def config_cases():
@@ -51,17 +51,11 @@ def vae_batch(stage):
   }
 
 
-def dit_batch(stage):
-  """See data.pipeline.PackedDataset."""
-  L, S, P = stage.tokens, stage.text_tokens, stage.model.patch_width
-  shapes = {
-    "patch_LP": ((L, P), jnp.float32),
-    "position_L3": ((L, 3), jnp.float32),
-    **{name: ((L,), jnp.int32) for name in ("segment_L", "group_L")},
-    **{f"text{name}_S": ((S,), jnp.int32) for name in ("", "_segment", "_position")},
-  }
+def dit_batch(built):
   return {
-    name: ((stage.rows, *shape), dtype) for name, (shape, dtype) in shapes.items()
+    name: ((built.dit.rows, *value.shape), value.dtype)
+    for name, value in train_dit.empty_row(built).items()
+    if not name.startswith("clip")
   }
 
 
@@ -111,12 +105,7 @@ def test_config_builds(get_config):
     abstract(vae_batch(vae)),
     vae.train,
   )
-  check_task(
-    dit_task.make(dit.model, dit.text, dit.loss, dit.segments, built.dtype),
-    dit_task.SHARDING_RULES,
-    abstract(dit_batch(dit)),
-    dit.train,
-  )
+  check_task(*train_dit.make_task(built), abstract(dit_batch(built)), dit.train)
 
 
 def leaves(config):
