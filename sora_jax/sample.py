@@ -24,6 +24,7 @@ from absl import flags, logging
 from sora_jax import (
   checkpoint,
   diffusion,
+  finetune,
   metrics,
   patches,
   sampler,
@@ -82,10 +83,19 @@ class Sampler:
     )
 
   @classmethod
-  def from_checkpoint(cls, folder, mesh=None, dtype=None) -> "Sampler":
+  def from_checkpoint(
+    cls, folder, mesh=None, dtype=None, loras: Sequence[tuple[str, float]] = ()
+  ) -> "Sampler":
     """Loads a run's folder, with vae/model and dit/model in it.
 
     A frozen text encoder is in text/model, or where it was in training.
+
+    Args:
+      folder: of the run, or of an imported checkpoint.
+      mesh: that params are sharded over; the local devices by default.
+      dtype: of the computation.
+      loras: safetensors files of adapters that are merged in, and how strongly; 1 is
+        as they were trained.
 
     Raises:
       ValueError: if one of the models is missing, damaged, or made for another.
@@ -108,6 +118,9 @@ class Sampler:
         f"{folder}: dit/model was trained on latents of another VAE than vae/model "
         f"({meta.get('vae')} and {autoencoder.meta.get('id')}); take both of one run"
       )
+    for path, strength in loras:
+      config = DiTConfig(**from_json(meta["model"]))
+      params = finetune.merge_file(params, path, config, mesh, strength)
     encode_text = None
     if "features" in text:
       place = folder
@@ -492,6 +505,8 @@ def requests_of(recipe: recipes.Recipe, workdir, count=8) -> list[Request]:
 
 def _define_flags():
   flags.DEFINE_string("checkpoint", None, "Folder of a run, with vae/ and dit/ in it.")
+  flags.DEFINE_multi_string("lora", [], "Adapters to merge in, .safetensors files.")
+  flags.DEFINE_float("lora_strength", 1.0, "How strongly; 1 is as they were trained.")
   flags.DEFINE_multi_string("prompt", [], "What to make; may be given several times.")
   flags.DEFINE_string("prompts_file", None, "Text file with one prompt a line.")
   flags.DEFINE_string("size", "64x64", "WIDTHxHEIGHT in pixels.")
@@ -571,7 +586,9 @@ def _main(argv):
     for i, prompt in enumerate(prompts)
   ]
   options = _options(args)
-  videos = Sampler.from_checkpoint(args.checkpoint).sample(requests, options)
+  loras = [(path, args.lora_strength) for path in args.lora]
+  model = Sampler.from_checkpoint(args.checkpoint, loras=loras)
+  videos = model.sample(requests, options)
   for i, (request, video_THWC) in enumerate(zip(requests, videos, strict=True)):
     name = out.name if len(videos) == 1 else f"{out.stem}-{i:03d}{out.suffix}"
     path = out.with_name(name)

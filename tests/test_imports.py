@@ -50,7 +50,7 @@ def own(name):
   return {i for i in IMPORTS[name] if i in IMPORTS and i != "sora_jax"}
 
 
-PURE = ("patches", "tiling", "diffusion", "sampler")
+PURE = ("patches", "tiling", "diffusion", "sampler", "lora")
 LEAVES = ("sharding", "optim", "checkpoint", "metrics", "hlo", "streamed")
 COMMANDS = (
   "main",
@@ -66,11 +66,12 @@ COMMANDS = (
   "text_encoder",
   "import_weights",
   "export_weights",
+  "finetune",
 )
 # Modules -> what of the package they may import. All of the package is listed.
 ALLOWED = {
   PURE: PURE,
-  ("models",): ("models", "patches"),
+  ("models",): ("models", "patches", "lora"),
   ("weights",): ("weights", "models"),
   ("tasks",): ("tasks", "models", *PURE),
   LEAVES: LEAVES,
@@ -128,7 +129,7 @@ def test_flax_is_only_in_models():
 @pytest.mark.parametrize("layer", ["models", "tasks", *PURE])
 def test_networks_and_math_do_no_io(layer):
   allowed = ["jax", "numpy", "flax", "tokamax", "math", "functools", "dataclasses"]
-  allowed += ["collections", "typing", "sora_jax"]
+  allowed += ["collections", "typing", "re", "sora_jax"]
   for name in inside(layer):
     wrong = {i for i in IMPORTS[name] if not is_in(i, allowed)}
     assert not wrong, f"{name} imports {sorted(wrong)}"
