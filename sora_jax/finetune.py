@@ -146,12 +146,18 @@ def begin(
     )
   shapes = jax.eval_shape(task.init, jax.random.key(0))
   places = sharding.param_shardings(shapes, rules, mesh)
-  base, _ = checkpoint.load_model(folder, places, base_dtypes(shapes, recipe.dtype))
-  rules = lora.sharding_rules(shapes, rules, stage.lora)
-  return lora_task.make(task, stage.lora, base), rules, None
+  base, _ = checkpoint.load_model(folder, places, _base_dtypes(shapes, recipe.dtype))
+  return *adapt(stage.lora, task, rules, base), None
 
 
-def base_dtypes(shapes, dtype) -> dict:
+def adapt(
+  config: lora.LoRAConfig, task: Task, rules: sharding.Rules, base
+) -> tuple[Task, sharding.Rules]:
+  """The task whose params are adapters of the base, arrays or shapes, and its rules."""
+  return lora_task.make(task, config, base), lora.sharding_rules(base, rules, config)
+
+
+def _base_dtypes(shapes, dtype) -> dict:
   """Dtypes of a frozen base: its blocks' kernels are kept in that of the computation.
 
   To which each step would round them anyway, and they are nearly all of the bytes.

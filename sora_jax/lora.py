@@ -94,17 +94,27 @@ def picked(shapes, config: LoRAConfig) -> dict:
 def sharding_rules(
   shapes, rules: Sequence[tuple[str, PartitionSpec]], config: LoRAConfig
 ) -> list[tuple[str, PartitionSpec]]:
-  """Rules for the adapters, from those of the params: A is cut as W's rows, B as its
-  columns, and the rank not at all."""
+  """Rules for the adapters, from those of the params.
+
+  The long side of A is cut as W's rows are, that of B as its columns, and both along
+  the axes of the other side too: so all of the state is shared by all devices.
+  """
   made = []
   for name, leaf in picked(shapes, config).items():
     spec = next(
       spec for regex, spec in rules if re.fullmatch(regex, f"{name}/{KERNEL}")
     )
     *layers, rows, columns = (*spec, *[None] * (len(leaf.shape) - len(spec)))
-    made.append((re.escape(f"{name}/{A}"), PartitionSpec(*layers, rows, None)))
-    made.append((re.escape(f"{name}/{B}"), PartitionSpec(*layers, None, columns)))
+    rows, columns = _axes(rows), _axes(columns)
+    a = PartitionSpec(*layers, rows + columns, None)
+    b = PartitionSpec(*layers, None, columns + rows)
+    made += [(re.escape(f"{name}/{A}"), a), (re.escape(f"{name}/{B}"), b)]
   return made
+
+
+def _axes(entry) -> tuple[str, ...]:
+  """Mesh axes of an entry of a PartitionSpec."""
+  return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def attach(params, adapters, scale: float) -> dict:

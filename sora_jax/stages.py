@@ -95,6 +95,8 @@ def _check_mesh(recipe):
     ("config.vae.batch_size", recipe.vae.batch_size, recipe.vae.train),
     ("config.dit.rows", recipe.dit.rows, recipe.dit.train),
   ):
+    if key.startswith("config.vae") and recipe.vae.folder:
+      continue
     if rows % (ways * config.grad_accumulation):
       raise ValueError(
         f"{key} {rows} must be a multiple of {ways} (devices along data and fsdp) x "

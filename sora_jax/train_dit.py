@@ -24,6 +24,7 @@ from sora_jax import (
 from sora_jax import recipe as recipes
 from sora_jax.data import pack, pipeline, records, tokenizer
 from sora_jax.models import dit
+from sora_jax.tasks import Task
 from sora_jax.tasks import dit as dit_task
 from sora_jax.text_encoder import FrozenTextEncoder
 
@@ -88,16 +89,11 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
   )
 
 
-def make_task(recipe: recipes.Recipe) -> tuple:
-  """(task, sharding rules) of all params of the DiT."""
+def make_task(recipe: recipes.Recipe) -> tuple[Task, sharding.Rules]:
+  """What the stage learns, and where its params go; needs no data."""
   stage, frozen = recipe.dit, bool(recipe.text.folder)
-  task = dit_task.make(
-    stage.model,
-    None if frozen else stage.text,
-    stage.loss,
-    stage.segments,
-    recipe.dtype,
-  )
+  text = None if frozen else stage.text
+  task = dit_task.make(stage.model, text, stage.loss, stage.segments, recipe.dtype)
   return task, dit_task.DIT_RULES if frozen else dit_task.SHARDING_RULES
 
 
