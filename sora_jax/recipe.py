@@ -65,7 +65,8 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class VAEStage:
-  """folder: that holds vae/model, which is taken as it is; "" = the stage trains one.
+  """folder: that holds vae/model, which is taken as it is, and all other keys but
+  `model` have no effect; "" = the stage trains one.
 
   crop: (frames, height, width) that clips are cut or padded to for training.
   """

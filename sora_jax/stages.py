@@ -133,6 +133,9 @@ def _describe(name, recipe, workdir):
     config["precision"] = recipe.precision
   for section in sections:
     config[section] = _chosen(getattr(recipe, section))
+  if name == "vae" and recipe.vae.folder:
+    # Nothing is trained: how has no effect.
+    config["vae"] = {key: config["vae"][key] for key in ("folder", "model")}
   # Through JSON, so that it compares equal to what is read back.
   config = json.loads(json.dumps(config))
   for other in inputs:
