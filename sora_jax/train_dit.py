@@ -228,12 +228,14 @@ class _Preview:
 def _flops_per_row(dataset, stage, rows=64) -> float:
   """FLOPs of the forward and backward pass of a row, on average."""
   rows, flops = min(rows, dataset.elements_per_epoch()), 0.0
+  # A frozen base has no gradients of its own, only those of what goes through it.
+  passes = 2.0 if stage.lora.rank else 3.0
   for i in range(rows):
     row = dataset[i]
     clips = np.bincount(row["segment_L"], minlength=stage.segments + 1)[1:]
     texts = np.bincount(row["text_segment_S"], minlength=stage.segments + 1)[1:]
     pairs = np.sum(clips * (clips + texts))
-    flops += 3.0 * dit.num_flops(stage.model, clips.sum(), texts.sum(), pairs)
+    flops += passes * dit.num_flops(stage.model, clips.sum(), texts.sum(), pairs)
   return flops / rows
 
 
