@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 SCHEDULES = ("constant", "cosine", "wsd")
-DECAYED = ("kernel", "embedding")
+DECAYED = ("kernel", "embedding", "lora_a", "lora_b")
 
 
 def make(config, params) -> tuple[optax.GradientTransformation, optax.Schedule]:

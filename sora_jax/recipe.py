@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sora_jax import optim, sampler
+from sora_jax.lora import LoRAConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.text import TextEncoderConfig
 from sora_jax.models.vae import VAEConfig
@@ -65,9 +66,14 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class VAEStage:
-  """crop: (frames, height, width) that clips are cut or padded to for training."""
+  """folder: that holds vae/model, which is taken as it is, and all other keys but
+  `model` have no effect; "" = the stage trains one.
+
+  crop: (frames, height, width) that clips are cut or padded to for training.
+  """
 
   train: TrainConfig
+  folder: str = ""
   model: VAEConfig = VAEConfig()
   loss: VAELossConfig = VAELossConfig()
   batch_size: int = 8
@@ -111,6 +117,8 @@ class Text:
 class DiTStage:
   """rows: packed rows of a batch, each of `tokens`, `text_tokens` and `segments`.
 
+  init_from: folder whose dit/model training begins with; "" = from nothing. lora: train
+  only adapters of it.
   text, max_text_tokens: the small text encoder and its longest caption; neither has an
   effect with config.text.folder. reference_fps: frame rate at which one latent frame
   is one step of the time position. caption_dropout, given_prob, extra_prob: shares of
@@ -118,6 +126,8 @@ class DiTStage:
   """
 
   train: TrainConfig
+  init_from: str = ""
+  lora: LoRAConfig = LoRAConfig()
   model: DiTConfig = DiTConfig()
   text: TextEncoderConfig = TextEncoderConfig()
   loss: DiTLossConfig = DiTLossConfig()
@@ -322,9 +332,14 @@ def _check(recipe: Recipe) -> None:
   with _naming("config.vae.crop"):
     vae.latent_shape(*recipe.vae.crop)
   # What a later stage would only find out after hours.
-  for name in ("vae", "dit"):
+  for name in ("dit",) if recipe.vae.folder else ("vae", "dit"):
     with _naming(f"config.{name}.train"):
       optim.make_schedule(getattr(recipe, name).train, 1.0)
+  if dit.lora.rank and not dit.init_from:
+    raise ValueError(
+      f"config.dit.lora.rank {dit.lora.rank} needs a model that the adapters are of: "
+      "config.dit.init_from"
+    )
   with _naming("config.sample"):
     recipe.sample.check(
       dit.loss.process, dit.loss.target, recipe.sample.negative_prompt

@@ -118,7 +118,7 @@ class DiT(nn.Module):
 
     def dense(features, name, **kwargs):
       kwargs = {"dtype": dtype, "dot_general": layers.dot_general, **kwargs}
-      return nn.Dense(features, name=name, **kwargs)
+      return layers.Dense(features, name=name, **kwargs)
 
     x_BLD = dense(c.width, "patch_embed")(x_BLP.astype(dtype))
     text_BSD = dense(c.width, "text_embed_1")(text_BSE.astype(dtype))
@@ -177,7 +177,9 @@ class _Block(nn.Module):
     c, dtype = self.config, x_BLD.dtype
 
     def dense(features, name):
-      return nn.Dense(features, dtype=dtype, dot_general=layers.dot_general, name=name)
+      return layers.Dense(
+        features, dtype=dtype, dot_general=layers.dot_general, name=name
+      )
 
     def heads(x):
       return x.reshape(*x.shape[:-1], c.heads, c.width // c.heads)

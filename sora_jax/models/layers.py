@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sora_jax import lora
+
 
 class RMSNorm(nn.Module):
   """Root-mean-square norm over the last axis with a learned scale, in float32."""
@@ -36,6 +38,21 @@ def dot_general(lhs, rhs, dimension_numbers, precision=None, **kwargs):
   rows = lhs.reshape(-1, lhs.shape[-1])
   out = jax.lax.dot_general(rows, rhs, (((1,), (0,)), ((), ())), precision, **kwargs)
   return out.reshape(*lhs.shape[:-1], *rhs.shape[1:])
+
+
+class Dense(nn.Dense):
+  """`nn.Dense` that adds x A B where its params hold adapters; see `lora.attach`."""
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    y = super().__call__(x)
+    if not self.has_variable("params", lora.A):
+      return y
+    x = x.astype(y.dtype)
+    for name in (lora.A, lora.B):
+      factor = self.get_variable("params", name).astype(y.dtype)
+      x = dot_general(x, factor, (((x.ndim - 1,), (0,)), ((), ())))
+    return y + x
 
 
 def conv_general_dilated(
