@@ -45,6 +45,8 @@ setup(
   extras_require={
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
+    # To compile for TPUs on any Linux host; not beside "tpu", which has its own libtpu.
+    "plan": ["libtpu>=0.0.51", "tokamax>=0.0.12"],
     "test": [
       "pytest>=8",
       "ruff>=0.14",

@@ -31,39 +31,10 @@ class Autoencoder:
       raise ValueError(f"{folder}: not a VAE (no latent statistics in model.json)")
     self.config = VAEConfig(**from_json(meta["model"]))
     self.mesh, self.meta = mesh, meta
-    replicated = NamedSharding(mesh, PartitionSpec())
-    self._params = jax.device_put(params, replicated)
+    self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     mean = np.asarray(meta["latent_mean"], np.float32)
     std = np.asarray(meta["latent_std"], np.float32)
-    vae = VAE(self.config, dtype)
-
-    # A donated cache is overwritten by the next one.
-    jit = functools.partial(
-      jax.jit,
-      out_shardings=(replicated, None),
-      static_argnames="keep",
-      donate_argnames="cache",
-    )
-
-    @jit
-    def encode(params, video_BTHWC, cache=None, keep=False):
-      video_BTHWC = vae_task.to_float(self._shard(video_BTHWC))
-      if keep:
-        (latent, _), cache = encode_chunk(vae, params, video_BTHWC, cache)
-      else:
-        latent, _ = vae.apply({"params": params}, video_BTHWC, method=VAE.encode)
-      return (latent - mean) / std, jax.tree.map(self._shard_evenly, cache)
-
-    @jit
-    def decode(params, latent_BTHWC, cache=None, keep=False):
-      latent_BTHWC = self._shard(latent_BTHWC) * std + mean
-      if keep:
-        video, cache = decode_chunk(vae, params, latent_BTHWC, cache)
-      else:
-        video = vae.apply({"params": params}, latent_BTHWC, method=VAE.decode)
-      return vae_task.to_uint8(video), jax.tree.map(self._shard_evenly, cache)
-
-    self._encode, self._decode = encode, decode
+    self._encode, self._decode = programs(self.config, mean, std, mesh, dtype)
 
   def encode(self, video_BTHWC: np.ndarray) -> np.ndarray:
     """uint8 [B, T, H, W, 3] -> normalised latents, float32 [B, t, h, w, C].
@@ -132,16 +103,52 @@ class Autoencoder:
       out, cache = step(self._params, x, cache, keep)
       return np.asarray(jax.device_get(out)), cache
 
-  def _shard(self, x_BTHWC):
-    rows = "context" if x_BTHWC.shape[2] >= self.mesh.shape["context"] else None
-    spec = PartitionSpec(sharding.BATCH_AXES, None, rows)
-    return jax.lax.with_sharding_constraint(x_BTHWC, NamedSharding(self.mesh, spec))
 
-  def _shard_evenly(self, x_BTHWC):
+def programs(config: VAEConfig, mean, std, mesh, dtype=jnp.float32):
+  """Jitted (encode, decode), each (params, x, cache=None, keep=False) -> (y, cache).
+
+  mean, std: of the latents, by channel. keep: return what the next chunk needs.
+  """
+  vae = VAE(config, dtype)
+
+  def shard(x_BTHWC):
+    rows = "context" if x_BTHWC.shape[2] >= mesh.shape["context"] else None
+    spec = PartitionSpec(sharding.BATCH_AXES, None, rows)
+    return jax.lax.with_sharding_constraint(x_BTHWC, NamedSharding(mesh, spec))
+
+  def shard_evenly(x_BTHWC):
     # Inside a program a height may be shared unevenly, but not between two of them.
-    divides = x_BTHWC.shape[2] % self.mesh.shape["context"] == 0
+    divides = x_BTHWC.shape[2] % mesh.shape["context"] == 0
     spec = PartitionSpec(sharding.BATCH_AXES, None, "context" if divides else None)
-    return jax.lax.with_sharding_constraint(x_BTHWC, NamedSharding(self.mesh, spec))
+    return jax.lax.with_sharding_constraint(x_BTHWC, NamedSharding(mesh, spec))
+
+  # A donated cache is overwritten by the next one.
+  jit = functools.partial(
+    jax.jit,
+    out_shardings=(NamedSharding(mesh, PartitionSpec()), None),
+    static_argnames="keep",
+    donate_argnames="cache",
+  )
+
+  @jit
+  def encode(params, video_BTHWC, cache=None, keep=False):
+    video_BTHWC = vae_task.to_float(shard(video_BTHWC))
+    if keep:
+      (latent, _), cache = encode_chunk(vae, params, video_BTHWC, cache)
+    else:
+      latent, _ = vae.apply({"params": params}, video_BTHWC, method=VAE.encode)
+    return (latent - mean) / std, jax.tree.map(shard_evenly, cache)
+
+  @jit
+  def decode(params, latent_BTHWC, cache=None, keep=False):
+    latent_BTHWC = shard(latent_BTHWC) * std + mean
+    if keep:
+      video, cache = decode_chunk(vae, params, latent_BTHWC, cache)
+    else:
+      video = vae.apply({"params": params}, latent_BTHWC, method=VAE.decode)
+    return vae_task.to_uint8(video), jax.tree.map(shard_evenly, cache)
+
+  return encode, decode
 
 
 def in_chunks(x_BTHWC: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -1,5 +1,6 @@
 """Checkpoints of a run (Orbax, asynchronous) and finished models (params + meta)."""
 
+import hashlib
 import json
 
 import jax
@@ -151,6 +152,12 @@ def load_meta(folder) -> dict:
   return _read_model(epath.Path(folder).absolute())["meta"]
 
 
+def digest(value) -> str:
+  """Short hash of what is JSON-able."""
+  text = json.dumps(value, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def save_meta(folder, meta: dict) -> None:
   """Replaces the meta of a model. ValueError if there is no complete model."""
   folder = epath.Path(folder).absolute()
@@ -162,7 +169,7 @@ def load_model(folder, shardings=None, dtype=None) -> tuple[dict, dict]:
 
   shardings: tree of shardings like the params, or a function of the params' shapes
   that returns it; without it the params come whole to the default device.
-  dtype: of the params, as they were saved if None; for models that are not trained.
+  dtype: of the params, or a tree of dtypes like them; as they were saved if None.
   ValueError naming the folder if there is no complete model in it.
   """
   folder = epath.Path(folder).absolute()
@@ -179,8 +186,11 @@ def load_model(folder, shardings=None, dtype=None) -> tuple[dict, dict]:
         )
       else:
         tree = shardings(shapes) if callable(shardings) else shardings
+        dtypes = dtype
+        if not isinstance(dtype, dict):
+          dtypes = jax.tree.map(lambda leaf: dtype or leaf.dtype, shapes)
         args = jax.tree.map(
-          lambda s: ocp.ArrayRestoreArgs(sharding=s, dtype=dtype), tree
+          lambda s, dtype: ocp.ArrayRestoreArgs(sharding=s, dtype=dtype), tree, dtypes
         )
       params = checkpointer.restore(folder / model["params"], restore_args=args)
   except Exception as error:  # noqa: BLE001

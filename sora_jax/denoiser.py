@@ -44,12 +44,7 @@ class Denoiser:
       self._process,
       "text_S" if encode_text is None else "text_SE",
     )
-    self.integrate = jax.jit(
-      functools.partial(integrate, self.model, text, dtype, **noise),
-      static_argnames="options",
-      # Whole on every host, which each then decodes.
-      out_shardings=NamedSharding(mesh, PartitionSpec()),
-    )
+    self.integrate = program(self.model, text, dtype, mesh, **noise)
 
   def __call__(
     self,
@@ -111,14 +106,7 @@ class Denoiser:
         sharding.shard_alike(batch, self.mesh),
         self._table(batch, options),
         scale_BN,
-        # What is an array anyway must not make another program.
-        options=dataclasses.replace(
-          options,
-          steps=1,
-          shift=1.0,
-          shift_tokens=0,
-          guidance_scale=float(options.guidance_scale != 1.0),
-        ),
+        options=static_options(options),
       )
     return np.asarray(jax.device_get(patch_BLP))
 
@@ -173,15 +161,47 @@ class Denoiser:
     return dict(zip(texts, made, strict=True))
 
   def _table(self, batch, options) -> sampler.Table:
-    """The solver's coefficients for each slot of the rows: [calls, ..., B, N]."""
-    tokens_BN = np.maximum(batch.pop("tokens_N"), 1.0)
-    shift_BN = diffusion.resolution_shift(
-      options.shift, tokens_BN, options.shift_tokens
-    )
-    levels = sampler.schedule(
-      options.steps, np.broadcast_to(shift_BN, tokens_BN.shape), batch.pop("start_N")
-    )
-    return sampler.make_table(options.method, levels, self._process, options.eta)
+    slots = batch.pop("tokens_N"), batch.pop("start_N")
+    return solver_table(*slots, options, self._process)
+
+
+def solver_table(
+  tokens_BN, start_BN, options: sampler.Options, process: str
+) -> sampler.Table:
+  """The solver's coefficients for slots of so many tokens: [calls, ..., B, N].
+
+  start_BN: noise level that each begins at.
+  """
+  shift_BN = diffusion.resolution_shift(
+    options.shift, np.maximum(tokens_BN, 1.0), options.shift_tokens
+  )
+  levels = sampler.schedule(
+    options.steps, np.broadcast_to(shift_BN, tokens_BN.shape), start_BN
+  )
+  return sampler.make_table(options.method, levels, process, options.eta)
+
+
+def static_options(options: sampler.Options) -> sampler.Options:
+  """What of them is compiled in: what is an array must not make another program."""
+  return dataclasses.replace(
+    options,
+    steps=1,
+    shift=1.0,
+    shift_tokens=0,
+    guidance_scale=float(options.guidance_scale != 1.0),
+  )
+
+
+def program(model: DiTConfig, text, dtype, mesh, *, process: str, target: str):
+  """`integrate`, jitted; text: config of the encoder trained with the model, or None.
+
+  Its result is whole on every host, which each then decodes.
+  """
+  return jax.jit(
+    functools.partial(integrate, model, text, dtype, process=process, target=target),
+    static_argnames="options",
+    out_shardings=NamedSharding(mesh, PartitionSpec()),
+  )
 
 
 def _unconditional(prompts, options):

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from sora_jax import checkpoint, layout, prompting, sampler, sharding
-from sora_jax.autoencoder import Autoencoder, in_chunks
+from sora_jax import checkpoint, finetune, layout, prompting, sampler, sharding
+from sora_jax.autoencoder import Autoencoder, from_json, in_chunks
 from sora_jax.data import video as video_files
 from sora_jax.denoiser import Denoiser
 from sora_jax.encode import frame_bucket
 from sora_jax.jobs import Job
+from sora_jax.models.dit import DiTConfig
 from sora_jax.prompting import Prompt, Request
 from sora_jax.tasks import dit as dit_task
 from sora_jax.text_encoder import FrozenTextEncoder
@@ -51,10 +52,19 @@ class Sampler:
     self.denoiser = Denoiser(meta, vocabulary, dtype, autoencoder.mesh, encode_text)
 
   @classmethod
-  def from_checkpoint(cls, folder, mesh=None, dtype=None) -> "Sampler":
+  def from_checkpoint(
+    cls, folder, mesh=None, dtype=None, loras: Sequence[tuple[str, float]] = ()
+  ) -> "Sampler":
     """Loads a run's folder, with vae/model and dit/model in it.
 
     A frozen text encoder is in text/model, or where it was in training.
+
+    Args:
+      folder: of the run, or of an imported checkpoint.
+      mesh: that params are sharded over; the local devices by default.
+      dtype: of the computation.
+      loras: safetensors files of adapters that are merged in, and how strongly; 1 is
+        as they were trained.
 
     Raises:
       ValueError: if one of the models is missing, damaged, or made for another.
@@ -77,6 +87,9 @@ class Sampler:
         f"{folder}: dit/model was trained on latents of another VAE than vae/model "
         f"({meta.get('vae')} and {autoencoder.meta.get('id')}); take both of one run"
       )
+    for path, strength in loras:
+      config = DiTConfig(**from_json(meta["model"]))
+      params = finetune.merge_file(params, path, config, mesh, strength)
     encode_text = None
     if "features" in text:
       place = folder

@@ -58,7 +58,8 @@ class Traffic:
   """One kind of collective: runs, bytes of its result, and bytes a chip sends.
 
   hidden: of the sent bytes, those of runs with computation scheduled between start and
-  done. groups: numbers of chips that take part.
+  done. groups: numbers of chips that take part. exposed: the other bytes, by the first
+  group of chips (a tuple of partition ids; sender and receiver of a permute).
   """
 
   runs: float = 0.0
@@ -66,6 +67,7 @@ class Traffic:
   wire: float = 0.0
   hidden: float = 0.0
   groups: set = dataclasses.field(default_factory=set)
+  exposed: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
 
 @dataclasses.dataclass
@@ -142,7 +144,7 @@ def analyze(text: str, chips: int, kernel_flops=None) -> Report:
 
   def visit(name, times):
     types = {op.name: op.type for op in computations[name]}
-    clock, started = 0.0, {}
+    clock, started, sent, received = 0.0, {}, {}, {}
     for op in computations[name]:
       cycles, kind = op.cycles(), re.sub("-(start|done)$", "", op.opcode)
       flops = _matmul_flops(op, types)
@@ -156,13 +158,38 @@ def analyze(text: str, chips: int, kernel_flops=None) -> Report:
           if called in computations:
             visit(called, times)
       elif kind in COLLECTIVES and not op.opcode.endswith("-done"):
-        wire = _add_traffic(report, kind, op, types, times, chips)
+        wire, group = _add_traffic(report, kind, op, types, times, chips)
         if op.opcode.endswith("-start"):
-          started[op.name] = (clock, kind, wire)
+          started[op.name] = (clock, kind, wire, group)
       elif kind in COLLECTIVES:
-        begin, kind, wire = started.pop(op.operands()[0], (clock, kind, 0.0))
+        begin, kind, wire, group = started.pop(op.operands()[0], (clock, kind, 0, ()))
         if clock > begin:
           report.collectives[kind].hidden += wire
+          report.collectives[kind].exposed[group] -= wire
+      elif op.opcode in ("send", "recv") and "xla_megascale" in op.rest:
+        # Between slices: handed to the network of the hosts, and taken from it.
+        name = (
+          re.search(r'_transfer_type="(\w+)"', op.rest)[1].lower().replace("_", "-")
+        )
+        kind = f"network-{name}"
+        meeting = re.search(r'_rendezvous="([^"]*)"', op.rest)[1]
+        if op.opcode == "send":
+          members = tuple(range(chips))
+          dtype, shape = shapes(op.type)[0]
+          wire = times * math.prod(shape) * _bits(dtype) / 8
+          traffic = report.collectives[kind]
+          traffic.runs += times
+          traffic.bytes += wire
+          traffic.wire += wire
+          traffic.exposed[members] += wire
+          sent[meeting] = (clock, kind, wire, members)
+        else:
+          received[op.name] = meeting
+      elif op.opcode == "recv-done" and op.operands()[0] in received:
+        begin, kind, wire, group = sent[received[op.operands()[0]]]
+        if clock > begin:
+          report.collectives[kind].hidden += wire
+          report.collectives[kind].exposed[group] -= wire
       elif fused:
         _add_traffic(report, *fused, types, times, chips)
       elif op.opcode == "custom-call" and "tpu_custom_call" in op.rest:
@@ -228,7 +255,8 @@ def _trips(op, computations) -> int:
   condition = re.search(r"condition=%([\w.\-]+)", op.rest)[1]
   for name in [condition, *(c for o in computations[condition] for c in o.calls())]:
     for inner in computations.get(name, []):
-      if inner.opcode == "constant" and inner.type.startswith("s32[]"):
+      # Loops that spread a matmul over a collective count in unsigned numbers.
+      if inner.opcode == "constant" and inner.type.startswith(("s32[]", "u32[]")):
         return int(re.match(r"-?\d+", inner.rest)[0])
   raise ValueError(f"the loop {op.name} has no constant number of trips")
 
@@ -296,9 +324,10 @@ def _fused_collective(op, computations):
   return None
 
 
-def _add_traffic(report, kind, op, types, times, chips) -> float:
-  """Adds a collective to the report; the bytes that a chip sends for it."""
-  group = _group_size(op.rest, chips)
+def _add_traffic(report, kind, op, types, times, chips):
+  """Adds a collective to the report; the bytes that a chip sends for it, its group."""
+  members = _group(op.rest, chips)
+  group = len(members)
   size = num_bytes(op.type)
   if op.opcode.endswith("-start") and kind != "all-reduce":
     # The type of a start has the operands beside the results.
@@ -314,20 +343,41 @@ def _add_traffic(report, kind, op, types, times, chips) -> float:
   traffic.bytes += times * size
   traffic.wire += times * wire
   traffic.groups.add(group)
-  return times * wire
+  traffic.exposed[members] += times * wire
+  return times * wire, members
 
 
-def _group_size(rest, chips) -> int:
-  if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
-    return int(found[2])
+def _group(rest, chips) -> tuple[int, ...]:
+  """Partition ids of the first group of chips that take part together."""
+  if found := re.search(
+    r"replica_groups=\[(\d+),(\d+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", rest
+  ):
+    # Rows of an iota that is reshaped and transposed.
+    ids = np.arange(int(found[1]) * int(found[2]))
+    if found[4]:
+      ids = ids.reshape(_ints(found[3])).transpose(_ints(found[4]))
+    return tuple(ids.reshape(-1, int(found[2]))[0].tolist())
   if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
-    sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
-    group = 1
+    axes = re.findall(r"'(\w+)'=(\d+)", found[1])
+    # Ids along the named axes, from the first one of all others.
+    sizes, chosen = {name: [int(n)] for name, n in axes}, []
     for part in found[2].split(","):
-      name = re.search(r"'(\w+)'", part)
-      piece = re.search(r":\(\d+\)(\d+)", part)  # a part of an axis
-      group *= int(piece[1]) if piece else sizes[name[1]]
-    return group
-  if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-    return len(found[1].split(","))
-  return chips
+      name = re.search(r"'(\w+)'", part)[1]
+      index = 0
+      if piece := re.search(r":\((\d+)\)(\d+)", part):  # a part of an axis
+        before, size = int(piece[1]), int(piece[2])
+        sizes[name] = [before, size, sizes[name][0] // (before * size)]
+        index = 1
+      chosen.append((name, index))
+    ids = np.arange(math.prod(sum(sizes.values(), [])))
+    ids = ids.reshape(sum(sizes.values(), []))
+    places = [(name, i) for name in sizes for i in range(len(sizes[name]))]
+    ids = ids[tuple(slice(None) if place in chosen else 0 for place in places)]
+    return tuple(ids.ravel().tolist())
+  if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", rest):
+    return tuple(_ints(found[1]))
+  return tuple(range(chips))
+
+
+def _ints(text):
+  return [int(n) for n in text.split(",")]

@@ -8,7 +8,7 @@ import optax
 
 OPTIMIZERS = ("adamw", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "wsd")
-DECAYED = ("kernel", "embedding")
+DECAYED = ("kernel", "embedding", "lora_a", "lora_b")
 
 
 def make(config, params) -> tuple[optax.GradientTransformation, optax.Schedule]:

@@ -76,6 +76,32 @@ def plan_rows(sizes, budget: RowBudget) -> list[list[int]]:
   return rows
 
 
+def empty_batch(rows: int, budget: RowBudget, patch_width: int, text) -> dict:
+  """Rows of padding, as `denoiser.integrate` takes them.
+
+  text: one of the texts, ids [S] or features [S, E].
+  """
+  L, S, N = dataclasses.astuple(budget)
+  text_name = "text_S" if text.ndim == 1 else "text_SE"
+  shapes = {
+    "start_LP": ((L, patch_width), np.float32),
+    "position_L3": ((L, 3), np.float32),
+    "turn_L2": ((L, 2), np.int32),
+    "turn_step_L": ((L,), np.float32),
+    "twin_weight_L": ((L,), np.float32),
+    **{n: ((L,), np.int32) for n in ("segment_L", "group_L", "twin_L")},
+    **{n: ((L,), np.uint32) for n in ("seed_L", "token_L")},
+    "given_level_N": ((N,), np.float32),
+  }
+  for prefix in ("", "empty_"):
+    for name in ("text_segment_S", "text_position_S"):
+      shapes[prefix + name] = ((S,), np.int32)
+    shapes[prefix + text_name] = ((S, *text.shape[1:]), text.dtype)
+  batch = {n: np.zeros((rows, *shape), dt) for n, (shape, dt) in shapes.items()}
+  batch["twin_L"][:] = np.arange(L)
+  return batch
+
+
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
   """Writes clips into rows, as training lays them out.
@@ -104,28 +130,12 @@ class RowLayout:
       The batch, with tokens_N and start_N (tokens and first level of each slot) for the
       solver; guidance scales [B, N]; of each row where its units begin.
     """
-    L, S, N = dataclasses.astuple(budget)
     like = units_of_rows[0][0][0].texts[0][0]
+    batch = empty_batch(rows, budget, self.model.patch_width, like)
     text_name = self.text_name
-    shapes = {
-      "start_LP": ((L, self.model.patch_width), np.float32),
-      "position_L3": ((L, 3), np.float32),
-      "turn_L2": ((L, 2), np.int32),
-      "turn_step_L": ((L,), np.float32),
-      "twin_weight_L": ((L,), np.float32),
-      **{n: ((L,), np.int32) for n in ("segment_L", "group_L", "twin_L")},
-      **{n: ((L,), np.uint32) for n in ("seed_L", "token_L")},
-      "given_level_N": ((N,), np.float32),
-      "tokens_N": ((N,), np.float64),
-    }
-    for prefix in ("", "empty_"):
-      for name in ("text_segment_S", "text_position_S"):
-        shapes[prefix + name] = ((S,), np.int32)
-      shapes[prefix + text_name] = ((S, *like.shape[1:]), like.dtype)
-    batch = {n: np.zeros((rows, *shape), dt) for n, (shape, dt) in shapes.items()}
-    batch["start_N"] = np.ones((rows, N))
-    batch["twin_L"][:] = np.arange(L)
-    scale_BN = np.full((rows, N), guidance_scale, np.float32)
+    batch["tokens_N"] = np.zeros((rows, budget.slots))
+    batch["start_N"] = np.ones((rows, budget.slots))
+    scale_BN = np.full((rows, budget.slots), guidance_scale, np.float32)
     places = []
     for row, units in enumerate(units_of_rows):
       view = {name: value[row] for name, value in batch.items()}

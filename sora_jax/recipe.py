@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sora_jax import optim, sampler
+from sora_jax.lora import LoRAConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.text import TextEncoderConfig
 from sora_jax.models.vae import VAEConfig
@@ -65,9 +66,14 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class VAEStage:
-  """crop: (frames, height, width) that clips are cut or padded to for training."""
+  """folder: that holds vae/model, which is taken as it is, and all other keys but
+  `model` have no effect; "" = the stage trains one.
+
+  crop: (frames, height, width) that clips are cut or padded to for training.
+  """
 
   train: TrainConfig
+  folder: str = ""
   model: VAEConfig = VAEConfig()
   loss: VAELossConfig = VAELossConfig()
   batch_size: int = 8
@@ -111,6 +117,8 @@ class Text:
 class DiTStage:
   """rows: packed rows of a batch, each of `tokens`, `text_tokens` and `segments`.
 
+  init_from: folder whose dit/model training begins with; "" = from nothing. lora: train
+  only adapters of it.
   text, max_text_tokens: the small text encoder and its longest caption; neither has an
   effect with config.text.folder. reference_fps: frame rate at which one latent frame
   is one step of the time position. caption_dropout, given_prob, extra_prob: shares of
@@ -118,6 +126,8 @@ class DiTStage:
   """
 
   train: TrainConfig
+  init_from: str = ""
+  lora: LoRAConfig = LoRAConfig()
   model: DiTConfig = DiTConfig()
   text: TextEncoderConfig = TextEncoderConfig()
   loss: DiTLossConfig = DiTLossConfig()
@@ -322,14 +332,19 @@ def _check(recipe: Recipe) -> None:
   with _naming("config.vae.crop"):
     vae.latent_shape(*recipe.vae.crop)
   # What a later stage would only find out after hours.
-  for name in ("vae", "dit"):
+  for name in ("dit",) if recipe.vae.folder else ("vae", "dit"):
     with _naming(f"config.{name}.train"):
       optim.make_schedule(getattr(recipe, name).train, 1.0)
+  if dit.lora.rank and not dit.init_from:
+    raise ValueError(
+      f"config.dit.lora.rank {dit.lora.rank} needs a model that the adapters are of: "
+      "config.dit.init_from"
+    )
   with _naming("config.sample"):
     recipe.sample.check(
       dit.loss.process, dit.loss.target, recipe.sample.negative_prompt
     )
-  key, longest_text = "config.dit.max_text_tokens", dit.max_text_tokens
+  key = "config.dit.max_text_tokens"
   if recipe.text.folder:
     text = recipe.text
     if min(text.max_tokens, text.width) < 1:
@@ -340,10 +355,9 @@ def _check(recipe: Recipe) -> None:
         f"max_tokens {text.max_tokens}"
       )
     key = "config.text.pad_to" if text.pad_to else "config.text.max_tokens"
-    longest_text = max(text.pad_to, text.max_tokens)
-  if longest_text > dit.text_tokens:
+  if longest_text(recipe) > dit.text_tokens:
     raise ValueError(
-      f"{key} {longest_text} is more than a row has: config.dit.text_tokens "
+      f"{key} {longest_text(recipe)} is more than a row has: config.dit.text_tokens "
       f"{dit.text_tokens}"
     )
   if dit.text.vocab_size < 261:
@@ -367,11 +381,24 @@ def _check(recipe: Recipe) -> None:
   for frames in recipe.encode.frame_buckets:
     if (frames - 1) % 4:
       raise ValueError(f"config.encode.frame_buckets: {frames} is not 1 + 4k")
-  longest = 1 + (data.max_frames - 1) // vae.time_factor
-  # Rounding sizes to the grid keeps their area below max_pixels.
-  most = longest * (data.max_pixels // (multiple * multiple))
+  most = longest_clip(recipe)
   if most > dit.tokens:
     raise ValueError(
       f"config.dit.tokens {dit.tokens}: a clip of config.data.max_frames "
       f"{data.max_frames} and max_pixels {data.max_pixels} can have {most} tokens"
     )
+
+
+def longest_clip(recipe: Recipe) -> int:
+  """Most tokens that a clip can have."""
+  data, vae = recipe.data, recipe.vae.model
+  edge = vae.space_factor * recipe.dit.model.patch_size[1]
+  # Rounding sizes to the grid keeps their area below max_pixels.
+  return (1 + (data.max_frames - 1) // vae.time_factor) * (data.max_pixels // edge**2)
+
+
+def longest_text(recipe: Recipe) -> int:
+  """Most tokens that a caption can take of a row."""
+  if not recipe.text.folder:
+    return recipe.dit.max_text_tokens
+  return max(recipe.text.pad_to, recipe.text.max_tokens)

@@ -107,6 +107,8 @@ def requests_of(recipe: recipes.Recipe, workdir, count=8) -> list[Request]:
 def _define_flags():
   default, job = sampler.Options(), Job()
   flags.DEFINE_string("checkpoint", None, "Folder of a run, with vae/ and dit/ in it.")
+  flags.DEFINE_multi_string("lora", [], "Adapters to merge in, .safetensors files.")
+  flags.DEFINE_float("lora_strength", 1.0, "How strongly; 1 is as they were trained.")
   flags.DEFINE_multi_string("prompt", [], "What to make; may be given several times.")
   flags.DEFINE_string("prompts_file", None, "Text file with one prompt a line.")
   flags.DEFINE_string("from", None, "A video's .json: makes the same again.")
@@ -270,7 +272,8 @@ def _main(argv):
     for i, prompt in enumerate(prompts)
   ]
   options = _options(args, made.get("options", {}))
-  model = Sampler.from_checkpoint(checkpoint)
+  loras = [(path, args.lora_strength) for path in args.lora] or made.get("loras", [])
+  model = Sampler.from_checkpoint(checkpoint, loras=loras)
   if made and model.model_id != made["model"]:
     logging.warning("%s is another model than the one of %s", checkpoint, args["from"])
   names = [out.name]
@@ -278,7 +281,8 @@ def _main(argv):
     names = [f"{out.stem}-{i:03d}{out.suffix}" for i in range(len(work))]
   paths = [out.with_name(name) for name in names]
   for path, each, chunks, fps in _made(model, work, options, args.tile, paths):
-    _write(path, each, chunks, fps, options, checkpoint, model)
+    source = {"checkpoint": str(checkpoint), "loras": loras, "model": model.model_id}
+    _write(path, each, chunks, fps, options, source)
   if args.sheet:
     video.contact_sheet(args.sheet, [video.read(path) for path in paths], prompts)
     logging.info("%s: contact sheet", args.sheet)
@@ -309,7 +313,7 @@ def _made(model, work, options, tile, paths):
     yield path, job, model.stream(full, options, tile), layout.rate(full)
 
 
-def _write(path, job, chunks, fps, options, checkpoint, model):
+def _write(path, job, chunks, fps, options, source):
   """Writes a video and its .json, from which --from makes the same again."""
   described = {
     "job": job.as_json(),
@@ -317,8 +321,7 @@ def _write(path, job, chunks, fps, options, checkpoint, model):
       field.name: getattr(options, field.name)
       for field in dataclasses.fields(sampler.Options)
     },
-    "checkpoint": str(checkpoint),
-    "model": model.model_id,
+    **source,
     "files": job.files(),
   }
   metadata = {"comment": job.prompt, "sora_jax": json.dumps(described)}

@@ -27,20 +27,16 @@ def make_mesh(data=1, fsdp=-1, context=1, tensor=1, devices=None) -> Mesh:
   ValueError if the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = [data, fsdp, context, tensor]
-  shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-    raise ValueError(f"mesh sizes are positive, at most one is -1: {shown}")
-  known = math.prod(size for size in sizes if size != -1)
-  if len(devices) % known or (-1 not in sizes and known != len(devices)):
-    raise ValueError(f"mesh {shown} does not fit {len(devices)} devices")
-  sizes = [len(devices) // known if size == -1 else size for size in sizes]
+  sizes = axis_sizes(len(devices), data, fsdp, context, tensor)
   # Explicit axes, the default of jax.make_mesh, make Linen's sharded matmuls raise.
   types = (AxisType.Auto,) * len(AXES)
   counts = collections.Counter(getattr(d, "slice_index", 0) for d in devices)
   slices = len(counts)
+  # An axis of a slice may be shared by two of the mesh: fsdp=64, context=4 on 16x16.
+  split = {"allow_split_physical_axes": True}
   if slices == 1:
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    grid = mesh_utils.create_device_mesh(sizes, devices, **split)
+    return Mesh(grid, AXES, axis_types=types)
   if sizes[0] % slices:
     raise ValueError(
       f"data={sizes[0]} is not a multiple of the {slices} slices; set "
@@ -50,9 +46,21 @@ def make_mesh(data=1, fsdp=-1, context=1, tensor=1, devices=None) -> Mesh:
     shown = " and ".join(str(counts[index]) for index in sorted(counts))
     raise ValueError(f"slices have {shown} devices; all need the same number")
   grid = mesh_utils.create_hybrid_device_mesh(
-    (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1), devices
+    (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1), devices, **split
   )
   return Mesh(grid, AXES, axis_types=types)
+
+
+def axis_sizes(devices: int, data=1, fsdp=-1, context=1, tensor=1) -> list[int]:
+  """Sizes of the mesh's axes for that many devices; see `make_mesh`."""
+  sizes = [data, fsdp, context, tensor]
+  shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    raise ValueError(f"mesh sizes are positive, at most one is -1: {shown}")
+  known = math.prod(size for size in sizes if size != -1)
+  if devices % known or (-1 not in sizes and known != devices):
+    raise ValueError(f"mesh {shown} does not fit {devices} devices")
+  return [devices // known if size == -1 else size for size in sizes]
 
 
 def path_name(path) -> str:
@@ -156,19 +164,14 @@ def host_shard(mesh: Mesh) -> tuple[int, int]:
   return groups.index(tuple(sorted(shards[jax.process_index()]))), len(groups)
 
 
-def shard_batch(batch, mesh: Mesh):
-  """Global arrays of this host's rows, over the mesh axes (data, fsdp).
+def batch_shardings(batch, mesh: Mesh, hosts: int = 1) -> dict[str, NamedSharding]:
+  """Where `shard_batch` puts the arrays of a batch, or of their shapes.
 
-  batch: dict of numpy arrays, each [this host's rows, ...]; scalars are replicated.
-  ValueError if the rows differ between arrays or do not divide by the mesh.
+  hosts: how many feed that many rows each. ValueError as for `shard_batch`.
   """
-  rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-  replicated = NamedSharding(mesh, PartitionSpec())
-  batch = {name: np.asarray(value) for name, value in batch.items()}
-  sizes = {name: len(value) for name, value in batch.items() if value.ndim}
+  sizes = {name: value.shape[0] for name, value in batch.items() if value.ndim}
   if len(set(sizes.values())) > 1:
     raise ValueError(f"arrays of a batch have different numbers of rows: {sizes}")
-  hosts = host_shard(mesh)[1] if jax.process_count() > 1 else 1
   size = hosts * next(iter(sizes.values()), 0)
   ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
   if size % ways or (sizes and not size):
@@ -176,8 +179,21 @@ def shard_batch(batch, mesh: Mesh):
       f"a batch of {size} rows does not divide by {ways} devices "
       f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
     )
+  rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  replicated = NamedSharding(mesh, PartitionSpec())
+  return {name: rows if value.ndim else replicated for name, value in batch.items()}
 
-  shardings = {name: rows if batch[name].ndim else replicated for name in batch}
+
+def shard_batch(batch, mesh: Mesh):
+  """Global arrays of this host's rows, over the mesh axes (data, fsdp).
+
+  batch: dict of numpy arrays, each [this host's rows, ...]; scalars are replicated.
+  ValueError if the rows differ between arrays or do not divide by the mesh.
+  """
+  batch = {name: np.asarray(value) for name, value in batch.items()}
+  hosts = host_shard(mesh)[1] if jax.process_count() > 1 else 1
+  shardings = batch_shardings(batch, mesh, hosts)
+  size = hosts * next((len(value) for value in batch.values() if value.ndim), 0)
   if jax.process_count() == 1:
     return jax.device_put(batch, shardings)  # one call: half the time of one each
   return {

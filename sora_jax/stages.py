@@ -21,7 +21,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sora_jax import checkpoint, hosts, metrics, sharding, train
+from sora_jax import checkpoint, finetune, hosts, metrics, sharding, train
 from sora_jax import recipe as recipes
 
 # Stage -> (module with run(recipe, workdir), sections of the config, stages it reads).
@@ -65,6 +65,7 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
     _check_mesh(recipe)
   if {"vae", "encode", "dit"} & set(names):
     _check_text(recipe)
+    finetune.check(recipe)
   if "://" in str(workdir):
     raise ValueError(f"--workdir={workdir} must be a path of a (shared) file system")
   workdir = pathlib.Path(workdir)
@@ -96,26 +97,37 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
 def _check_mesh(recipe):
   """Batches must divide by the devices; better known now than after hours."""
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  for key, rows, config in (
-    ("config.vae.batch_size", recipe.vae.batch_size, recipe.vae.train),
-    ("config.dit.rows", recipe.dit.rows, recipe.dit.train),
-  ):
-    if rows % (ways * config.grad_accumulation):
-      raise ValueError(
-        f"{key} {rows} must be a multiple of {ways} (devices along data and fsdp) x "
-        f"{config.grad_accumulation} (grad_accumulation); set it, or config.mesh"
-      )
+  if not recipe.vae.folder:
+    check_rows("config.vae.batch_size", recipe.vae.batch_size, recipe.vae.train, mesh)
+  check_dit(recipe.dit, mesh)
+
+
+def check_dit(stage: recipes.DiTStage, mesh) -> None:
+  """Raises ValueError if the stage's sizes do not divide by the mesh; names the key."""
+  check_rows("config.dit.rows", stage.rows, stage.train, mesh)
   for axis, key, size in (
-    ("context", "config.dit.tokens", recipe.dit.tokens),
-    ("context", "config.dit.text_tokens", recipe.dit.text_tokens),
-    ("tensor", "config.dit.model.heads", recipe.dit.model.heads),
+    ("context", "tokens", stage.tokens),
+    ("context", "text_tokens", stage.text_tokens),
+    ("tensor", "model.heads", stage.model.heads),
   ):
     if size % mesh.shape[axis]:
       raise ValueError(
-        f"{key} {size} must be a multiple of {mesh.shape[axis]}, the devices along "
-        f"{axis}; set it, or config.mesh.{axis}"
+        f"config.dit.{key} {size} must be a multiple of {mesh.shape[axis]}, the "
+        f"devices along {axis}; set it, or config.mesh.{axis}"
       )
+
+
+def check_rows(key: str, rows: int, config, mesh) -> None:
+  """Raises ValueError if a batch of that many rows does not divide by the mesh.
+
+  config: a train.TrainConfig.
+  """
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  if rows % (ways * config.grad_accumulation):
+    raise ValueError(
+      f"{key} {rows} must be a multiple of {ways} (devices along data and fsdp) x "
+      f"{config.grad_accumulation} (grad_accumulation); set it, or config.mesh"
+    )
 
 
 def _check_text(recipe):
@@ -147,6 +159,9 @@ def _describe(name, recipe, workdir):
     config["precision"] = recipe.precision
   for section in sections:
     config[section] = _chosen(getattr(recipe, section))
+  if name == "vae" and recipe.vae.folder:
+    # Nothing is trained: how has no effect.
+    config["vae"] = {key: config["vae"][key] for key in ("folder", "model")}
   # Through JSON, so that it compares equal to what is read back.
   config = json.loads(json.dumps(config))
   for other in inputs:
@@ -155,7 +170,23 @@ def _describe(name, recipe, workdir):
         f"stage {name} needs stage {other}, which is not complete in {workdir}; run it "
         f"first (config.stages, or python -m sora_jax.{STAGES[other][0]})"
       )
-  return {"config": config, "inputs": {i: fingerprint(i, workdir) for i in inputs}}
+  made_from = {i: fingerprint(i, workdir) for i in inputs}
+  for other, folder in _models(name, recipe).items():
+    made_from[other] = checkpoint.digest(checkpoint.load_meta(folder))
+  return {"config": config, "inputs": made_from}
+
+
+def _models(name, recipe) -> dict:
+  """Models of other runs that a stage begins with: key of the config -> folder."""
+  folders = {
+    "vae": {"config.vae.folder": recipe.vae.folder},
+    "dit": {"config.dit.init_from": recipe.dit.init_from},
+  }
+  return {
+    key: pathlib.Path(folder) / name / "model"
+    for key, folder in folders.get(name, {}).items()
+    if folder
+  }
 
 
 def _chosen(section) -> dict:
@@ -190,10 +221,11 @@ def _check(name, stage, workdir, recipe):
       f"{folder} to make the stage again"
     )
   for other, value in stage["inputs"].items():
-    if old["inputs"][other] != value:
+    if old["inputs"].get(other) != value:
+      place = _models(name, recipe).get(other, workdir / other)
       raise ValueError(
         f"stage {name} in {folder} was made from another {other} than the one in "
-        f"{workdir / other} now; delete {folder} to make it again"
+        f"{place} now; delete {folder} to make it again"
       )
 
 

@@ -69,6 +69,7 @@ class Setup(NamedTuple):
   flops_per_step: float
   units: Any  # batch -> number of frames or tokens in it
   captioned: bool = False  # whether any training clip has a caption
+  initial: Any = None  # shardings of the params -> their first values; None = task.init
 
 
 class NonFiniteError(ValueError):
@@ -89,7 +90,11 @@ def step_key(seed: int, step, purpose: int) -> jax.Array:
 
 def init_state(task: Task, optimizer, seed: int) -> TrainState:
   """State before the first update; pure."""
-  params = task.init(step_key(seed, 0, INIT))
+  return first_state(task.init(step_key(seed, 0, INIT)), optimizer)
+
+
+def first_state(params, optimizer) -> TrainState:
+  """State of params that no update has changed; pure."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -184,6 +189,7 @@ class Built(NamedTuple):
 
   abstract: TrainState  # of ShapeDtypeStructs with shardings
   init: Any  # () -> TrainState
+  begin: Any  # params, donated -> TrainState
   # Both take task.frozen, if there is any, as their last argument.
   update: Any  # (TrainState, batch) -> (TrainState, metrics); donates the state
   evaluate: Any  # (params, batch, step, index of the batch) -> metrics
@@ -227,6 +233,11 @@ def build(task: Task, config: TrainConfig, mesh, rules, seed: int) -> Built:
       placed,
     ),
     init=jax.jit(init, out_shardings=placed),
+    begin=jax.jit(
+      functools.partial(first_state, optimizer=optimizer),
+      donate_argnums=0,
+      out_shardings=placed,
+    ),
     # Without out_shardings the gradients, and then the state, would lose fsdp.
     update=jax.jit(update, donate_argnums=0, out_shardings=(placed, replicated)),
     evaluate=jax.jit(evaluate, out_shardings=replicated),
@@ -249,6 +260,7 @@ def train(
   on_eval=None,
   name: str = "dit",
   profile: profiling.Profile | None = None,
+  initial=None,
 ) -> TrainState:
   """Trains to config.steps, going on from the newest checkpoint in workdir/name.
 
@@ -258,6 +270,8 @@ def train(
   eval_batches: () -> iterable of such batches; task.evaluate on them with the EMA
     params, averaged, is written as eval/*. Then on_eval(step, ema, writer) is called.
   describe: list of clip indices -> list of names, for messages.
+  initial: shardings of the params -> their values before the first step, in place of
+    those of task.init.
   flops_per_step, tokens_per_step: of all devices, for the speed in the log.
   profile: which steps are traced into workdir/name/profile.
 
@@ -278,6 +292,9 @@ def train(
         logging.info("%s: trained to step %d already, in %s", name, start, folder)
         return state
       data_iterator.set_state(host["data"])
+    elif initial:
+      params = built.abstract.params
+      state = built.begin(initial(jax.tree.map(lambda leaf: leaf.sharding, params)))
     else:
       state = built.init()
     _log_start(name, folder, built.abstract.params, mesh, start, config.steps)

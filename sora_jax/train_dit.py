@@ -11,18 +11,32 @@ import jax
 import numpy as np
 from absl import logging
 
-from sora_jax import autoencoder, checkpoint, encode, sample, sharding, stages, train
+from sora_jax import (
+  autoencoder,
+  checkpoint,
+  encode,
+  finetune,
+  sample,
+  sharding,
+  stages,
+  train,
+)
 from sora_jax import recipe as recipes
 from sora_jax.data import pack, pipeline, records, tokenizer
 from sora_jax.models import dit
+from sora_jax.tasks import Task
 from sora_jax.tasks import dit as dit_task
 from sora_jax.text_encoder import FrozenTextEncoder
 
 
 def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
-  """Task, data and cost of the stage; trains the tokenizer if it is not there yet."""
+  """Task, data and cost of the stage; trains the tokenizer if it is not there yet.
+
+  Loads what config.dit.init_from says that training begins with.
+  """
   workdir, stage = pathlib.Path(workdir), recipe.dit
   folder = workdir / "dit"
+  task, rules, initial = finetune.begin(recipe, *make_task(recipe), workdir, mesh)
   latents = records.read_latents_manifest(str(workdir / "encode" / "latents.jsonl"))
   frozen = bool(recipe.text.folder)
   if frozen:
@@ -45,7 +59,7 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
     return pipeline.PackedDataset(
       latents,
       str(workdir / "encode"),
-      budget=pack.Budget(stage.tokens, stage.text_tokens, stage.segments),
+      budget=budget(stage),
       patch_size=stage.model.patch_size,
       seed=seed,
       reference_fps=stage.reference_fps,
@@ -58,14 +72,9 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
 
   training = dataset(recipe.seed, caption_dropout=stage.caption_dropout)
   return train.Setup(
-    task=dit_task.make(
-      stage.model,
-      None if frozen else stage.text,
-      stage.loss,
-      stage.segments,
-      recipe.dtype,
-    ),
-    rules=dit_task.DIT_RULES if frozen else dit_task.SHARDING_RULES,
+    task=task,
+    rules=rules,
+    initial=initial,
     data=pipeline.Batches(training, stage.rows, workers=recipe.data.workers, **shard),
     eval_batches=pipeline.first_batches(
       dataset(0, split="heldout", caption_dropout=0.0),
@@ -78,6 +87,26 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
     units=lambda batch: int(np.count_nonzero(batch["segment_L"])),
     captioned=any(clip.captions for clip in latents if clip.split == "train"),
   )
+
+
+def make_task(recipe: recipes.Recipe) -> tuple[Task, sharding.Rules]:
+  """What the stage learns, and where its params go; needs no data."""
+  stage, frozen = recipe.dit, bool(recipe.text.folder)
+  text = None if frozen else stage.text
+  task = dit_task.make(stage.model, text, stage.loss, stage.segments, recipe.dtype)
+  return task, dit_task.DIT_RULES if frozen else dit_task.SHARDING_RULES
+
+
+def budget(stage: recipes.DiTStage) -> pack.Budget:
+  """Size of a packed row."""
+  return pack.Budget(stage.tokens, stage.text_tokens, stage.segments)
+
+
+def empty_row(recipe: recipes.Recipe) -> dict[str, np.ndarray]:
+  """A row of padding as the stage's data has it, see `pipeline.empty_row`."""
+  text_width = recipe.text.width if recipe.text.folder else None
+  stage = recipe.dit
+  return pipeline.empty_row(budget(stage), stage.model.patch_width, text_width)
 
 
 def _tokenizer(stage, latents, path):
@@ -111,12 +140,18 @@ def _text_meta(recipe, workdir) -> dict:
 
 
 def run(recipe: recipes.Recipe, workdir) -> None:
-  """Trains to the end, then saves the EMA params, the tokenizer and what made them."""
+  """Trains to the end, then saves the EMA params, the tokenizer and what made them.
+
+  Adapters are saved both merged into their base and, as adapter.safetensors, alone.
+  """
   workdir, stage = pathlib.Path(workdir), recipe.dit
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
   made = setup(recipe, workdir, mesh)
   folder = workdir / "dit"
   vocabulary = folder / "tokenizer.model"
+  base = {}
+  if stage.init_from:
+    base = checkpoint.load_meta(pathlib.Path(stage.init_from) / "dit" / "model")
   meta = {
     "model": dataclasses.asdict(stage.model),
     **_text_meta(recipe, workdir),
@@ -124,11 +159,15 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     "text_tokens": stage.text_tokens,
     "segments": stage.segments,
     "reference_fps": stage.reference_fps,
-    "conditional": made.captioned,
+    # A model that knows captions still does after clips without.
+    "conditional": made.captioned or base.get("conditional", False),
     "noise": {"process": stage.loss.process, "target": stage.loss.target},
-    "vae": stages.fingerprint("vae", workdir),
+    "vae": checkpoint.load_meta(workdir / "vae" / "model")["id"],
     "steps": stage.train.steps,
   }
+  if stage.init_from:
+    meta["init_from"] = stage.init_from
+  preview = _Preview(recipe, workdir, meta, vocabulary, mesh)
   state = train.train(
     made.task,
     stage.train,
@@ -139,14 +178,20 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     mesh=mesh,
     rules=made.rules,
     eval_batches=lambda: made.eval_batches,
-    on_eval=_Preview(recipe, workdir, meta, vocabulary, mesh),
+    on_eval=lambda step, ema, writer: preview(
+      step, finetune.whole(made.task, recipe, ema), writer
+    ),
+    initial=made.initial,
     describe=lambda indices: [made.names[i] for i in indices],
     flops_per_step=made.flops_per_step,
     profile=recipe.profile,
     tokens_per_step=stage.rows * stage.tokens,
   )
   made.data.close()
-  checkpoint.save_model(folder / "model", state.ema, meta)
+  params = state.ema
+  if stage.lora.rank:
+    params = finetune.finish(recipe, params, folder, make_task(recipe)[1], mesh)
+  checkpoint.save_model(folder / "model", params, meta)
   if jax.process_index() == 0 and not recipe.text.folder:
     shutil.copyfile(vocabulary, folder / "model" / "tokenizer.model")
   pipeline.report_bad_clips(folder, len(made.names))
@@ -196,12 +241,14 @@ class _Preview:
 def _flops_per_row(dataset, stage, rows=64) -> float:
   """FLOPs of the forward and backward pass of a row, on average."""
   rows, flops = min(rows, dataset.elements_per_epoch()), 0.0
+  # A frozen base has no gradients of its own, only those of what goes through it.
+  passes = 2.0 if stage.lora.rank else 3.0
   for i in range(rows):
     row = dataset[i]
     clips = np.bincount(row["segment_L"], minlength=stage.segments + 1)[1:]
     texts = np.bincount(row["text_segment_S"], minlength=stage.segments + 1)[1:]
     pairs = np.sum(clips * (clips + texts))
-    flops += 3.0 * dit.num_flops(stage.model, clips.sum(), texts.sum(), pairs)
+    flops += passes * dit.num_flops(stage.model, clips.sum(), texts.sum(), pairs)
   return flops / rows
 
 

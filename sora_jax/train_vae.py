@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import checkpoint, sharding, stages, train
+from sora_jax import checkpoint, finetune, sharding, stages, train
 from sora_jax import recipe as recipes
 from sora_jax.data import pipeline
 from sora_jax.data.clips import read_manifest
@@ -67,7 +67,12 @@ def _shard(mesh):
 
 
 def run(recipe: recipes.Recipe, workdir) -> None:
-  """Trains to the end, then saves the EMA params with the latent statistics."""
+  """Trains to the end, then saves the EMA params with the latent statistics.
+
+  With config.vae.folder, copies the model from there instead.
+  """
+  if recipe.vae.folder:
+    return finetune.take_vae(recipe, workdir)
   workdir, stage = pathlib.Path(workdir), recipe.vae
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
   made = setup(recipe, workdir, mesh)

@@ -42,6 +42,32 @@ def test_nested_loops_multiply():
   assert report.matmul_flops == 3 * 5 * 2 * 16**3
 
 
+@pytest.mark.parametrize("kind", ["s32", "u32"])
+def test_a_loop_runs_as_often_as_its_condition_says(kind):
+  text = f"""HloModule m
+%body (x: ({kind}[], f32[8,8])) -> ({kind}[], f32[8,8]) {{
+  %x = ({kind}[], f32[8,8]{{1,0}}) parameter(0)
+  %i = {kind}[] get-tuple-element(%x), index=0
+  %y = f32[8,8]{{1,0}} get-tuple-element(%x), index=1
+  %z = f32[8,8] dot(%y, %y), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  ROOT %t = ({kind}[], f32[8,8]{{1,0}}) tuple(%i, %z)
+}}
+
+%condition (x.1: ({kind}[], f32[8,8])) -> pred[] {{
+  %x.1 = ({kind}[], f32[8,8]{{1,0}}) parameter(0)
+  %i.1 = {kind}[] get-tuple-element(%x.1), index=0
+  %n = {kind}[]{{:T(128)}} constant(7)
+  ROOT %less = pred[] compare(%i.1, %n), direction=LT
+}}
+
+ENTRY %main (a: ({kind}[], f32[8,8])) -> ({kind}[], f32[8,8]) {{
+  %a = ({kind}[], f32[8,8]{{1,0}}) parameter(0)
+  ROOT %w = ({kind}[], f32[8,8]{{1,0}}) while(%a), condition=%condition, body=%body
+}}
+"""
+  assert hlo.analyze(text, 1).matmul_flops == 7 * 2 * 8**3
+
+
 def test_convolutions_count_the_taps_inside():
   convolve = functools.partial(
     jax.lax.conv_general_dilated,
@@ -146,6 +172,33 @@ def test_wire_is_hidden_where_work_is_scheduled_inside(cycles):
   assert gather.hidden == (gather.wire if cycles else 0.0)
 
 
+BETWEEN_SLICES = """HloModule m
+ENTRY %main (a: f32[64,8]) -> f32[64,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %all = token[] after-all()
+  %s = (f32[64,8]{1,0}, u32[]{:S(2)}, token[]) send(%a, %all), channel_id=2, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_host_transfer_rendezvous="r_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %r = (f32[64,8]{1,0}, u32[]{:S(2)}, token[]) recv(%all), channel_id=1, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_host_transfer_rendezvous="r_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %t = f32[64,8]{1,0} tanh(%a), backend_config={"estimated_cycles":"CYCLES"}
+  %sd = token[] send-done(%s), channel_id=2
+  %rd = (f32[64,8]{1,0}, token[]) recv-done(%r), channel_id=1
+  ROOT %o = f32[64,8]{1,0} get-tuple-element(%rd), index=0
+}
+"""
+
+
+@pytest.mark.parametrize("cycles", [0, 70])
+def test_what_slices_send_each_other(cycles):
+  report = hlo.analyze(BETWEEN_SLICES.replace("CYCLES", str(cycles)), 8)
+  traffic = report.collectives["network-all-reduce"]
+  assert (traffic.runs, traffic.wire) == (1, 64 * 8 * 4)
+  assert traffic.hidden == (traffic.wire if cycles else 0.0)
+  assert traffic.exposed[tuple(range(8))] == traffic.wire - traffic.hidden
+
+
 def test_other_text_is_an_error():
   with pytest.raises(ValueError, match="ENTRY"):
     hlo.parse("module @jit_f {}")
@@ -156,3 +209,22 @@ def test_bytes_of_types():
     24 + 8 + 1 + 3
   )
   assert np.isclose(hlo.num_bytes("f8e4m3fn[10]"), 10)
+
+
+@pytest.mark.parametrize(
+  "text, group",
+  [
+    ("replica_groups={{0,2},{1,3}}, use_global", (0, 2)),
+    ("replica_groups=[2,4]", (0, 1, 2, 3)),
+    ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+    ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", (0, 2)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a','b':(2)2}", (0, 1, 4, 5)),
+    ("source_target_pairs={{3,1},{1,3}}", (3, 1)),
+    ("replica_groups={}", tuple(range(8))),
+  ],
+)
+def test_groups_of_chips(text, group):
+  assert hlo._group(text, 8) == group

@@ -481,7 +481,7 @@ def command(sampler):
 
   def run(*arguments):
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
-      patch.setattr(sample.Sampler, "from_checkpoint", lambda folder: sampler)
+      patch.setattr(sample.Sampler, "from_checkpoint", lambda folder, loras: sampler)
       sample._main(values(["sample", *arguments]))
 
   return run

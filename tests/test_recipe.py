@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sora_jax import optim, recipe, sharding, train
+from sora_jax import finetune, optim, recipe, sharding, train, train_dit
 from sora_jax.models import dit, vae
 from sora_jax.tasks import dit as dit_task
 from sora_jax.tasks import vae as vae_task
@@ -23,7 +23,11 @@ KEY = jax.random.key(0)
 
 
 # File of configs/ -> what its get_config takes.
-VARIANTS = {"quickstart": ("short", "ddpm")}
+VARIANTS = {
+  "quickstart": ("short", "ddpm"),
+  "pod": ("14b", "wan2.1-14b"),
+  "finetune_wan": ("full-1.3b", "lora-14b", "full-14b", "lora-5b"),
+}
 
 
 def config_cases():
@@ -51,17 +55,11 @@ def vae_batch(stage):
   }
 
 
-def dit_batch(stage):
-  """See data.pipeline.PackedDataset."""
-  L, S, P = stage.tokens, stage.text_tokens, stage.model.patch_width
-  shapes = {
-    "patch_LP": ((L, P), jnp.float32),
-    "position_L3": ((L, 3), jnp.float32),
-    **{name: ((L,), jnp.int32) for name in ("segment_L", "group_L")},
-    **{f"text{name}_S": ((S,), jnp.int32) for name in ("", "_segment", "_position")},
-  }
+def dit_batch(built):
   return {
-    name: ((stage.rows, *shape), dtype) for name, (shape, dtype) in shapes.items()
+    name: ((built.dit.rows, *value.shape), value.dtype)
+    for name, value in train_dit.empty_row(built).items()
+    if not name.startswith("clip")
   }
 
 
@@ -78,13 +76,15 @@ def check_task(task, rules, batch, train):
   sharding.param_shardings(params, rules, sharding.make_mesh())
   optim.make(train, params)
 
-  def step(params, batch, key):
+  def step(params, batch, key, *frozen):
     (loss, metrics), gradients = jax.value_and_grad(task.loss, has_aux=True)(
-      params, batch, key
+      params, batch, key, *frozen
     )
-    return {"loss": loss, **metrics, **task.evaluate(params, batch, key)}, gradients
+    values = task.evaluate(params, batch, key, *frozen)
+    return {"loss": loss, **metrics, **values}, gradients
 
-  values, gradients = jax.eval_shape(step, params, batch, KEY)
+  frozen = () if task.frozen is None else (task.frozen,)
+  values, gradients = jax.eval_shape(step, params, batch, KEY, *frozen)
   shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (gradients, params)]
   assert shapes[0] == shapes[1]
   for name, value in values.items():
@@ -105,18 +105,18 @@ def test_config_builds(get_config):
   # All that the config says is in the recipe.
   assert_same(config.to_dict(), dataclasses.asdict(built), "config")
   vae, dit = built.vae, built.dit
-  check_task(
-    vae_task.make(vae.model, vae.loss, built.dtype),
-    vae_task.sharding_rules(vae.model, vae.loss),
-    abstract(vae_batch(vae)),
-    vae.train,
-  )
-  check_task(
-    dit_task.make(dit.model, dit.text, dit.loss, dit.segments, built.dtype),
-    dit_task.SHARDING_RULES,
-    abstract(dit_batch(dit)),
-    dit.train,
-  )
+  if not vae.folder:  # else nothing is trained
+    check_task(
+      vae_task.make(vae.model, vae.loss, built.dtype),
+      vae_task.sharding_rules(vae.model, vae.loss),
+      abstract(vae_batch(vae)),
+      vae.train,
+    )
+  task, rules = train_dit.make_task(built)
+  if dit.lora.rank:
+    base = jax.eval_shape(task.init, KEY)
+    task, rules = finetune.adapt(dit.lora, task, rules, base)
+  check_task(task, rules, abstract(dit_batch(built)), dit.train)
 
 
 def leaves(config):
@@ -186,6 +186,21 @@ def test_flags_change_a_preset():
 def test_unknown_presets(presets):
   with pytest.raises(ValueError, match=f"'XXL', only {', '.join(presets)}$"):
     recipe.preset(presets, "XXL")
+
+
+@pytest.mark.parametrize("variant", ["", *VARIANTS["finetune_wan"]])
+def test_fine_tuning_is_sharded(variant):
+  """Its whole state, and the base, on 8 devices."""
+  get_config = next(c.values[0] for c in config_cases() if c.id == "finetune_wan")
+  built = recipe.read(get_config(*[variant] * bool(variant)))
+  task, rules = train_dit.make_task(built)
+  base, mesh = jax.eval_shape(task.init, KEY), sharding.make_mesh(fsdp=8)
+  if built.dit.lora.rank:
+    task, rules = finetune.adapt(built.dit.lora, task, rules, base)
+  state = train.build(task, built.dit.train, mesh, rules, built.seed).abstract
+  leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+  shards = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+  assert shards <= 1.05 * sum(leaf.size for leaf in leaves) / 8
 
 
 @pytest.mark.parametrize("name", dit.PRESETS)

@@ -218,7 +218,7 @@ def command(sampler):
 
   def run(*arguments):
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
-      patch.setattr(sample.Sampler, "from_checkpoint", lambda folder: sampler)
+      patch.setattr(sample.Sampler, "from_checkpoint", lambda folder, loras: sampler)
       rest = values(
         ["sample", "--checkpoint=runs/tiny", f"--steps={STEPS}", *arguments]
       )

@@ -260,3 +260,34 @@ def _write_text_meta(folder):
   model = {"params": "params-0", "meta": {"model": {"width": 4096}}}
   (path / "model.json").write_text(json.dumps(model))
   return str(folder)
+
+
+def test_models_that_a_run_begins_with(runs, tmp_path, monkeypatch):
+  monkeypatch.setattr(stages.finetune, "check", lambda recipe: None)
+  workdir, base = tmp_path / "run", tmp_path / "base"
+
+  def write(steps):
+    for name in ("vae", "dit"):
+      path = base / name / "model"
+      path.mkdir(parents=True, exist_ok=True)
+      model = {"params": "params-0", "meta": {"steps": steps}}
+      (path / "model.json").write_text(json.dumps(model))
+
+  write(1)
+  recipe = change(BASE, "vae.folder", str(base))
+  recipe = change(recipe, "dit.init_from", str(base))
+  stages.run(ALL, recipe, workdir)
+  # How a VAE would be trained has no effect.
+  stages.run(ALL, change(recipe, "vae.train.steps", 20), workdir)
+  assert runs == ALL
+  with pytest.raises(ValueError, match=r"config\.dit\.init_from is '', but stage dit"):
+    stages.run(["dit"], change(recipe, "dit.init_from", ""), workdir)
+  with pytest.raises(ValueError, match=r"config\.dit\.lora\.rank is 8, but stage dit"):
+    stages.run(["dit"], change(recipe, "dit.lora.rank", 8), workdir)
+  write(2)  # other models in the same place
+  for name, key in (("vae", "config.vae.folder"), ("dit", "config.dit.init_from")):
+    place = base / name / "model"
+    message = f"stage {name} .* from another {key} than the one in {place} now"
+    with pytest.raises(ValueError, match=message):
+      stages.run([name], recipe, workdir)
+  assert runs == ALL

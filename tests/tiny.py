@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from sora_jax import recipe
+
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 8
 
@@ -92,7 +94,7 @@ def get_config() -> ConfigDict:
     "evaluate": {"clips": 2},
     "mesh": {"tensor": 1},
   }
-  return ConfigDict(config)
+  return recipe.complete(ConfigDict(config))
 
 
 class Run(NamedTuple):

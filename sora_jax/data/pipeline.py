@@ -272,6 +272,30 @@ class ClipDataset(_Endless):
     }
 
 
+def empty_row(
+  budget: pack.Budget, patch_width: int, text_width: int | None = None
+) -> Batch:
+  """A row of padding: the names, shapes and dtypes that `PackedDataset` gives.
+
+  Args:
+    budget: size of a row.
+    patch_width: P, numbers of one token.
+    text_width: of a frozen encoder's features; None = the texts are ids.
+  """
+  L, S, N = dataclasses.astuple(budget)
+  row = {
+    "patch_LP": np.zeros((L, patch_width), np.float32),
+    "segment_L": np.zeros(L, np.int32),
+    "position_L3": np.zeros((L, 3), np.float32),
+    "group_L": np.zeros(L, np.int32),
+    "text_segment_S": np.zeros(S, np.int32),
+    "clip_N": np.full(N, -1, np.int32),
+  }
+  if text_width is None:
+    return row | {n: np.zeros(S, np.int32) for n in ("text_S", "text_position_S")}
+  return row | {"text_SE": np.zeros((S, text_width), ml_dtypes.bfloat16)}
+
+
 class PackedDataset(_Endless):
   """Rows of packed latent patches and texts, for the DiT. Element i is one row.
 
@@ -499,21 +523,8 @@ class PackedDataset(_Endless):
     return max(len(features_SE), self._pad_text_to)
 
   def _empty_row(self, P):
-    L, S, N = dataclasses.astuple(self._budget)
-    row = {
-      "patch_LP": np.zeros((L, P), np.float32),
-      "segment_L": np.zeros(L, np.int32),
-      "position_L3": np.zeros((L, 3), np.float32),
-      "group_L": np.zeros(L, np.int32),
-      "text_segment_S": np.zeros(S, np.int32),
-      "clip_N": np.full(N, -1, np.int32),
-    }
-    if self._empty_text is None:
-      texts = {name: np.zeros(S, np.int32) for name in ("text_S", "text_position_S")}
-    else:
-      width = self._empty_text.features_SE.shape[1]
-      texts = {"text_SE": np.zeros((S, width), ml_dtypes.bfloat16)}
-    return row | texts
+    features = self._empty_text
+    return empty_row(self._budget, P, features and features.features_SE.shape[1])
 
   def _tokens(self, rng, clip, record, extra_count):
     """Tokens of one visit: patches [l, P], positions [l, 3], given bool [l]."""

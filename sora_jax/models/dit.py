@@ -7,6 +7,7 @@ groups, so given (clean) and noisy tokens share one sequence.
 """
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -125,7 +126,7 @@ class DiT(nn.Module):
 
     def dense(features, name, **kwargs):
       kwargs = {"dtype": dtype, "dot_general": layers.dot_general, **kwargs}
-      return nn.Dense(features, name=name, **kwargs)
+      return layers.Dense(features, name=name, **kwargs)
 
     x_BLP = partition.constrain(x_BLP, partition.ROWS, partition.TOKENS)
     x_BLD = _shard(dense(c.width, "patch_embed")(x_BLP.astype(dtype)))
@@ -187,7 +188,10 @@ class _Block(nn.Module):
     x_BLD = checkpoint_name(x_BLD, "block")
 
     def dense(features, name):
-      return nn.Dense(features, dtype=dtype, dot_general=layers.dot_general, name=name)
+      # As the sharding rules of tasks/dit.py have them.
+      shared = 1 if name in ("attention_out", "cross_out", "mlp_down") else 0
+      dot_general = functools.partial(layers.dot_general, shared=shared)
+      return layers.Dense(features, dtype=dtype, dot_general=dot_general, name=name)
 
     def heads(x):
       return x.reshape(*x.shape[:-1], c.heads, c.width // c.heads)

@@ -1,5 +1,6 @@
 """Layers shared by the networks: norms, rotary positions, timestep embedding, MLP."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -8,6 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec
+
+from sora_jax import lora
+from sora_jax.models import partition
 
 
 class RMSNorm(nn.Module):
@@ -23,19 +28,92 @@ class RMSNorm(nn.Module):
     return (y * scale).astype(x.dtype)
 
 
-def dot_general(lhs, rhs, dimension_numbers, precision=None, **kwargs):
-  """`lax.dot_general` for dense layers, with the rows flattened on CPU.
+def dot_general(lhs, rhs, dimension_numbers, precision=None, shared=None, **kwargs):
+  """`lax.dot_general` for dense layers, of rows [..., D] and a kernel [D, F].
 
-  There XLA's gradients of a matmul over [B, L, D] transpose and copy; over [B * L, D]
-  they are twice as fast. Elsewhere merging B and L would merge two sharded axes.
+  On CPU the rows are flattened: there XLA's gradients of a matmul over [B, L, D]
+  transpose and copy; over [B * L, D] they are twice as fast. Elsewhere merging B and L
+  would merge two sharded axes.
+
+  Args:
+    shared: dim of the kernel that lies over partition.PARAMS. Then its gradient, of
+      rows [B, L, D] that lie as tokens do, is scattered as it is summed.
   """
   ((lhs_contract, rhs_contract), (lhs_batch, _)) = dimension_numbers
-  flat = jax.default_backend() == "cpu" and not lhs_batch
-  if not flat or tuple(lhs_contract) != (lhs.ndim - 1,) or tuple(rhs_contract) != (0,):
+  dense = tuple(lhs_contract) == (lhs.ndim - 1,) and tuple(rhs_contract) == (0,)
+  if shared is not None and _scatters(lhs.shape, rhs.shape[shared]):
+    assert dense and not lhs_batch, dimension_numbers
+    return _scattered_dot(lhs, rhs, shared)
+  if jax.default_backend() != "cpu" or lhs_batch or not dense:
     return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, **kwargs)
   rows = lhs.reshape(-1, lhs.shape[-1])
   out = jax.lax.dot_general(rows, rhs, (((1,), (0,)), ((), ())), precision, **kwargs)
   return out.reshape(*lhs.shape[:-1], *rhs.shape[1:])
+
+
+def _scatters(shape, size: int) -> bool:
+  """Whether the mesh shares kernels of that size, and divides tokens of that shape."""
+  mesh = partition.mesh()
+  if mesh is None:
+    return False
+  ways, rows = (
+    math.prod(mesh.shape[axis] for axis in axes)
+    for axes in (partition.PARAMS, partition.ROWS)
+  )
+  divides = not (size % ways or shape[0] % rows or shape[1] % mesh.shape["context"])
+  return ways > 1 and divides
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _scattered_dot(x_BLD, kernel_DF, shared: int) -> Array:
+  # Each chip has a gradient of the whole kernel, from its own tokens. Left alone, XLA
+  # sums them all on every chip, which then keeps one part: twice the traffic.
+  return x_BLD @ kernel_DF
+
+
+def _scattered_dot_fwd(x_BLD, kernel_DF, shared):
+  return x_BLD @ kernel_DF, (x_BLD, kernel_DF)
+
+
+def _scattered_dot_bwd(shared, kept, dout_BLF):
+  x_BLD, kernel_DF = kept
+
+  def local(x_BLD, dout_BLF):
+    gradient_DF = jnp.einsum("bld,blf->df", x_BLD, dout_BLF)
+    # Axis by axis: a scatter over a whole slice becomes a sum on TPU.
+    for axis in partition.PARAMS:
+      gradient_DF = jax.lax.psum_scatter(
+        gradient_DF, axis, scatter_dimension=shared, tiled=True
+      )
+    return jax.lax.psum(gradient_DF, "data")
+
+  tokens = PartitionSpec(partition.ROWS, "context")
+  gradient_DF = jax.shard_map(
+    local,
+    in_specs=(tokens, tokens),
+    out_specs=PartitionSpec(*[None] * shared, partition.PARAMS),
+    axis_names={*partition.ROWS, "context"},
+    check_vma=False,
+  )(x_BLD, dout_BLF)
+  return jnp.einsum("blf,df->bld", dout_BLF, kernel_DF), gradient_DF
+
+
+_scattered_dot.defvjp(_scattered_dot_fwd, _scattered_dot_bwd)
+
+
+class Dense(nn.Dense):
+  """`nn.Dense` that adds x A B where its params hold adapters; see `lora.attach`."""
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    y = super().__call__(x)
+    if not self.has_variable("params", lora.A):
+      return y
+    x = x.astype(y.dtype)
+    for name in (lora.A, lora.B):
+      factor = self.get_variable("params", name).astype(y.dtype)
+      x = dot_general(x, factor, (((x.ndim - 1,), (0,)), ((), ())))
+    return y + x
 
 
 def conv_general_dilated(

@@ -97,6 +97,13 @@ def read_header(file) -> dict[str, Tensor]:
   return found
 
 
+def read_metadata(file) -> dict[str, str]:
+  """Texts that a file, which `read_header` has accepted, keeps beside its tensors."""
+  with open(file, "rb") as f:
+    (length,) = struct.unpack("<Q", f.read(8))
+    return json.loads(f.read(length)).get("__metadata__", {})
+
+
 def read_headers(folder, stem: str) -> dict[str, Tensor]:
   """The tensors of folder/stem.safetensors, or of the shards that its index names.
 
@@ -203,7 +210,7 @@ def write(
   for number, shard in enumerate(shards, start=1):
     suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
     made.append(folder / f"{stem}{suffix}.safetensors")
-    _write_file(made[-1], shard, values)
+    write_file(made[-1], shard, values)
     names |= {tensor.name: made[-1].name for tensor in shard}
   assert next(values, None) is None
   if len(shards) > 1:
@@ -214,10 +221,11 @@ def write(
   return made
 
 
-def _write_file(file, planned, values):
+def write_file(file, planned, values, metadata=None) -> None:
+  """Writes one file, atomically; metadata: texts by name. See `write` for the rest."""
   codes = {dtype: code for code, dtype in DTYPES.items()}
   # What torch's libraries want to know of a file before they open it.
-  header, place = {"__metadata__": {"format": "pt"}}, 0
+  header, place = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
   for tensor in planned:
     header[tensor.name] = {
       "dtype": codes[np.dtype(tensor.dtype)],

@@ -1,0 +1,239 @@
+"""Models that a run begins with: checked before any work, loaded, and adapters merged.
+
+config.vae.folder and config.dit.init_from name the folder of a checkpoint, which is
+that of another run or what `import_weights` made: it holds vae/model, dit/model and,
+for a frozen text encoder, text/model.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sora_jax import checkpoint, lora, sharding
+from sora_jax import recipe as recipes
+from sora_jax.autoencoder import from_json
+from sora_jax.models.dit import DiTConfig
+from sora_jax.models.text import TextEncoderConfig
+from sora_jax.models.vae import VAEConfig
+from sora_jax.tasks import Task
+from sora_jax.tasks import dit as dit_task
+from sora_jax.tasks import lora as lora_task
+from sora_jax.weights import lora as lora_files
+
+ADAPTER = "adapter.safetensors"
+# Keys that change how a model is computed but not what its params mean.
+_FREE = {"remat"}
+
+
+def check(recipe: recipes.Recipe) -> None:
+  """Raises ValueError, naming the key, where a model is not what the config says."""
+  if recipe.vae.folder:
+    folder = pathlib.Path(recipe.vae.folder) / "vae" / "model"
+    meta = checkpoint.load_meta(folder)
+    if "latent_mean" not in meta:
+      raise ValueError(f"config.vae.folder: {folder} is not a VAE")
+    saved = VAEConfig(**from_json(meta["model"]))
+    _compare("config.vae.model", recipe.vae.model, saved, folder)
+  if recipe.dit.init_from:
+    _check_dit(recipe)
+
+
+def _check_dit(recipe):
+  stage = recipe.dit
+  folder = pathlib.Path(stage.init_from) / "dit" / "model"
+  meta = checkpoint.load_meta(folder)
+  if "noise" not in meta or "text" not in meta:
+    raise ValueError(f"config.dit.init_from: {folder} is not a DiT")
+  frozen_text = "features" in meta["text"]
+  if frozen_text != bool(recipe.text.folder):
+    raise ValueError(
+      f"{folder} was trained "
+      + (
+        f"on features of a frozen text encoder ({meta['text']['features']}): set "
+        "config.text.folder"
+        if frozen_text
+        else "with a small text encoder of its own: config.text.folder must be empty"
+      )
+    )
+  saved = DiTConfig(**from_json(meta["model"]))
+  _compare("config.dit.model", stage.model, saved, folder)
+  if frozen_text:
+    encoder = checkpoint.load_meta(pathlib.Path(recipe.text.folder) / "text" / "model")
+    _equal("features of config.text.folder", encoder["id"], meta["text"]["features"],
+           folder)  # fmt: skip
+    _equal("config.text.pad_to", recipe.text.pad_to, meta["text"]["pad_to"], folder)
+  else:
+    text = TextEncoderConfig(**from_json(meta["text"]))
+    _compare("config.dit.text", stage.text, text, folder)
+  for key in ("process", "target"):
+    _equal(
+      f"config.dit.loss.{key}", getattr(stage.loss, key), meta["noise"][key], folder
+    )
+  _equal("config.dit.reference_fps", stage.reference_fps, meta["reference_fps"], folder)
+  if recipe.vae.folder:
+    vae = checkpoint.load_meta(pathlib.Path(recipe.vae.folder) / "vae" / "model")
+    _equal("VAE of config.vae.folder", vae["id"], meta["vae"], folder)
+  if stage.lora.rank:
+    names = lora.picked(_shapes(recipe), stage.lora)
+    if others := [name for name in names if not name.startswith("dit/")]:
+      raise ValueError(f"config.dit.lora.layers picks {others[0]}, which is not the "
+                       "DiT's")  # fmt: skip
+    lora_files.check(stage.model, [name.removeprefix("dit/") for name in names])
+
+
+def _compare(key, ours, saved, folder):
+  for field in dataclasses.fields(ours):
+    if field.name not in _FREE:
+      values = (getattr(config, field.name) for config in (ours, saved))
+      _equal(f"{key}.{field.name}", *values, folder)
+
+
+def _equal(key, ours, saved, folder):
+  if ours != saved:
+    raise ValueError(f"{key} is {ours!r}, but that of {folder} is {saved!r}")
+
+
+# --- the VAE
+
+
+def take_vae(recipe: recipes.Recipe, workdir) -> None:
+  """Copies vae/model of config.vae.folder, with its id, into the run."""
+  source = pathlib.Path(recipe.vae.folder) / "vae" / "model"
+  params, meta = checkpoint.load_model(source)
+  folder = pathlib.Path(workdir) / "vae" / "model"
+  checkpoint.save_model(folder, params, meta)
+  logging.info("%s was taken from %s, nothing is trained", folder, source)
+
+
+# --- the DiT
+
+
+def begin(
+  recipe: recipes.Recipe, task: Task, rules: sharding.Rules, workdir, mesh
+) -> tuple[Task, sharding.Rules, Callable | None]:
+  """(task, rules, initial) for a run that begins with config.dit.init_from.
+
+  initial: shardings of the params -> their first values; None for what the task inits.
+  With config.dit.lora the params are adapters, and the base is what is frozen. Takes
+  over the tokenizer of a small text encoder.
+
+  Raises:
+    ValueError: if the latents are of another VAE than those that it was trained on.
+  """
+  stage = recipe.dit
+  if not stage.init_from:
+    return task, rules, None
+  folder = pathlib.Path(stage.init_from) / "dit" / "model"
+  vae = checkpoint.load_meta(pathlib.Path(workdir) / "vae" / "model")["id"]
+  _equal(f"VAE of {workdir}", vae, checkpoint.load_meta(folder)["vae"], folder)
+  vocabulary = pathlib.Path(workdir) / "dit" / "tokenizer.model"
+  if not recipe.text.folder and jax.process_index() == 0 and not vocabulary.exists():
+    vocabulary.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "tokenizer.model", vocabulary)
+  sharding.sync("tokenizer of the base")
+  if not stage.lora.rank:
+    return (
+      task,
+      rules,
+      lambda places: checkpoint.load_model(folder, places, jnp.float32)[0],
+    )
+  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  places = sharding.param_shardings(shapes, rules, mesh)
+  base, _ = checkpoint.load_model(folder, places, _base_dtypes(shapes, recipe.dtype))
+  return *adapt(stage.lora, task, rules, base), None
+
+
+def adapt(
+  config: lora.LoRAConfig, task: Task, rules: sharding.Rules, base
+) -> tuple[Task, sharding.Rules]:
+  """The task whose params are adapters of the base, arrays or shapes, and its rules."""
+  return lora_task.make(task, config, base), lora.sharding_rules(base, rules, config)
+
+
+def _base_dtypes(shapes, dtype) -> dict:
+  """Dtypes of a frozen base: its blocks' kernels are kept in that of the computation.
+
+  To which each step would round them anyway, and they are nearly all of the bytes.
+  """
+  return lora.nest(
+    {
+      path: dtype if "blocks" in path and path.endswith("kernel") else jnp.float32
+      for path in lora.flatten(shapes)
+    }
+  )
+
+
+def whole(task: Task, recipe: recipes.Recipe, params):
+  """Params of the whole model during training: adapters are beside their kernels."""
+  config = recipe.dit.lora
+  return lora.attach(task.frozen, params, config.scale) if config.rank else params
+
+
+def finish(recipe: recipes.Recipe, adapters, folder, rules: sharding.Rules, mesh):
+  """Writes folder/adapter.safetensors; the merged model, float32.
+
+  rules: of the base's params.
+  """
+  config = recipe.dit.lora
+  replicated = NamedSharding(mesh, PartitionSpec())
+  with jax.set_mesh(mesh):
+    host = jax.device_get(jax.jit(lambda x: x, out_shardings=replicated)(adapters))
+  flat = lora.flatten(host["dit"])
+  pairs = {
+    path.removesuffix(f"/{lora.A}"): (a, flat[path.removesuffix(lora.A) + lora.B])
+    for path, a in flat.items()
+    if path.endswith(f"/{lora.A}")
+  }
+  if jax.process_index() == 0:
+    lora_files.write(folder / ADAPTER, pairs, recipe.dit.model, config.alpha)
+    logging.info("the adapter is in %s", folder / ADAPTER)
+  base, _ = checkpoint.load_model(
+    pathlib.Path(recipe.dit.init_from) / "dit" / "model",
+    lambda shapes: sharding.param_shardings(shapes, rules, mesh),
+    jnp.float32,
+  )
+  return _merge(base, host, config.scale, mesh)
+
+
+def merge_file(params, path, config: DiTConfig, mesh, strength: float = 1.0):
+  """Params of a DiT with the adapters of a safetensors file merged in.
+
+  Raises:
+    ValueError: naming the file, for one that is not of this model.
+  """
+  adapters = {}
+  for module, (a, b) in lora_files.read(path, config).items():
+    adapters |= {f"dit/{module}/{lora.A}": a, f"dit/{module}/{lora.B}": b}
+  return _merge(params, lora.nest(adapters), strength, mesh)
+
+
+def _merge(params, adapters, scale, mesh):
+  # B is scaled on the host, as in a file that is read: the same bits both ways.
+  adapters = lora.nest(
+    {
+      path: np.float32(scale) * value if path.endswith(lora.B) else value
+      for path, value in lora.flatten(adapters).items()
+    }
+  )
+  places = jax.tree.map(lambda leaf: leaf.sharding, params)
+  with jax.set_mesh(mesh):
+    merge = jax.jit(
+      lambda params, adapters: lora.merge(params, adapters, 1.0),
+      out_shardings=places,
+      donate_argnums=0,
+    )
+    return merge(params, adapters)
+
+
+def _shapes(recipe):
+  """Of the DiT's params."""
+  stage, text = recipe.dit, None if recipe.text.folder else recipe.dit.text
+  task = dit_task.make(stage.model, text, stage.loss, stage.segments)
+  return jax.eval_shape(task.init, jax.random.key(0))

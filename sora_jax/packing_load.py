@@ -1,0 +1,118 @@
+"""What a packed row will hold: from a manifest, or from the recipe's longest clip."""
+
+import pathlib
+
+import numpy as np
+
+from sora_jax import estimate, patches, train_dit
+from sora_jax import recipe as recipes
+from sora_jax.data import clips, pack, records
+from sora_jax.models import splash
+
+# Rows that are looked at; they are in random order.
+_ROWS = 32
+
+
+def of_recipe(
+  recipe: recipes.Recipe,
+  workdir: str,
+  manifest: str | None = None,
+  clip_tokens: int = 0,
+) -> estimate.Load:
+  """Load of the recipe's rows.
+
+  Args:
+    recipe: for the size of a row.
+    workdir: of a run, whose manifest is taken if it has one.
+    manifest: another one, of clips or of latents.
+    clip_tokens: of each clip, where there is no manifest; 0 = the longest.
+
+  Raises:
+    ValueError: if a manifest cannot be read, or a clip is longer than a row.
+  """
+  paths = [manifest] if manifest else _manifests(workdir)
+  budget = train_dit.budget(recipe.dit)
+  if paths:
+    lengths = _lengths(recipe, paths[0])
+    return of_rows(*_packed(lengths, budget, recipe.seed), budget, paths[0])
+  tokens = clip_tokens or recipes.longest_clip(recipe)
+  text = recipes.longest_text(recipe)
+  if tokens > budget.tokens:
+    raise ValueError(
+      f"--clip_tokens={tokens} is more than a row holds: config.dit.tokens "
+      f"{budget.tokens}"
+    )
+  count = min(budget.tokens // tokens, budget.text_tokens // text, budget.segments)
+  source = f"{count} clips of {tokens} tokens a row"
+  return of_rows([[(tokens, text)] * count], count * tokens / budget.tokens, budget,
+                 source)  # fmt: skip
+
+
+def _manifests(workdir):
+  wanted = ("encode/latents.jsonl", "data/manifest.jsonl")
+  paths = [pathlib.Path(workdir) / name for name in wanted]
+  return [str(path) for path in paths if path.exists()]
+
+
+def _lengths(recipe, path):
+  """(tokens, text tokens) of each training clip; the longest text if it has no length.
+
+  Image latents that a visit may append are not counted.
+  """
+  text, patch_size = recipes.longest_text(recipe), recipe.dit.model.patch_size
+  rows = next(clips.read_rows(path), (0, {}))[1]
+  found = []
+  if "shape" in rows:
+    for clip in records.read_latents_manifest(path):
+      if clip.split == "train":
+        grid = patches.grid_shape(clip.shape, patch_size)
+        longest = max([recipe.text.pad_to, *clip.text_lengths])
+        found.append((int(np.prod(grid)), longest if clip.text_lengths else text))
+  else:
+    for clip in clips.read_manifest(path):
+      if clip.split == "train":
+        shape = recipe.vae.model.latent_shape(clip.frames, clip.height, clip.width)
+        found.append((int(np.prod(patches.grid_shape(shape, patch_size))), text))
+  if not found:
+    raise ValueError(f"{path} has no clip of split 'train'")
+  return found
+
+
+def _packed(lengths, budget, seed):
+  """(rows of lengths, fill of all)."""
+  rows = pack.plan(lengths, budget, seed, epoch=0)
+  full = pack.fill(lengths, rows, budget)
+  return [[lengths[i] for i in row] for row in rows[:_ROWS]], full
+
+
+def of_rows(rows, fill: float, budget: pack.Budget, source: str) -> estimate.Load:
+  """Load of rows of (tokens, text tokens) of each clip; means over them."""
+  sums = np.zeros(7)
+  for row in rows:
+    tokens, texts = (np.array(column) for column in zip(*row, strict=True))
+    visits = _visited(_ids(tokens, budget.tokens), _ids(tokens, budget.tokens))
+    cross = _visited(_ids(tokens, budget.tokens), _ids(texts, budget.text_tokens))
+    pairs = np.sum(tokens * (tokens + texts))
+    own = np.sum(tokens.astype(float) ** 2) / budget.tokens**2
+    sums += [len(row), tokens.sum(), texts.sum(), pairs, visits, cross, own]
+  return estimate.Load(source, fill, *(sums / len(rows)).tolist())
+
+
+def _ids(lengths, total):
+  """Segment ids of a row: 1, 2, ..., then 0 for padding."""
+  ids = np.zeros(total, np.int32)
+  used = np.repeat(1 + np.arange(len(lengths)), lengths)
+  ids[: len(used)] = used
+  return ids
+
+
+def _visited(ids_L, ids_S):
+  """Share of the blocks that the attention kernel visits."""
+  blocks, padded = [], []
+  for ids in (ids_L, ids_S):
+    # As `splash` fills rows up to whole blocks.
+    unit = splash.BLOCK if len(ids) >= 8 * splash.BLOCK else 128
+    padded.append(np.pad(ids, (0, -len(ids) % unit)))
+    length = len(padded[-1])
+    blocks.append(next(b for b in range(splash.BLOCK, 0, -128) if length % b == 0))
+  return float(np.mean(splash.active_blocks(*padded, *blocks)))

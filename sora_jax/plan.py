@@ -1,0 +1,394 @@
+"""Says whether a recipe fits a slice of TPUs, and how fast it is, before paying for it.
+
+  python -m sora_jax.plan --config=configs/pod.py:14b --topology=v5p:4x4x4 \
+    [--slices=N] [--stages=dit,vae,sample] [--price=4.2] [--manifest=...] [--search]
+
+Compiles the real programs for the topology on this host, through libtpu (pip install
+'sora_jax[plan]'); needs no TPU and no checkpoint. For GPUs (h100:64, h200:8, b200:64)
+there is only an estimate by analysis. Writes a JSON and a picture to --out.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+from sora_jax import (
+  estimate,
+  hardware,
+  hlo,
+  packing_load,
+  plan_report,
+  programs,
+  sharding,
+  stages,
+  train,
+)
+from sora_jax import recipe as recipes
+from sora_jax.models import dit
+
+STAGES = ("dit", "vae", "sample")
+TRAIN_STEP = "train step"
+
+
+def plan(
+  recipe: recipes.Recipe,
+  topology: hardware.Topology,
+  load: estimate.Load,
+  names=("dit",),
+) -> dict:
+  """All that is known of the recipe's programs on a topology, for JSON.
+
+  load: what its rows hold. names: of STAGES.
+
+  Raises:
+    ValueError: without libtpu, for a shape that no slice has, and for a mesh that the
+      chips, or the rows of a batch, do not divide by.
+  """
+  recipe = programs.on_accelerator(recipe)
+  if not topology.chip.axes:
+    return gpu_plan(recipe, topology, load)
+  made = _header(recipe, topology, load)
+  devices = programs.devices(topology)
+  mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh), devices=devices)
+  made["mesh"] = dict(mesh.shape)
+  if "dit" in names:
+    lowered = programs.dit_step(recipe, mesh)
+    program = programs.compile_program(TRAIN_STEP, lowered)
+    step = measure(program, recipe, topology, mesh, load)
+    if program.text is None:  # the compiler only says how much all is
+      step["arguments"] = state_size(recipe, mesh)[0] * topology.chip.devices
+      step["temporaries"] = step["peak"] - step["arguments"]
+    made["programs"] = [step]
+    made["speed"] = speed(step, recipe, topology, load)
+  host = topology.one_host()
+  for name, lower in (("vae", programs.vae_encode), ("sample", programs.sampling)):
+    if name in names:
+      # As these stages do: each host by itself.
+      local = sharding.make_mesh(devices=programs.devices(host))
+      program = programs.compile_program(name, lower(recipe, local))
+      made["programs"].append(measure(program, recipe, host, local, load))
+  made["advice"] = plan_report.advice(made, recipe)
+  return made
+
+
+def _header(recipe, topology, load):
+  stage = recipe.dit
+  return {
+    "topology": topology.name,
+    "slices": topology.slices,
+    "chips": topology.chips,
+    "remat": stage.model.remat,
+    "rows": stage.rows,
+    "tokens": stage.tokens,
+    "load": load._asdict(),
+    "chip": dataclasses.asdict(topology.chip),
+    "assumptions": estimate.assumptions(topology.chip),
+    # init, update and evaluate; packing leaves one shape.
+    "executables": len(train.Built._fields) - 1,
+    "model_flops": model_flops(recipe, load),
+    "programs": [],
+  }
+
+
+def model_flops(recipe: recipes.Recipe, load: estimate.Load) -> float:
+  """FLOPs of one step that the model needs: of real tokens, and nothing twice."""
+  forward = dit.num_flops(recipe.dit.model, load.tokens, load.text_tokens, load.pairs)
+  return 3.0 * recipe.dit.rows * forward
+
+
+def executed_flops(recipe: recipes.Recipe) -> float:
+  """Matmul FLOPs of one step outside of attention, by analysis: of all tokens.
+
+  With remat, the blocks' forward pass runs twice.
+  """
+  stage = recipe.dit
+  sizes = stage.tokens, stage.text_tokens, 0
+  ends = dit.num_flops(dataclasses.replace(stage.model, depth=0), *sizes)
+  blocks = dit.num_flops(stage.model, *sizes) - ends
+  passes = 3.0 if stage.model.remat == "none" else 4.0
+  return stage.rows * (3.0 * ends + passes * blocks)
+
+
+def measure(program: programs.Program, recipe, topology, mesh, load) -> dict:
+  """Memory, work and time of a compiled program: numbers of one chip."""
+  chip, count = topology.chip, topology.chip.devices
+  made = {
+    "name": program.name,
+    "compile_seconds": program.compile_seconds,
+    "fits": program.text is not None and program.peak * count <= chip.hbm,
+    "arguments": program.arguments * count,
+    "temporaries": program.temporaries * count,
+    "peak": program.peak * count,
+    "hbm": program.limit * count or chip.hbm,
+  }
+  if program.text is None:
+    return made
+  stage = recipe.dit
+  kernel_flops = estimate.kernel_flops(load, stage.text_tokens)
+  report = hlo.analyze(program.text, mesh.devices.size, kernel_flops)
+  place_D5 = programs.places(mesh, topology)
+  seconds = estimate.seconds(report, place_D5, topology)
+  units = None
+  if program.name == TRAIN_STEP:
+    units = estimate.attention_units(program.text, mesh.devices.size, stage)
+  return made | {
+    "matmul_flops": report.matmul_flops * count,
+    "attention_flops": sum(k.flops for k in report.kernels.values()) * count,
+    "attention_units": units,
+    "kernels": {name: kernel.launches for name, kernel in report.kernels.items()},
+    "collectives": {
+      kind: {
+        "runs": traffic.runs,
+        "wire": traffic.wire * count,
+        "hidden": traffic.hidden * count,
+        "groups": sorted(traffic.groups),
+      }
+      for kind, traffic in report.collectives.items()
+    },
+    "seconds": seconds._asdict() | {"total": seconds.total},
+  }
+
+
+def speed(step: dict, recipe, topology, load) -> dict:
+  """What a train step of so many seconds makes; empty where it does not fit."""
+  if "seconds" not in step:
+    return {}
+  seconds, chips = step["seconds"]["total"], topology.chips
+  analytic = executed_flops(recipe) / chips
+  return _rates(seconds, recipe, topology, load) | {
+    "analytic_matmul_flops": analytic,
+    "matmul_over_analytic": step["matmul_flops"] / analytic,
+  }
+
+
+def _rates(seconds, recipe, topology, load):
+  rows, chips = recipe.dit.rows, topology.chips
+  return {
+    "step_seconds": seconds,
+    "mfu": model_flops(recipe, load) / (seconds * chips * topology.chip.flops),
+    "tokens_per_day": rows * load.tokens / seconds * 86400,
+    "clips_per_day": rows * load.clips / seconds * 86400,
+  }
+
+
+def gpu_plan(recipe: recipes.Recipe, topology: hardware.Topology, load) -> dict:
+  """An estimate for GPUs, by analysis alone: nothing is compiled."""
+  sizes = sharding.axis_sizes(topology.chips, **dataclasses.asdict(recipe.mesh))
+  mesh = jax.sharding.AbstractMesh(tuple(sizes), sharding.AXES)
+  stages.check_rows("config.dit.rows", recipe.dit.rows, recipe.dit.train, mesh)
+  chip, stage = topology.chip, recipe.dit
+  arguments, params = state_size(recipe, mesh)
+  tokens = stage.rows * stage.tokens / stage.train.grad_accumulation / topology.chips
+  peak = estimate.gpu_bytes(arguments, params, stage.model, tokens, stage.model.remat)
+  fast, slow = estimate.gpu_seconds(model_flops(recipe, load), topology.chips, chip)
+  made = _header(recipe, topology, load)
+  made["mesh"] = dict(mesh.shape)
+  made["programs"] = [
+    {
+      "name": f"{TRAIN_STEP}, ESTIMATE by analysis",
+      "fits": peak <= chip.hbm,
+      "arguments": arguments,
+      "temporaries": peak - arguments,
+      "peak": peak,
+      "hbm": chip.hbm,
+    }
+  ]
+  made["speed"] = _rates(slow, recipe, topology, load) | {"fastest_seconds": fast}
+  made["advice"] = plan_report.advice(made, recipe)
+  return made
+
+
+def state_size(recipe: recipes.Recipe, mesh) -> tuple[int, int]:
+  """(bytes of the train state, number of params) on one device of a mesh."""
+  state = programs.dit_state(recipe, mesh).abstract
+
+  def shards(tree):
+    return [
+      (int(np.prod(leaf.sharding.shard_shape(leaf.shape))), leaf.dtype.itemsize)
+      for leaf in jax.tree.leaves(tree)
+    ]
+
+  size = sum(count * width for count, width in shards(state))
+  return size, sum(count for count, _ in shards(state.params))
+
+
+# --- search
+
+
+def candidates(recipe: recipes.Recipe, topology: hardware.Topology) -> list[dict]:
+  """Overrides of a config to try: meshes x remat x row length, likely ones first.
+
+  A step keeps its tokens: rows of twice the length are half as many. Only what divides.
+  """
+  stage, longest = recipe.dit, recipes.longest_clip(recipe)
+  found = []
+  for scale in (1, 0.5, 2):
+    tokens, rows = int(stage.tokens * scale), int(stage.rows / scale)
+    if tokens < longest or rows * tokens != stage.rows * stage.tokens:
+      continue
+    for context in (1, 2, 4, 8, 16):
+      for tensor in (1, 2, 4):
+        ways, rest = divmod(topology.devices, context * tensor)
+        divides = (
+          not rest
+          and ways % topology.slices == 0
+          and rows % (ways * stage.train.grad_accumulation) == 0
+          and tokens % (128 * context) == 0
+          and stage.model.heads % tensor == 0
+        )
+        for remat in dit.REMAT_POLICIES if divides else ():
+          mesh = (topology.slices, ways // topology.slices, context, tensor)
+          found.append(
+            {f"mesh.{axis}": n for axis, n in zip(sharding.AXES, mesh, strict=True)}
+            | {"dit.model.remat": remat, "dit.rows": rows, "dit.tokens": tokens}
+          )
+  # Less model parallelism is less communication; keeping attention is less work.
+  order = ("attention_saved", "full")
+  rank = {name: i for i, name in enumerate(order)}
+  return sorted(
+    found,
+    key=lambda c: (
+      c["mesh.tensor"],
+      abs(c["dit.tokens"] - stage.tokens),
+      c["mesh.context"],
+      rank.get(c["dit.model.remat"], len(order)),
+    ),
+  )
+
+
+def search(
+  recipe,
+  topology,
+  folder: pathlib.Path,
+  arguments: list[str],
+  trials: int = 24,
+  minutes: float = 20.0,
+) -> list[dict]:
+  """Plans candidates, each in a process of its own; resumes; the best first.
+
+  arguments: of the command, without those of the search. trials: most of them, of at
+  most so many minutes.
+  """
+  path, done = folder / "search.json", []
+  if path.exists():
+    done = json.loads(path.read_text())
+  tried = {json.dumps([t["topology"], t["overrides"]]) for t in done}
+  wanted = candidates(recipe, topology)
+  if not wanted:
+    raise ValueError(
+      f"no mesh of {topology.devices} devices divides config.dit.rows "
+      f"{recipe.dit.rows} of {recipe.dit.tokens} tokens"
+    )
+  wanted = wanted[:trials]
+  where = f"{topology.slices}x{topology.name}"
+  for number, overrides in enumerate(wanted):
+    if json.dumps([where, overrides]) in tried:
+      continue
+    logging.info(
+      "trial %d/%d: %s", number + 1, len(wanted), plan_report.line(overrides)
+    )
+    trial = folder / "trials" / f"{number:03d}"
+    changed = [f"--config.{key}={value}" for key, value in overrides.items()]
+    command = [sys.executable, "-m", "sora_jax.plan", *arguments, *changed]
+    row = {"topology": where, "overrides": overrides}
+    try:
+      ran = subprocess.run(
+        [*command, f"--out={trial}"],
+        capture_output=True,
+        text=True,
+        timeout=60 * minutes,
+      )
+    except subprocess.TimeoutExpired:
+      row["error"] = f"longer than {minutes} minutes"
+    else:
+      if ran.returncode:
+        row["error"] = (ran.stderr.strip().splitlines() or ["no message"])[-1]
+      else:
+        (result,) = trial.glob("*.json")
+        row["result"] = json.loads(result.read_text())
+    done.append(row)
+    _write(path, done)
+    logging.info("  %s", plan_report.trial_line(row))
+  chosen = [json.dumps([where, overrides]) for overrides in wanted]
+  done = [t for t in done if json.dumps([t["topology"], t["overrides"]]) in chosen]
+  return sorted(done, key=plan_report.trial_rank)
+
+
+def _write(path: pathlib.Path, value) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(value, indent=2) + "\n")
+  os.replace(temporary, path)
+
+
+def _define_flags():
+  flags.DEFINE_string(
+    "topology",
+    None,
+    "Chips: v5p:4x4x4, v6e:16x16, tpu7x:2x2x4, h100:64, ...",
+    required=True,
+  )
+  flags.DEFINE_integer("slices", 1, "Slices of that topology.")
+  flags.DEFINE_list("stages", ["dit"], f"What to compile: {','.join(STAGES)}.")
+  flags.DEFINE_string(
+    "manifest", None, "manifest.jsonl or latents.jsonl; by default that of --workdir."
+  )
+  flags.DEFINE_integer(
+    "clip_tokens", 0, "Without a manifest: tokens of a clip; 0 = the longest there is."
+  )
+  flags.DEFINE_integer("steps", 0, "Steps to price; 0 = config.dit.train.steps.")
+  flags.DEFINE_float("price", 0.0, "Of one chip for an hour.")
+  flags.DEFINE_string("out", None, "Folder to write to; <workdir>/plan by default.")
+  flags.DEFINE_bool("search", False, "Try meshes, remat and row lengths.")
+  flags.DEFINE_integer("trials", 24, "Most trials of a search.")
+  flags.DEFINE_float("trial_minutes", 20.0, "Longest trial of a search.")
+
+
+def _main(argv) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  stages.start_logging()
+  args = flags.FLAGS
+  # The host's own devices only trace; a TPU that is here stays free.
+  jax.config.update("jax_platforms", "cpu")
+  if unknown := set(args.stages) - set(STAGES):
+    raise ValueError(f"--stages: {sorted(unknown)} are none of {STAGES}")
+  topology = hardware.parse(args.topology, args.slices)
+  recipe = recipes.read(stages.CONFIG.value)
+  folder = pathlib.Path(args.out or os.path.join(stages.workdir(), "plan"))
+  if args.search:
+    own = ("search", "nosearch", "trials", "trial_minutes", "out")
+    arguments = [a for a in sys.argv[1:] if a.lstrip("-").split("=")[0] not in own]
+    ranked = search(
+      recipe, topology, folder, arguments, args.trials, args.trial_minutes
+    )
+    for line in plan_report.ranking(ranked):
+      logging.info("%s", line)
+    return
+  load = packing_load.of_recipe(
+    recipe, stages.workdir(), args.manifest, args.clip_tokens
+  )
+  made = plan(recipe, topology, load, args.stages)
+  if made.get("speed"):
+    steps = args.steps or recipe.dit.train.steps
+    seconds = made["speed"]["step_seconds"]
+    made["run"] = estimate.cost(steps, seconds, topology.chips, args.price)
+  for line in plan_report.table(made):
+    logging.info("%s", line)
+  name = f"{topology.name.replace(':', '-')}-{topology.slices}"
+  _write(folder / f"{name}.json", made)
+  plan_report.picture(made).save(folder / f"{name}.png")
+  logging.info("%s.json and .png are in %s", name, folder)
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  _define_flags()
+  stages.run_app(_main)

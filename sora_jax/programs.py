@@ -1,0 +1,253 @@
+"""The programs that a recipe runs, compiled for a slice of TPUs without having one.
+
+libtpu compiles on a CPU host for any topology. Nothing is initialised: all arguments
+are shapes with shardings, as the stages themselves place them.
+"""
+
+import dataclasses
+import glob
+import importlib.util
+import os
+import re
+import tempfile
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sora_jax import (
+  autoencoder,
+  denoiser,
+  encode,
+  packing,
+  sharding,
+  stages,
+  train,
+  train_dit,
+)
+from sora_jax import recipe as recipes
+from sora_jax.hardware import Topology
+from sora_jax.tasks import vae as vae_task
+
+# Without these libtpu looks for the TPU that it believes to be on.
+_ENVIRONMENT = {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+}
+_TOO_LARGE = re.compile(
+  r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"
+)
+_UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
+
+
+def devices(topology: Topology) -> list:
+  """Devices of a topology to compile for; they cannot run anything.
+
+  Raises:
+    ValueError: without libtpu, and for a shape that no slice has.
+  """
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError(
+      f"compiling for {topology.chip.name} needs libtpu: pip install 'sora_jax[plan]'"
+    )
+  for name, value in _ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+  try:
+    described = topologies.get_topology_desc(
+      platform="tpu",
+      topology_name=topology.name,
+      # By default there are no rings, which makes another program.
+      wrap=topology.wrap,
+      num_slices=topology.slices,
+      chips_per_host_bounds=(2, 2, 1) if min(topology.shape[:2]) > 1 else (1, 1, 1),
+    )
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(f"--topology={topology.name}: {error}") from error
+  return list(described.devices)
+
+
+def places(mesh, topology: Topology) -> np.ndarray:
+  """(slice, x, y, z, core) of each partition of a program on the mesh: int [D, 5]."""
+  rows = []
+  for index, device in enumerate(mesh.devices.flat):
+    if hasattr(device, "coords"):
+      slice_index = getattr(device, "slice_index", 0)
+      rows.append([slice_index, *device.coords, device.core_on_chip])
+    else:  # simulated devices, in the order of the topology
+      sizes = (topology.slices, *topology.shape, topology.chip.devices)
+      where = np.unravel_index(index, sizes)
+      rows.append([*where[:-1], *[0] * (5 - len(where)), where[-1]])
+  return np.array(rows)
+
+
+class Program(NamedTuple):
+  """A compiled program: bytes of a device, and its text, None where it does not fit.
+
+  arguments count what is donated once; peak is all that is there at one time. limit:
+  what the compiler says there is, 0 where it does not.
+  """
+
+  name: str
+  compile_seconds: float
+  arguments: float
+  temporaries: float
+  peak: float
+  limit: float
+  text: str | None
+
+
+def compile_program(name: str, lowered) -> Program:
+  """Compiles; that the memory does not suffice is a result and not an error."""
+  begin = time.monotonic()
+  # The text of a compiled object cannot be read where parts run on SparseCores.
+  with tempfile.TemporaryDirectory() as folder:
+    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    try:
+      compiled = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+      short = _TOO_LARGE.search(str(error))
+      if not short:
+        raise
+      used, limit = (float(short[i]) * _UNITS[short[i + 1]] for i in (1, 3))
+      seconds = time.monotonic() - begin
+      return Program(name, seconds, 0.0, 0.0, used, limit, None)
+    seconds = time.monotonic() - begin
+    # A TPU's estimates of cycles come with its code.
+    names = glob.glob(f"{glob.escape(folder)}/*.jit_*after_codegen.txt")
+    names = names or glob.glob(f"{glob.escape(folder)}/*.jit_*after_optimizations.txt")
+    with open(max(names, key=os.path.getsize)) as file:
+      text = file.read()
+  memory = compiled.memory_analysis()
+  return Program(
+    name,
+    seconds,
+    memory.argument_size_in_bytes,
+    memory.temp_size_in_bytes,
+    # What is compiled for a CPU has no peak.
+    memory.peak_memory_in_bytes
+    or memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes,
+    0.0,
+    text,
+  )
+
+
+def _placed(shapes, shardings):
+  return jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    shapes,
+    shardings,
+  )
+
+
+def _batch(row, rows, mesh):
+  """Shapes of a batch of such rows, where the train loop puts them."""
+  shapes = {
+    name: jax.ShapeDtypeStruct((rows, *value.shape), value.dtype)
+    for name, value in row.items()
+    if not name.startswith("clip")
+  }
+  return _placed(shapes, sharding.batch_shardings(shapes, mesh))
+
+
+def dit_batch(recipe: recipes.Recipe, mesh) -> dict:
+  """Shapes of the batches of the stage "dit"."""
+  return _batch(train_dit.empty_row(recipe), recipe.dit.rows, mesh)
+
+
+def dit_state(recipe: recipes.Recipe, mesh) -> train.Built:
+  """The stage's functions, and the shapes and shardings of its state."""
+  task, rules = train_dit.make_task(recipe)
+  return train.build(task, recipe.dit.train, mesh, rules, recipe.seed)
+
+
+def dit_step(recipe: recipes.Recipe, mesh):
+  """The lowered train step of the stage "dit".
+
+  Raises:
+    ValueError: if its sizes do not divide by the mesh.
+  """
+  stages.check_dit(recipe.dit, mesh)
+  built = dit_state(recipe, mesh)
+  batch = dit_batch(recipe, mesh)
+  with jax.set_mesh(mesh):
+    return built.update.lower(built.abstract, batch)
+
+
+def vae_encode(recipe: recipes.Recipe, mesh):
+  """The lowered encoding of the longest and largest clips, `config.encode.batch_size`.
+
+  The stage runs on each host by itself.
+  """
+  data, config = recipe.data, recipe.vae.model
+  edge = data.size_multiple
+  height = max(edge, int((data.max_pixels * 9 / 16) ** 0.5) // edge * edge)
+  width = max(edge, data.max_pixels // height // edge * edge)
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  size = -(-recipe.encode.batch_size // ways) * ways
+  frames = encode.frame_bucket(data.max_frames, recipe.encode.frame_buckets)
+  shape = (frames, height, width, 3)
+  video = _batch({"x": jax.ShapeDtypeStruct(shape, jnp.uint8)}, size, mesh)["x"]
+  task = vae_task.make(config, recipe.vae.loss)
+  shapes = jax.eval_shape(task.init, jax.random.key(0))["vae"]
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  params = _placed(shapes, jax.tree.map(lambda _: everywhere, shapes))
+  ones = np.ones(config.latent_channels, np.float32)
+  program, _ = autoencoder.programs(config, ones, ones, mesh, recipe.dtype)
+  with jax.set_mesh(mesh):
+    return program.lower(params, video)
+
+
+def sampling(recipe: recipes.Recipe, mesh):
+  """The lowered program that makes `config.sample.rows` rows of latents.
+
+  All steps of the solver are inside. It runs on each host by itself.
+  """
+  stage, options = recipe.dit, recipe.sample
+  frozen = bool(recipe.text.folder)
+  text = None if frozen else stage.text
+  task, rules = train_dit.make_task(recipe)
+  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  params = _placed(shapes, sharding.param_shardings(shapes, rules, mesh))
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = -(-options.rows // ways) * ways
+  caption = (
+    np.zeros((1, recipe.text.width), jnp.bfloat16) if frozen else np.zeros(1, np.int32)
+  )
+  budget = packing.RowBudget(stage.tokens, stage.text_tokens, stage.segments)
+  batch = packing.empty_batch(1, budget, stage.model.patch_width, caption)
+  batch = _batch({name: value[0] for name, value in batch.items()}, rows, mesh)
+  tokens_BN = np.full((rows, stage.segments), stage.tokens // stage.segments)
+  table = denoiser.solver_table(
+    tokens_BN, np.ones_like(tokens_BN), options, stage.loss.process
+  )
+  program = denoiser.program(
+    stage.model,
+    text,
+    recipe.dtype,
+    mesh,
+    process=stage.loss.process,
+    target=stage.loss.target,
+  )
+  with jax.set_mesh(mesh):
+    return program.lower(
+      params,
+      batch,
+      table,
+      options.guidance_scale,
+      options=denoiser.static_options(options),
+    )
+
+
+def on_accelerator(recipe: recipes.Recipe) -> recipes.Recipe:
+  """The recipe with the precision that it has there, this being a CPU host."""
+  precision = "bfloat16" if recipe.precision == "auto" else recipe.precision
+  return dataclasses.replace(recipe, precision=precision)

@@ -1,0 +1,510 @@
+"""A plan's arithmetic by hand, and its path from a recipe to a report."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import subprocess
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from golden.make_losses import FAST_COMPILE
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sora_jax import (
+  estimate,
+  hardware,
+  hlo,
+  packing_load,
+  plan,
+  plan_report,
+  programs,
+  recipe,
+  sharding,
+  train_dit,
+)
+from sora_jax.data import clips, pack
+
+CUBE = hardware.parse("v5p:4x4x4")
+
+
+def recipe_of(**changes):
+  """The tiny recipe with 8 rows; changes are keys of config.dit."""
+  config = tiny.get_config().to_dict()
+  config["dit"] |= {"rows": 8, **changes}
+  return recipe.read(config)
+
+
+# --- topologies
+
+
+@pytest.mark.parametrize(
+  "text, devices, wrap",
+  [
+    ("v5p:4x4x4", 64, (True, True, True)),
+    ("v5p:4x4x8", 128, (True, True, True)),
+    ("v5p:2x2x1", 4, (False, False, False)),
+    ("v5p:2x4x4", 32, (False, False, False)),
+    ("v4:4x4x4", 128, (True, True, True)),
+    ("tpu7x:4x4x4", 128, (True, True, True)),
+    ("v6e:16x16", 256, (True, True, False)),
+    ("v5e:8x16", 128, (False, True, False)),
+    ("v6e:2x2", 4, (False, False, False)),
+  ],
+)
+def test_topologies(text, devices, wrap):
+  topology = hardware.parse(text, slices=3)
+  assert topology.devices == 3 * devices
+  assert topology.wrap == wrap
+  assert topology.name == text
+
+
+@pytest.mark.parametrize(
+  "text, slices, message",
+  [
+    ("v7:4x4", 1, "'v7' is none of v4, v5e"),
+    ("v5p", 1, "v5p has 3 axes, such as v5p:4x4x4"),
+    ("v5p:4x4", 1, "v5p has 3 axes"),
+    ("v6e:4x4x4", 1, "v6e has 2 axes, such as v6e:16x16"),
+    ("v5p:4x0x4", 1, "v5p has 3 axes"),
+    ("v6e:32x16", 1, "a pod of v6e is 16x16"),
+    ("h100:8x8", 1, "h100 has 1 axes, such as h100:64"),
+    ("v5p:4x4x4", 0, "--slices=0 must be at least 1"),
+  ],
+)
+def test_wrong_topologies(text, slices, message):
+  with pytest.raises(ValueError, match=message):
+    hardware.parse(text, slices)
+
+
+# --- times, by hand
+
+
+def grid(topology):
+  """Places of all devices of a topology, in its order."""
+  devices = np.empty(topology.devices, object)
+  devices[:] = [types.SimpleNamespace() for _ in devices]
+  return programs.places(types.SimpleNamespace(devices=devices), topology)
+
+
+LINE = tuple(range(4))  # along z
+PLANE = tuple(range(16))
+
+
+@pytest.mark.parametrize(
+  "kind, group, seconds",
+  [
+    # 100 GB/s a link one way, two links along each axis of a ring.
+    ("all-gather", LINE, 180e9 / 200e9),
+    ("all-reduce", PLANE, 180e9 / 400e9),
+    ("reduce-scatter", tuple(range(64)), 180e9 / 600e9),
+    ("collective-permute", (0, 1), 180e9 / 100e9),
+    # Half an axis is a line.
+    ("all-gather", (0, 1), 180e9 / 100e9),
+    # 240 GB of each chip; on a ring of 4, n / 4 of it through two links.
+    ("all-to-all", LINE, 240e9 / 200e9),
+  ],
+)
+def test_seconds_of_collectives(kind, group, seconds):
+  made = estimate.collective_seconds(kind, 180e9, group, grid(CUBE), CUBE)
+  assert made == pytest.approx(seconds / 0.9)
+
+
+def test_slices_talk_over_the_network():
+  two = hardware.parse("v5p:4x4x4", slices=2)
+  made = estimate.collective_seconds("all-reduce", 1e9, (0, 64), grid(two), two)
+  assert made == pytest.approx(1e9 / 6.25e9 / 0.9)
+  everywhere = tuple(range(128))
+  made = estimate.collective_seconds("all-reduce", 1e9, everywhere, grid(two), two)
+  # Each chip of a slice carries its 64th over the network.
+  assert made == pytest.approx((1e9 / 600e9 + 1e9 / 64 / 6.25e9) / 0.9)
+
+
+def test_sums_over_slices():
+  three = hardware.parse("v5p:4x4x4", slices=3)
+  where, group = grid(three), tuple(range(192))
+  made = estimate.collective_seconds("network-all-reduce", 3e9, group, where, three)
+  assert made == pytest.approx(3e9 * 4 / 3 / 6.25e9 / 0.9)
+
+
+def test_two_dies_share_the_links_of_a_chip():
+  pair = hardware.parse("tpu7x:2x2x1")
+  assert grid(pair)[:2].tolist() == [[0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
+  between = estimate.collective_seconds("all-gather", 9e9, (0, 1), grid(pair), pair)
+  assert between == pytest.approx(9e9 / 600e9 / 0.9)
+  chips = estimate.collective_seconds("all-gather", 9e9, (0, 2), grid(pair), pair)
+  assert chips == pytest.approx(2 * 9e9 / 100e9 / 0.9)
+
+
+def test_seconds_of_a_step():
+  report = hlo.Report(matmul_flops=459e12)
+  report.cycles.update(matmul=3.502e9, other=1.751e9)
+  report.kernels["splash_mha_fwd"] = hlo.Kernel(launches=4, flops=459e12 * 0.53)
+  traffic = report.collectives["all-gather"]
+  traffic.exposed[LINE] += 90e9
+  traffic.hidden = 180e9
+  made = estimate.seconds(report, grid(CUBE), CUBE)
+  assert made.matmul == pytest.approx(2.0)  # the compiler's cycles, above the ideal 1 s
+  assert made.other == pytest.approx(1.0)
+  assert made.attention == pytest.approx(1.0)
+  assert made.communication == pytest.approx(0.5)
+  assert made.hidden == pytest.approx(1.0)
+  assert made.total == pytest.approx(4.5)
+  report.cycles["matmul"] = 0
+  assert estimate.seconds(report, grid(CUBE), CUBE).matmul == pytest.approx(1.0)
+
+
+def test_calibration():
+  """MaxDiffusion's step: 11 matmuls over all pairs of 16 clips of 75,600 tokens."""
+  unit = 2.0 * 16 * 75600**2 * 5120 * 40 / 64
+  report = hlo.Report(matmul_flops=1810e12)
+  report.kernels["splash_mha_fwd"] = hlo.Kernel(launches=1, flops=11 * unit)
+  made = estimate.seconds(report, grid(CUBE), CUBE)
+  assert made.attention == pytest.approx(26.5, abs=0.1)
+  # Of the published 36.0 s the rest has to hold all else.
+  assert made.total < 36.0
+
+
+def test_cost_of_a_run():
+  made = estimate.cost(steps=7200, step_seconds=2.0, chips=64, price=4.0)
+  assert made == {"steps": 7200, "hours": 4.0, "chip_hours": 256.0, "cost": 1024.0}
+
+
+def test_gpu_estimates():
+  h100 = hardware.CHIPS["h100"]
+  fast, slow = estimate.gpu_seconds(989e12 * 8, 8, h100)
+  assert (fast, slow) == (pytest.approx(1 / 0.48), pytest.approx(1 / 0.33))
+  model = recipe_of().dit.model  # width 32, depth 2, mlp 64
+  block = 2 * 100 * (16 * 32 + 2 * 64)
+  sizes = {"none": 2 * block, "attention_saved": 2 * 3 * 6400, "full": 2 * 6400}
+  for remat, kept in sizes.items():
+    made = estimate.gpu_bytes(1e6, 1000, model, 100, remat)
+    assert made == 1e6 + 4000 + kept + block
+
+
+# --- attention kernels
+
+KERNEL = (
+  '%a, %b), custom_call_target="tpu_custom_call", operand_layout_constraints={{{count}'
+  "s32[4]{{0}}, s8[4]{{0}}, bf16[2,2048,128]{{2,1,0}}, bf16[2,{keys},128]{{2,1,0}}, "
+  "bf16[2,{keys},128]{{2,1,0}}}}, frontend_attributes={{}}"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "name, results, matmuls",
+  [
+    ("splash_mha_fwd_segmented_residuals.6", "(bf16[2,2048,128], f32[2,2048,128])", 2),
+    ("splash_mha_dkv_segmented_no_residuals.2",
+     "(bf16[3,2,2048,128], bf16[2,2048,128], bf16[2,2048,128])", 5),
+    ("splash_mha_dkv_no_residuals", "(bf16[2,2048,128], bf16[2,2048,128])", 4),
+    ("splash_mha_dq", "bf16[2,2048,128]", 3),
+  ],
+)  # fmt: skip
+def test_attention_launches(name, results, matmuls):
+  rest = KERNEL.format(count="s32[], ", keys=2048)
+  launch = estimate.attention_launch(name, results, rest)
+  assert launch == estimate.Launch(matmuls, 2, 2048, 2048, 128, skips=True)
+  assert launch.flops == 2 * matmuls * 2 * 2048 * 2048 * 128
+  load = estimate.Load("", 1.0, 4.0, 2048.0, 256.0, 0.0, 0.25, 0.5, 0.2)
+  flops = estimate.kernel_flops(load, text_tokens=256)
+  assert flops(name, results, rest) == launch.flops / 4
+  captions = KERNEL.format(count="s32[], ", keys=256)
+  assert flops(name, results, captions) == launch.flops / 8 / 2
+  static = KERNEL.format(count="", keys=2048)
+  assert flops(name, results, static) == launch.flops
+
+
+def test_other_kernels_are_no_attention():
+  assert estimate.attention_launch("gather_kernel", "f32[8]", KERNEL) is None
+
+
+# --- what rows hold
+
+
+def test_load_of_rows():
+  budget = pack.Budget(4096, 256, 8)
+  made = packing_load.of_rows([[(1024, 32)] * 4, [(2048, 64)]], 0.75, budget, "two")
+  assert made.fill == 0.75 and made.clips == 2.5
+  assert made.tokens == 3072 and made.text_tokens == 96
+  assert made.pairs == (4 * 1024 * 1056 + 2048 * 2112) / 2
+
+
+def test_blocks_between_clips_are_not_visited():
+  budget = pack.Budget(8192, 256, 8)
+  whole = packing_load.of_rows([[(8192, 256)]], 1.0, budget, "")
+  parts = packing_load.of_rows([[(2048, 64)] * 4], 1.0, budget, "")
+  assert whole.self_share == whole.own_share == 1.0
+  assert parts.self_share == parts.own_share == 0.25
+  # A block across two clips is visited for both.
+  off = packing_load.of_rows([[(2000, 64)] * 4], 1.0, budget, "")
+  assert off.own_share == 4 * 2000**2 / 8192**2 < 0.25 < off.self_share
+
+
+def test_load_without_a_manifest(tmp_path):
+  built = recipe_of()
+  longest = recipe.longest_clip(built)
+  assert longest == 5 * 4 * 4
+  load = packing_load.of_recipe(built, str(tmp_path))
+  assert (load.clips, load.tokens, load.text_tokens) == (1, 80, 40)
+  load = packing_load.of_recipe(built, str(tmp_path), clip_tokens=48)
+  assert (load.clips, load.tokens) == (2, 96)
+  with pytest.raises(ValueError, match="--clip_tokens=97 .* config.dit.tokens 96"):
+    packing_load.of_recipe(built, str(tmp_path), clip_tokens=97)
+
+
+def test_load_of_a_manifest(tmp_path):
+  sizes = ((17, 64, 64), (1, 64, 64), (9, 64, 32))  # 80, 16 and 24 tokens
+  rows = [
+    clips.Clip(str(i), str(tmp_path / "x.mp4"), 0.0, *size[:1], 16.0, *size[1:])
+    for i, size in enumerate(sizes)
+  ]
+  path = tmp_path / "data" / "manifest.jsonl"
+  clips.write_manifest(path, rows)
+  load = packing_load.of_recipe(recipe_of(), str(tmp_path))
+  assert load.source == str(path)
+  assert load.fill == pytest.approx((80 + 16 + 24) / (2 * 96))
+  assert load.clips == 1.5
+  assert load == packing_load.of_recipe(recipe_of(), "/none", manifest=str(path))
+  heldout = [dataclasses.replace(clip, split="heldout") for clip in rows]
+  clips.write_manifest(path, heldout)
+  with pytest.raises(ValueError, match="no clip of split 'train'"):
+    packing_load.of_recipe(recipe_of(), str(tmp_path))
+
+
+def test_load_of_latents(tiny_run):
+  built = recipe_of(rows=2)
+  load = packing_load.of_recipe(built, str(tiny_run.workdir))
+  assert load.source.endswith("latents.jsonl")
+  assert 0.3 < load.fill <= 1.0
+  assert load.clips * 1 <= built.dit.segments
+
+
+# --- from a recipe to a report
+
+
+def test_shapes_are_those_of_real_batches(tiny_run):
+  built = recipe_of(rows=8)
+  mesh = sharding.make_mesh(fsdp=8)
+  made = train_dit.setup(built, tiny_run.workdir, mesh)
+  batch = {k: v for k, v in next(made.data).items() if not k.startswith("clip")}
+  made.data.close()
+  placed = sharding.shard_batch(batch, mesh)
+  planned = programs.dit_batch(built, mesh)
+  assert planned.keys() == placed.keys()
+  for name, shape in planned.items():
+    assert (shape.shape, shape.dtype) == (placed[name].shape, placed[name].dtype), name
+    assert shape.sharding == placed[name].sharding, name
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+  """Plans compile, quickly, for the 8 simulated devices."""
+  monkeypatch.setattr(
+    programs, "devices", lambda topology: jax.devices()[: topology.devices]
+  )
+  real = programs.compile_program
+
+  def compile_program(name, lowered):
+    compiled = functools.partial(lowered.compile)
+
+    def fast(compiler_options):
+      return compiled(compiler_options={**FAST_COMPILE, **compiler_options})
+
+    return real(name, types.SimpleNamespace(compile=fast))
+
+  monkeypatch.setattr(programs, "compile_program", compile_program)
+
+
+def test_plan_of_a_train_step(simulated, tmp_path):
+  built = recipe_of()
+  topology = hardware.parse("v5p:2x2x2")
+  load = packing_load.of_recipe(built, str(tmp_path))
+  made = plan.plan(built, topology, load)
+  assert json.loads(json.dumps(made)) == made
+  (step,) = made["programs"]
+  assert made["mesh"] == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
+  assert step["fits"] and 0 < step["arguments"] < step["peak"] + step["temporaries"]
+  # Attention is matmuls on CPU: 2 forwards and 4 backwards over all pairs, remat none.
+  model = built.dit.model
+  pairs = built.dit.rows * built.dit.tokens * (built.dit.tokens + built.dit.text_tokens)
+  attention = 6 * 2 * pairs * model.width * model.depth / 8
+  analytic = plan.executed_flops(built) / 8
+  assert 1.0 < step["matmul_flops"] / (analytic + attention) < 1.4
+  assert step["collectives"]["all-gather"]["wire"] > 0
+  assert made["speed"]["step_seconds"] == step["seconds"]["total"] > 0
+  assert made["speed"]["clips_per_day"] == pytest.approx(
+    8 * 86400 / made["speed"]["step_seconds"]
+  )
+  assert any("no kernel" in text for text in made["advice"])
+  lines = "\n".join(plan_report.table(made))
+  assert "v5p:2x2x2 = 8 chips" in lines and "all-gather" in lines
+  assert "attention kernels at 53% of the peak" in lines
+  assert plan_report.picture(made).size == (900, 260)
+
+
+def test_plan_of_the_other_programs(simulated, tmp_path):
+  built = recipe_of()
+  load = packing_load.of_recipe(built, str(tmp_path))
+  made = plan.plan(built, hardware.parse("v5p:2x2x2"), load, ("vae",))
+  assert [program["name"] for program in made["programs"]] == ["vae"]
+  assert made["programs"][0]["matmul_flops"] > 0
+  assert "speed" not in made
+  sampled = programs.sampling(built, sharding.make_mesh(fsdp=8))
+  rows, tokens = 8, built.dit.tokens
+  assert sampled.out_info.shape == (rows, tokens, built.dit.model.patch_width)
+
+
+@pytest.mark.parametrize(
+  "changes, mesh, message",
+  [
+    ({"rows": 6}, {}, r"config\.dit\.rows 6 must be a multiple of 8"),
+    ({}, {"context": 3}, "context=3, tensor=1 does not fit 8 devices"),
+  ],
+)
+def test_what_does_not_divide(simulated, changes, mesh, message):
+  built = recipe_of(**changes)
+  built = dataclasses.replace(built, mesh=recipe.Mesh(**mesh))
+  load = packing_load.of_recipe(built, "/none")
+  with pytest.raises(ValueError, match=message):
+    plan.plan(built, hardware.parse("v5p:2x2x2"), load)
+
+
+def test_without_libtpu(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r"pip install 'sora_jax\[plan\]'"):
+    programs.devices(CUBE)
+
+
+def test_plan_for_gpus(tmp_path):
+  built = recipe_of(rows=16)
+  load = packing_load.of_recipe(built, str(tmp_path))
+  made = plan.plan(built, hardware.parse("h100:16"), load)
+  (step,) = made["programs"]
+  assert "ESTIMATE" in step["name"] and step["fits"]
+  assert made["speed"]["mfu"] == pytest.approx(0.33)
+  assert made["speed"]["fastest_seconds"] < made["speed"]["step_seconds"]
+  assert "ESTIMATE" in "\n".join(plan_report.table(made))
+  with pytest.raises(ValueError, match=r"config\.dit\.rows 8 must be a multiple of 16"):
+    plan.plan(recipe_of(), hardware.parse("h100:16"), load)
+
+
+TOO_LARGE = (
+  "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total "
+  "memory required for HLO temporaries (298.12G) exceeds available HBM (95.73G). HLO "
+  "module: jit_update."
+)
+
+
+def failing(message):
+  def compile(compiler_options):
+    raise jax.errors.JaxRuntimeError(message)
+
+  return types.SimpleNamespace(compile=compile)
+
+
+def test_too_large_is_a_result(monkeypatch):
+  built = recipe_of()
+  monkeypatch.setattr(programs, "devices", lambda topology: jax.devices())
+  monkeypatch.setattr(programs, "dit_step", lambda recipe, mesh: failing(TOO_LARGE))
+  load = packing_load.of_recipe(built, "/none")
+  made = plan.plan(built, hardware.parse("v5p:2x2x2"), load)
+  (step,) = made["programs"]
+  assert not step["fits"] and not made["speed"]
+  assert step["peak"] == 298.12 * 2**30
+  # Params, EMA and two moments in float32; little of the tiny model is replicated.
+  params = plan.state_size(built, sharding.make_mesh(fsdp=1, data=8))[1]
+  assert 2 * params <= step["arguments"] <= 4 * 4 * params
+  assert step["hbm"] == 95.73 * 2**30
+  assert "DOES NOT FIT" in "\n".join(plan_report.table(made))
+  assert "remat='full'" in made["advice"][0]
+  assert "config.mesh.context=2" in made["advice"][1]
+  assert plan_report.picture(made).size == (900, 160)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+    programs.compile_program("x", failing("INTERNAL: other"))
+
+
+# --- search
+
+
+def test_candidates_divide():
+  built = recipe_of(rows=64, tokens=4096)
+  made = plan.candidates(built, CUBE)
+  assert len({json.dumps(c) for c in made}) == len(made) > 10
+  for c in made:
+    sizes = [c[f"mesh.{axis}"] for axis in sharding.AXES]
+    assert np.prod(sizes) == 64
+    assert c["dit.rows"] % (sizes[0] * sizes[1]) == 0
+    assert c["dit.tokens"] % (128 * sizes[2]) == 0
+    assert built.dit.model.heads % sizes[3] == 0
+    assert c["dit.rows"] * c["dit.tokens"] == 64 * 4096
+  assert made[0]["mesh.context"] == made[0]["mesh.tensor"] == 1
+  assert made[0]["dit.model.remat"] == "attention_saved"
+  two = plan.candidates(built, hardware.parse("v5p:4x4x4", slices=2))
+  assert {c["mesh.data"] for c in two} == {2}
+
+
+def test_search_resumes_and_ranks(monkeypatch, tmp_path):
+  built, calls = recipe_of(rows=64, tokens=4096), []
+
+  def run(command, *, timeout, **kwargs):
+    calls.append(command)
+    number = len(calls)
+    if number == 2:
+      raise subprocess.TimeoutExpired(command, timeout)
+    if number == 3:
+      return types.SimpleNamespace(returncode=1, stderr="noise\nE it is too much\n")
+    folder = next(a for a in command if a.startswith("--out=")).partition("=")[2]
+    result = {
+      "programs": [{"fits": number != 1, "peak": 9e10}],
+      "speed": {"step_seconds": 2.0, "mfu": 0.4, "tokens_per_day": 1e9 * number},
+    }
+    plan._write(tmp_path / folder / "v5p.json", result)
+    return types.SimpleNamespace(returncode=0, stderr="")
+
+  monkeypatch.setattr(subprocess, "run", run)
+  first = plan.search(built, CUBE, tmp_path, ["--topology=v5p:4x4x4"], trials=3)
+  assert len(calls) == len(first) == 3
+  assert "--topology=v5p:4x4x4" in calls[0]
+  assert "--config.dit.model.remat=attention_saved" in calls[0]
+  ranked = plan.search(built, CUBE, tmp_path, ["--topology=v5p:4x4x4"], trials=5)
+  assert len(calls) == len(ranked) == 5
+  lines = plan_report.ranking(ranked)
+  assert lines[0].startswith("1. ") and "5e+09 tokens a day" in lines[0]
+  assert "4e+09" in lines[1] and "does not fit" in lines[2]
+  assert any("E it is too much" in line for line in lines)
+  assert any("longer than" in line for line in lines)
+
+
+def test_a_search_without_candidates(tmp_path):
+  with pytest.raises(ValueError, match="no mesh of 64 devices .*rows 8 of 96 tokens"):
+    plan.search(recipe_of(), CUBE, tmp_path, [])
+
+
+# --- the compiler for TPUs, where it is installed
+
+
+def test_a_program_for_a_tpu():
+  pytest.importorskip("libtpu")
+  topology = hardware.parse("v5p:2x2x1")
+  mesh = sharding.make_mesh(fsdp=4, devices=programs.devices(topology))
+  assert sorted(programs.places(mesh, topology)[:, 1:3].tolist()) == [
+    [0, 0], [0, 1], [1, 0], [1, 1]
+  ]  # fmt: skip
+
+  def place(*spec):
+    where = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=where)
+
+  lowered = jax.jit(jnp.matmul).lower(place("fsdp"), place("fsdp"))
+  program = programs.compile_program("matmul", lowered)
+  report = hlo.analyze(program.text, 4)
+  assert report.matmul_flops == 2 * 4096**3 / 4
+  assert report.collectives["all-gather"].wire == 2 * 4096**2 * 3 / 4
+  made = estimate.seconds(report, programs.places(mesh, topology), topology)
+  # The compiler's own cycles, and no better than the peak.
+  assert 1.0 <= made.matmul / (2 * 4096**3 / 4 / 459e12) < 2.0
