@@ -142,7 +142,7 @@ def test_packed_equals_separate():
 
 def rotate(x_BLNK, position_BL3, dims):
   cos, sin = layers.rope_angles(position_BL3, dims)
-  return layers.apply_rope(x_BLNK, cos, sin)
+  return layers.apply_rope(layers.in_halves(x_BLNK, x_BLNK.shape[-1]), cos, sin)
 
 
 def test_rope_is_a_complex_rotation():
@@ -160,7 +160,7 @@ def test_rope_is_a_complex_rotation():
     axis=-1,
   )
   turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angle)[:, :, None]
-  expected = np.stack([turned.real, turned.imag], -1).reshape(x.shape)
+  expected = np.concatenate([turned.real, turned.imag], -1)
   out = fast_jit(rotate, static_argnums=2)(x, position, dims)
   np.testing.assert_allclose(out, expected, atol=2e-5)
   # Scores depend on differences of positions only.

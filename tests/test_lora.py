@@ -116,12 +116,16 @@ def test_sharding_rules_share_all_of_an_adapter():
   config = lora.LoRAConfig(4, 4.0, r"dit/(blocks/(query|mlp_down)|head)/kernel")
   rules = dict(lora.sharding_rules(BASE, RULES, config))
   assert rules[re.escape("dit/blocks/query/lora_a")] == P(
-    None, ("fsdp", "tensor"), None
+    None, ("fsdp", "context", "tensor"), None
   )
   assert rules[re.escape("dit/blocks/query/lora_b")] == P(
-    None, None, ("tensor", "fsdp")
+    None, None, ("tensor", "fsdp", "context")
   )
-  assert rules[re.escape("dit/blocks/mlp_down/lora_a")][1] == ("tensor", "fsdp")
+  assert rules[re.escape("dit/blocks/mlp_down/lora_a")][1] == (
+    "tensor",
+    "fsdp",
+    "context",
+  )
   shapes = jax.eval_shape(lambda: lora.init(KEY, BASE, config))
   sharding.param_shardings(shapes, list(rules.items()), sharding.make_mesh())
 

@@ -7,7 +7,6 @@ groups, so given (clean) and noisy tokens share one sequence.
 """
 
 import dataclasses
-import functools
 import math
 
 import flax.linen as nn
@@ -125,8 +124,7 @@ class DiT(nn.Module):
     c, dtype = self.config, self.dtype
 
     def dense(features, name, **kwargs):
-      kwargs = {"dtype": dtype, "dot_general": layers.dot_general, **kwargs}
-      return layers.Dense(features, name=name, **kwargs)
+      return layers.Dense(features, name=name, **{"dtype": dtype, **kwargs})
 
     x_BLP = partition.constrain(x_BLP, partition.ROWS, partition.TOKENS)
     x_BLD = _shard(dense(c.width, "patch_embed")(x_BLP.astype(dtype)))
@@ -187,11 +185,16 @@ class _Block(nn.Module):
     c, dtype = self.config, x_BLD.dtype
     x_BLD = checkpoint_name(x_BLD, "block")
 
-    def dense(features, name):
+    def dense(features, name, **kwargs):
       # As the sharding rules of tasks/dit.py have them.
       shared = 1 if name in ("attention_out", "cross_out", "mlp_down") else 0
-      dot_general = functools.partial(layers.dot_general, shared=shared)
-      return layers.Dense(features, dtype=dtype, dot_general=dot_general, name=name)
+      return layers.Dense(features, dtype=dtype, shared=shared, name=name, **kwargs)
+
+    def rotated(x_BLD, name):
+      K = c.width // c.heads
+      x_BLD = dense(c.width, name, halves=K)(x_BLD)
+      x_BLD = layers.RMSNorm(name=f"{name}_norm", halves=K)(x_BLD)
+      return layers.apply_rope(heads(x_BLD), *rope)
 
     def heads(x):
       return x.reshape(*x.shape[:-1], c.heads, c.width // c.heads)
@@ -205,11 +208,8 @@ class _Block(nn.Module):
     )
 
     h_BLD = layers.layer_norm(x_BLD) * (1 + scale1) + shift1
-    q_BLNK = heads(layers.RMSNorm(name="query_norm")(dense(c.width, "query")(h_BLD)))
-    k_BLNK = heads(layers.RMSNorm(name="key_norm")(dense(c.width, "key")(h_BLD)))
+    q_BLNK, k_BLNK = rotated(h_BLD, "query"), rotated(h_BLD, "key")
     v_BLNK = heads(dense(c.width, "value")(h_BLD))
-    q_BLNK = layers.apply_rope(q_BLNK, *rope)
-    k_BLNK = layers.apply_rope(k_BLNK, *rope)
     h_BLNK = attention(q_BLNK, k_BLNK, v_BLNK, segment_BL, segment_BL)
     h_BLD = h_BLNK.reshape(x_BLD.shape)
     x_BLD = x_BLD + gate1 * _shard(dense(c.width, "attention_out")(h_BLD))

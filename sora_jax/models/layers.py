@@ -16,13 +16,18 @@ from sora_jax.models import partition
 
 
 class RMSNorm(nn.Module):
-  """Root-mean-square norm over the last axis with a learned scale, in float32."""
+  """Root-mean-square norm over the last axis with a learned scale, in float32.
+
+  halves: as of `Dense`, for the norm of what such a layer makes.
+  """
 
   epsilon: float = 1e-6
+  halves: int = 0
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+    scale = in_halves(scale, self.halves)
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
     return (y * scale).astype(x.dtype)
@@ -101,19 +106,50 @@ def _scattered_dot_bwd(shared, kept, dout_BLF):
 _scattered_dot.defvjp(_scattered_dot_fwd, _scattered_dot_bwd)
 
 
-class Dense(nn.Dense):
-  """`nn.Dense` that adds x A B where its params hold adapters; see `lora.attach`."""
+class Dense(nn.Module):
+  """A dense layer; adds x A B where its params hold adapters, see `lora.attach`.
+
+  Attributes:
+    features, use_bias, dtype, kernel_init: as of `nn.Dense`.
+    shared: see `dot_general`.
+    halves: channels of a head, in whose output the even channels come first, as
+      `apply_rope` wants them, while the params keep the published order; 0 = all keep.
+  """
+
+  features: int
+  use_bias: bool = True
+  dtype: jnp.dtype | None = None
+  kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
+  shared: int | None = None
+  halves: int = 0
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    y = super().__call__(x)
-    if not self.has_variable("params", lora.A):
-      return y
-    x = x.astype(y.dtype)
-    for name in (lora.A, lora.B):
-      factor = self.get_variable("params", name).astype(y.dtype)
-      x = dot_general(x, factor, (((x.ndim - 1,), (0,)), ((), ())))
-    return y + x
+    shape = (x.shape[-1], self.features)
+    kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+    dtype = self.dtype or jnp.result_type(x, kernel)
+    x = x.astype(dtype)
+
+    def product(x, kernel, **kwargs):
+      contracted = (((x.ndim - 1,), (0,)), ((), ()))
+      return dot_general(x, kernel.astype(dtype), contracted, **kwargs)
+
+    y = product(x, in_halves(kernel, self.halves), shared=self.shared)
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+      y += in_halves(bias, self.halves).astype(dtype)
+    if self.has_variable("params", lora.A):
+      a, b = (self.get_variable("params", name) for name in (lora.A, lora.B))
+      y += product(product(x, a), in_halves(b, self.halves))
+    return y
+
+
+def in_halves(x: Array, channels: int) -> Array:
+  """The last axis with the even channels of each head before the odd ones."""
+  if not channels:
+    return x
+  pairs = x.reshape(*x.shape[:-1], -1, channels // 2, 2)
+  return pairs.swapaxes(-1, -2).reshape(x.shape)
 
 
 def conv_general_dilated(
@@ -190,12 +226,15 @@ def rope_angles(
 
 
 def apply_rope(x_BLNK: Array, cos_BLK: Array, sin_BLK: Array) -> Array:
-  """Rotates adjacent channel pairs of x by the angles (the interleaved convention)."""
-  x = x_BLNK.astype(jnp.float32)
-  even, odd = x[..., 0::2], x[..., 1::2]
+  """Rotates pairs of channels by the angles: the first half's with the second half's.
+
+  Published models rotate neighbours; theirs come here `in_halves`, since accelerators
+  read every second channel slowly. Attention does not see the order of channels.
+  """
+  even, odd = jnp.split(x_BLNK.astype(jnp.float32), 2, axis=-1)
   cos, sin = cos_BLK[:, :, None], sin_BLK[:, :, None]
-  out = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-  return out.reshape(x.shape).astype(x_BLNK.dtype)
+  out = jnp.concatenate([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+  return out.astype(x_BLNK.dtype)
 
 
 def video_rope_dims(head_dim: int) -> tuple[int, int, int]:

@@ -167,8 +167,8 @@ def _plan(segments_L, segments_S, block, interpret, saved=None):
     block_q_dkv=block_q,
     block_kv_dkv=block_k,
     # dq adds up in 3 buffers, from zero; otherwise each block of keys has its own, and
-    # those of pairs that are not visited stay unwritten.
-    dq_reduction_steps=3,
+    # those of pairs that are not visited stay unwritten; a single one is visited.
+    dq_reduction_steps=3 if len(segments_S) > block_k else None,
     residual_checkpoint_name=saved,
     interpret=interpret,
   )

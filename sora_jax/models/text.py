@@ -70,12 +70,9 @@ class _TextBlock(nn.Module):
     c = self.config
 
     def dense(features, name):
-      return nn.Dense(
-        features,
-        use_bias=False,
-        dtype=x_BSE.dtype,
-        dot_general=layers.dot_general,
-        name=name,
+      halves = c.width // c.heads if name in ("query", "key") else 0
+      return layers.Dense(
+        features, use_bias=False, dtype=x_BSE.dtype, halves=halves, name=name
       )
 
     h = layers.RMSNorm(name="attention_norm")(x_BSE)
