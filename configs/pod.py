@@ -77,6 +77,7 @@ def get_config(variant: str = "2b") -> ConfigDict:
     c.data.max_pixels = 1280 * 720
     c.text.max_tokens = 512
     c.text.pad_to = 512
+    c.dit.model.remat = "attention_mlp_saved"
     c.dit.rows = 16
     c.dit.tokens = 75_776
     c.dit.text_tokens = 512

@@ -241,12 +241,17 @@ def gpu_bytes(state: float, params: float, model, tokens: float, remat: str) -> 
     state: bytes of the train state, and params: numbers of the model, on this GPU.
     model: a models.dit.DiTConfig.
     tokens: of this GPU.
-    remat: the kept name; anything but "none" keeps a block's input, "attention_saved"
-      also the attention outputs.
+    remat: a key of models.dit.REMAT_POLICIES; anything but "none" keeps a block's
+      input, "attention_saved" also the attention outputs, "attention_mlp_saved" the
+      MLP's, too.
   """
   wide = 2.0 * tokens * model.width
   block = 2.0 * tokens * (16 * model.width + 2 * model.mlp_width)
-  kept = {"none": block, "attention_saved": 3 * wide}.get(remat, wide)
+  kept = {
+    "none": block,
+    "attention_saved": 3 * wide,
+    "attention_mlp_saved": 4 * wide,
+  }.get(remat, wide)
   # float32 gradients; two gathered bfloat16 blocks are small beside them.
   return state + 4.0 * params + model.depth * kept + block
 

@@ -250,7 +250,7 @@ def candidates(recipe: recipes.Recipe, topology: hardware.Topology) -> list[dict
             | {"dit.model.remat": remat, "dit.rows": rows, "dit.tokens": tokens}
           )
   # Less model parallelism is less communication; keeping attention is less work.
-  order = ("attention_saved", "full")
+  order = ("attention_mlp_saved", "attention_saved", "full")
   rank = {name: i for i, name in enumerate(order)}
   return sorted(
     found,

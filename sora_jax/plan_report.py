@@ -152,7 +152,7 @@ def _train_advice(program, made, recipe):
       "for collectives: less config.mesh.context or tensor, or longer batches"
     )
   if stage.model.remat == "full" and program["peak"] < 0.6 * program["hbm"]:
-    found.append("there is room for config.dit.model.remat='attention_saved'")
+    found.append("there is room for config.dit.model.remat='attention_mlp_saved'")
   if made["load"]["fill"] < 0.9:
     found.append(
       f"rows are {100 * made['load']['fill']:.0f} % full: config.dit.tokens, now "

@@ -181,6 +181,7 @@ def test_gpu_estimates():
   model = recipe_of().dit.model  # width 32, depth 2, mlp 64
   block = 2 * 100 * (16 * 32 + 2 * 64)
   sizes = {"none": 2 * block, "attention_saved": 2 * 3 * 6400, "full": 2 * 6400}
+  sizes["attention_mlp_saved"] = 2 * 4 * 6400
   for remat, kept in sizes.items():
     made = estimate.gpu_bytes(1e6, 1000, model, 100, remat)
     assert made == 1e6 + 4000 + kept + block
@@ -443,7 +444,7 @@ def test_candidates_divide():
     assert built.dit.model.heads % sizes[3] == 0
     assert c["dit.rows"] * c["dit.tokens"] == 64 * 4096
   assert made[0]["mesh.context"] == made[0]["mesh.tensor"] == 1
-  assert made[0]["dit.model.remat"] == "attention_saved"
+  assert made[0]["dit.model.remat"] == "attention_mlp_saved"
   two = plan.candidates(built, hardware.parse("v5p:4x4x4", slices=2))
   assert {c["mesh.data"] for c in two} == {2}
 
@@ -470,7 +471,7 @@ def test_search_resumes_and_ranks(monkeypatch, tmp_path):
   first = plan.search(built, CUBE, tmp_path, ["--topology=v5p:4x4x4"], trials=3)
   assert len(calls) == len(first) == 3
   assert "--topology=v5p:4x4x4" in calls[0]
-  assert "--config.dit.model.remat=attention_saved" in calls[0]
+  assert "--config.dit.model.remat=attention_mlp_saved" in calls[0]
   ranked = plan.search(built, CUBE, tmp_path, ["--topology=v5p:4x4x4"], trials=5)
   assert len(calls) == len(ranked) == 5
   lines = plan_report.ranking(ranked)

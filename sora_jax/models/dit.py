@@ -24,6 +24,10 @@ REMAT_POLICIES = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
   "attention_saved": jax.checkpoint_policies.save_only_these_names("attention"),
+  # The gradient of the MLP's gate needs its output.
+  "attention_mlp_saved": jax.checkpoint_policies.save_only_these_names(
+    "attention", "mlp"
+  ),
   "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
     names_which_can_be_offloaded=["attention", "block"],
@@ -228,7 +232,8 @@ class _Block(nn.Module):
 
     h_BLD = layers.layer_norm(x_BLD) * (1 + scale2) + shift2
     h_BLD = nn.gelu(dense(c.mlp_width, "mlp_up")(h_BLD))
-    x_BLD = x_BLD + gate2 * _shard(dense(c.width, "mlp_down")(h_BLD))
+    h_BLD = checkpoint_name(_shard(dense(c.width, "mlp_down")(h_BLD)), "mlp")
+    x_BLD = x_BLD + gate2 * h_BLD
     return x_BLD, None
 
 
