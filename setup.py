@@ -45,7 +45,7 @@ setup(
     "tensorstore>=0.1.80",
   ],
   extras_require={
-    "tpu": ["jax[tpu]"],
+    "tpu": ["jax[tpu]", "tokamax>=0.0.12"],
     "cuda": ["jax[cuda13]"],
     # To compile for TPUs on any Linux host; not beside "tpu", which has its own libtpu.
     "plan": ["libtpu>=0.0.51", "tokamax>=0.0.12"],

@@ -141,7 +141,7 @@ assert moved > 1
     )
   )
   assert html.count("<video") >= 25 and html.count("<img") == 1
-  assert "was trained for 8 steps. **Untrained: its samples are noise.**" in html
+  assert "steps of training: 8. **It is untrained: its samples are noise.**" in html
 
 
 def test_training(commands, tmp_path):
