@@ -10,6 +10,8 @@ VERSION = re.search(
   r'__version__ = "(.+)"', (ROOT / "sora_jax/__init__.py").read_text()
 )[1]
 
+NOTEBOOK = ["ipykernel>=6.29", "matplotlib>=3.9", "nbclient>=0.10"]
+
 setup(
   name="sora_jax",
   version=VERSION,
@@ -43,11 +45,13 @@ setup(
     "tensorstore>=0.1.80",
   ],
   extras_require={
-    "tpu": ["jax[tpu]"],
+    "tpu": ["jax[tpu]", "tokamax>=0.0.12"],
     "cuda": ["jax[cuda13]"],
     # To compile for TPUs on any Linux host; not beside "tpu", which has its own libtpu.
     "plan": ["libtpu>=0.0.51", "tokamax>=0.0.12"],
+    "notebook": NOTEBOOK,
     "test": [
+      *NOTEBOOK,
       "pytest>=8",
       "ruff>=0.14",
       "safetensors>=0.6,<0.9",

@@ -114,21 +114,23 @@ class Commands:
     """Starts a command; its stderr, where the log goes, is a pipe."""
     return self._start(["-m", f"sora_jax.{module}", *flags])
 
-  def _start(self, arguments) -> subprocess.Popen:
-    self.folder.mkdir(parents=True, exist_ok=True)
-    environment = {
+  def environment(self) -> dict[str, str]:
+    """Of a process whose programs are tiny: nearly all of its time is compilation."""
+    return {
       **os.environ,
       "JAX_PLATFORMS": "cpu",
-      # Compiling takes nearly all of the time, and the programs are tiny.
       "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
       "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
       "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compilations"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+
+  def _start(self, arguments) -> subprocess.Popen:
+    self.folder.mkdir(parents=True, exist_ok=True)
     return subprocess.Popen(
       [sys.executable, *arguments],
       cwd=ROOT,
-      env=environment,
+      env=self.environment(),
       stdout=subprocess.DEVNULL,
       stderr=subprocess.PIPE,
       text=True,
