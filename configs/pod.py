@@ -8,8 +8,8 @@ The second one needs no TPU: it says what the first would take.
 
 Hardware: 64 chips of TPU v5p (v5p:4x4x4), and text/model of UMT5-XXL in
 runs/umt5-xxl. Time, by the plan, whose times are estimates: 2b, rows of 4 clips
-(--clip_tokens=8190), 25 GB a chip, 3.4 s a step, MFU 33 %; wan2.1-14b 36 GB, 25.4 s,
-MFU 42 %. Metric: eval/loss in dit/metrics.jsonl; nothing was trained at this size.
+(--clip_tokens=8190), 25 GB a chip, 3.4 s a step, MFU 33 %; wan2.1-14b 43 GB, 24.6 s,
+MFU 43 %. Metric: eval/loss in dit/metrics.jsonl; nothing was trained at this size.
 """
 
 from ml_collections import ConfigDict
