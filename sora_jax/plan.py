@@ -106,14 +106,17 @@ def model_flops(recipe: recipes.Recipe, load: estimate.Load) -> float:
 def executed_flops(recipe: recipes.Recipe) -> float:
   """Matmul FLOPs of one step outside of attention, by analysis: of all tokens.
 
-  With remat, the blocks' forward pass runs twice.
+  With remat, the blocks' forward pass runs twice, but for a kept output of the MLP.
   """
   stage = recipe.dit
+  model = stage.model
   sizes = stage.tokens, stage.text_tokens, 0
-  ends = dit.num_flops(dataclasses.replace(stage.model, depth=0), *sizes)
-  blocks = dit.num_flops(stage.model, *sizes) - ends
-  passes = 3.0 if stage.model.remat == "none" else 4.0
-  return stage.rows * (3.0 * ends + passes * blocks)
+  ends = dit.num_flops(dataclasses.replace(model, depth=0), *sizes)
+  blocks = dit.num_flops(model, *sizes) - ends
+  again = 0.0 if model.remat == "none" else blocks
+  if model.remat == "attention_mlp_saved":
+    again -= 2.0 * stage.tokens * model.depth * model.width * model.mlp_width
+  return stage.rows * (3.0 * (ends + blocks) + again)
 
 
 def measure(program: programs.Program, recipe, topology, mesh, load) -> dict:

@@ -23,6 +23,7 @@ from ml_collections import config_flags
 
 from sora_jax import checkpoint, finetune, hosts, metrics, sharding, train
 from sora_jax import recipe as recipes
+from sora_jax.weights import lpips
 
 # Stage -> (module with run(recipe, workdir), sections of the config, stages it reads).
 STAGES = {
@@ -65,6 +66,8 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
     _check_mesh(recipe)
   if {"vae", "encode", "dit"} & set(names):
     _check_text(recipe)
+  if "vae" in names and recipe.vae.loss.lpips_weight and not recipe.vae.folder:
+    lpips.check(recipe.vae.loss.lpips_file)
     finetune.check(recipe)
   if "://" in str(workdir):
     raise ValueError(f"--workdir={workdir} must be a path of a (shared) file system")

@@ -19,6 +19,7 @@ from sora_jax.data import pipeline
 from sora_jax.data.clips import read_manifest
 from sora_jax.models.vae import VAE
 from sora_jax.tasks import vae as vae_task
+from sora_jax.weights import lpips
 
 _STATISTICS_BATCHES = 32
 
@@ -27,7 +28,9 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
   """Task, data and cost of the stage."""
   workdir, stage = pathlib.Path(workdir), recipe.vae
   return train.Setup(
-    task=vae_task.make(stage.model, stage.loss, recipe.dtype),
+    task=vae_task.make(
+      stage.model, stage.loss, recipe.dtype, _lpips_params(stage.loss, mesh)
+    ),
     rules=vae_task.sharding_rules(stage.model, stage.loss),
     data=pipeline.Batches(
       _dataset(recipe, workdir, "train"),
@@ -45,6 +48,23 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
     flops_per_step=_flops(stage),
     units=lambda batch: int(batch["valid_3"][:, 0].sum()),
   )
+
+
+def _lpips_params(config: vae_task.VAELossConfig, mesh):
+  """Those of config.vae.loss.lpips_file on the mesh; None, and a message, without."""
+  if not config.lpips_weight:
+    logging.info("vae: no perceptual loss (config.vae.loss.lpips_weight is 0)")
+    return None
+  params = {"lpips": lpips.load(config.lpips_file)}
+  placed = sharding.param_shardings(params, vae_task.LPIPS_RULES, mesh)
+  # Every host has read the whole file.
+  return jax.tree.map(
+    lambda value, place: jax.make_array_from_callback(
+      value.shape, place, lambda index: value[index]
+    ),
+    params,
+    placed,
+  )["lpips"]
 
 
 def _clips(workdir):
