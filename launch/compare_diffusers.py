@@ -28,7 +28,7 @@ from absl import app, flags  # noqa: E402
 
 from sora_jax import patches  # noqa: E402
 from sora_jax.models import vae as vae_models  # noqa: E402
-from sora_jax.models.dit import DiT, DiTConfig  # noqa: E402
+from sora_jax.models.dit import REMAT_POLICIES, DiT, DiTConfig  # noqa: E402
 from sora_jax.models.vae import VAE  # noqa: E402
 from sora_jax.weights import dit as dit_names  # noqa: E402
 from sora_jax.weights import vae as vae_names  # noqa: E402
@@ -37,7 +37,7 @@ from sora_jax.weights.entries import assemble  # noqa: E402
 ONLY = flags.DEFINE_enum("only", None, ["dit", "vae"], "Compare one of them.")
 ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns that each side takes.", 1)
 REMAT = flags.DEFINE_multi_enum(
-  "remat", ["none", "full"], ["none", "full"], "Of our DiT, a row each."
+  "remat", ["none", "full"], list(REMAT_POLICIES), "Of our DiT, a row each."
 )
 WIDTH = flags.DEFINE_integer("width", 768, "Of the DiT; heads have 128 channels.")
 DEPTH = flags.DEFINE_integer("depth", 6, "Of the DiT.")

@@ -28,6 +28,8 @@ REMAT_POLICIES = {
   "attention_mlp_saved": jax.checkpoint_policies.save_only_these_names(
     "attention", "mlp"
   ),
+  # All that a matmul made; the rest is made again.
+  "matmuls_saved": jax.checkpoint_policies.dots_saveable,
   "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
     names_which_can_be_offloaded=["attention", "block"],
