@@ -17,7 +17,7 @@ from absl import flags, logging
 
 from sora_jax import checkpoint, sharding, stages
 from sora_jax.autoencoder import from_json
-from sora_jax.import_weights import DTYPES, NETWORKS
+from sora_jax.import_weights import DTYPES, NETWORKS, start
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.t5 import T5Config
 from sora_jax.models.vae_config import VAEConfig
@@ -197,14 +197,7 @@ def _define_flags():
 
 
 def _main(argv):
-  stages.start_logging()
-  args = flags.FLAGS
-  if len(argv) > 1:
-    raise ValueError(f"unexpected arguments {argv[1:]}")
-  if unknown := set(args.only) - set(NETWORKS):
-    raise ValueError(f"--only: {sorted(unknown)} are none of {NETWORKS}")
-  # Files in, files out: an accelerator, and the other hosts of a pod, are not needed.
-  jax.config.update("jax_platforms", "cpu")
+  args = start(argv)
   run(
     args.checkpoint,
     args.out,

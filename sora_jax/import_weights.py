@@ -211,7 +211,12 @@ def _define_flags():
   )
 
 
-def _main(argv):
+def start(argv):
+  """The checked flags of a command that copies networks; `export_weights` is the other.
+
+  Raises:
+    ValueError: for other arguments, and networks of --only that there are not.
+  """
   stages.start_logging()
   args = flags.FLAGS
   if len(argv) > 1:
@@ -220,6 +225,11 @@ def _main(argv):
     raise ValueError(f"--only: {sorted(unknown)} are none of {NETWORKS}")
   # Files in, files out: an accelerator, and the other hosts of a pod, are not needed.
   jax.config.update("jax_platforms", "cpu")
+  return args
+
+
+def _main(argv):
+  args = start(argv)
   run(
     args.source,
     args.out,

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sora_jax.models import layers
+from sora_jax.models import layers, partition
 
 
 class Discriminator(nn.Module):
@@ -57,7 +57,7 @@ def _conv(lhs, rhs, window_strides, padding, dimension_numbers, **kwargs):
   The gradients of XLA's strided 3D convolutions there are twenty times slower than
   those of a kernel of 2x2x2 over channels of eight cells, which gives the same.
   """
-  if jax.default_backend() != "cpu" or set(window_strides) == {1}:
+  if partition.platform() != "cpu" or set(window_strides) == {1}:
     return jax.lax.conv_general_dilated(
       lhs,
       rhs,

@@ -49,7 +49,7 @@ def dot_general(lhs, rhs, dimension_numbers, precision=None, shared=None, **kwar
   if shared is not None and _scatters(lhs.shape, rhs.shape[shared]):
     assert dense and not lhs_batch, dimension_numbers
     return _scattered_dot(lhs, rhs, shared)
-  if jax.default_backend() != "cpu" or lhs_batch or not dense:
+  if partition.platform() != "cpu" or lhs_batch or not dense:
     return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, **kwargs)
   rows = lhs.reshape(-1, lhs.shape[-1])
   out = jax.lax.dot_general(rows, rhs, (((1,), (0,)), ((), ())), precision, **kwargs)
@@ -166,7 +166,7 @@ def conv_general_dilated(
   dilated = any(
     d != 1 for name in ("lhs_dilation", "rhs_dilation") for d in kwargs.get(name) or ()
   )
-  if jax.default_backend() != "cpu" or not small or not dense or dilated:
+  if partition.platform() != "cpu" or not small or not dense or dilated:
     return jax.lax.conv_general_dilated(
       lhs,
       rhs,
