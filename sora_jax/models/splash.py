@@ -161,20 +161,23 @@ def _by_row(one_row, rows):
 def _plan(segments_L, segments_S, block, interpret, saved=None):
   """(the kernel's sizes, (blocks to visit forwards, backwards))."""
   block_q, block_k = (_block(len(x), block) for x in (segments_L, segments_S))
+  backwards = active_blocks(segments_S, segments_L, block_k, block_q)
+  if len(backwards) == 1:  # dq is written where it is visited, and nowhere else
+    backwards = jnp.ones_like(backwards)
   config = _kernel().SplashConfig(
     block_q=block_q,
     block_kv=block_k,
     block_q_dkv=block_q,
     block_kv_dkv=block_k,
     # dq adds up in 3 buffers, from zero; otherwise each block of keys has its own, and
-    # those of pairs that are not visited stay unwritten; a single one is visited.
-    dq_reduction_steps=3 if len(segments_S) > block_k else None,
+    # those of pairs that are not visited stay unwritten memory.
+    dq_reduction_steps=3 if len(backwards) > 1 else None,
     residual_checkpoint_name=saved,
     interpret=interpret,
   )
   return config, (
     _visits(active_blocks(segments_L, segments_S, block_q, block_k)),
-    _visits(active_blocks(segments_S, segments_L, block_k, block_q)),
+    _visits(backwards),
   )
 
 

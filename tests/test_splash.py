@@ -1,0 +1,110 @@
+"""The TPU's attention kernel, interpreted on CPU, equals the plain form."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden.make_losses import FAST_COMPILE
+from jax.experimental.pallas import tpu as pltpu
+
+from sora_jax.models import attention, chunked, splash
+
+fast_jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+BLOCK, LENGTH, WIDTH = 128, 384, 128
+
+
+def ids(lengths, total):
+  """Segments 1, 2, ... of these lengths, then padding."""
+  used = np.repeat(1 + np.arange(len(lengths)), lengths)
+  return np.pad(used, (0, total - len(used))).astype(np.int32)
+
+
+# Clips that end inside of blocks, at their ends, and a block of padding alone.
+QUERIES = np.stack([ids((140, 100, 90), LENGTH), ids((128, 60), LENGTH)])
+# Captions: fewer keys, filled up to a block, and one that fills it.
+CAPTIONS = np.stack([ids((40, 30, 20), 100), ids((60, 40), 100)])
+REAL = (QUERIES > 0)[..., None, None]
+# Interpreted, memory that the kernel has not written is NaN.
+kernel = functools.partial(
+  splash.splash_attention, block=BLOCK, interpret=pltpu.InterpretParams()
+)
+
+
+def draw(keys, dtype=jnp.float32):
+  """Queries, keys, values and gradients of the output; padding has none."""
+  rng = np.random.default_rng(0)
+  lengths = (LENGTH, keys.shape[1], keys.shape[1], LENGTH)
+  *qkv, dout = (rng.standard_normal((2, n, 1, WIDTH), np.float32) for n in lengths)
+  return [jnp.asarray(x, dtype) for x in qkv], dout * REAL
+
+
+@functools.partial(fast_jit, static_argnums=0)
+def run(form, qkv, keys, dout):
+  """(output, gradients of queries, keys and values), of any dtype, as float32."""
+  out, pull = jax.vjp(lambda *qkv: form(*qkv, QUERIES, keys), *qkv)
+  made = (out, *pull(dout.astype(out.dtype)))
+  assert [x.dtype for x in made] == [x.dtype for x in (out, *qkv)]
+  return [x.astype(jnp.float32) for x in made]
+
+
+@pytest.mark.parametrize("keys", [QUERIES, CAPTIONS], ids=["clips", "captions"])
+@pytest.mark.parametrize("dtype, atol", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])
+def test_kernel_equals_the_plain_form(keys, dtype, atol):
+  qkv, dout = draw(keys, dtype)
+  found = run(kernel, qkv, keys, dout)
+  # The plain form of the same numbers in float32: its own rounding is no measure.
+  expected = run(
+    attention.reference_attention, [x.astype(jnp.float32) for x in qkv], keys, dout
+  )
+  for a, b, real in zip(found, expected, (REAL, 1, 1, 1), strict=True):
+    assert np.isfinite(a).all()
+    assert np.abs(b).max() > 0.5
+    np.testing.assert_allclose(a * real, b * real, atol=atol)
+
+
+def test_blocks_of_other_clips_are_never_read():
+  """Masked alone, a NaN of another clip would still reach the sums: 0 * NaN."""
+  segments = ids((BLOCK, BLOCK, BLOCK), LENGTH)[None]
+  (q, k, v), _ = draw(QUERIES)
+  clean, spoilt = (
+    kernel(q[:1], *(jnp.where(segments[..., None, None] == 2, fill, x[:1])
+                    for x in (k, v)), segments, segments)
+    for fill in (0.0, jnp.nan)
+  )  # fmt: skip
+  of_others = segments[0] != 2
+  np.testing.assert_array_equal(spoilt[:, of_others], clean[:, of_others])
+  assert np.isnan(spoilt[:, ~of_others]).all()
+
+
+@pytest.mark.parametrize("keys", [256, 128])
+def test_the_parts_of_a_ring(monkeypatch, keys):
+  """Forward and backward pass apart; some clips have no keys on this chip."""
+  monkeypatch.setattr(splash, "BLOCK", BLOCK)
+  keys = np.stack([ids((keys - 56, 56), keys), ids((0, 10, keys - 20), keys)])
+  qkv, dout = draw(keys)
+
+  @functools.partial(fast_jit, static_argnums=0)
+  def run(form):
+    inputs = (*qkv, jnp.asarray(QUERIES), jnp.asarray(keys))
+    out, lse = form.forward(*inputs)
+    # Of all keys of the ring there are more than of these.
+    of_all = jnp.logaddexp(lse, 3.0)
+    return out, lse, form.backward(*inputs, out, of_all, dout)
+
+  class Splash:
+    forward = functools.partial(splash.forward, interpret=pltpu.InterpretParams())
+    backward = functools.partial(splash.backward, interpret=pltpu.InterpretParams())
+
+  (out, lse, found), (other, other_lse, expected) = run(Splash), run(chunked)
+  meet = np.stack([np.isin(q, k) for q, k in zip(QUERIES, keys, strict=True)])
+  meet, alone = meet & (QUERIES > 0), ~meet & (QUERIES > 0)
+  assert meet.any() and alone.any()
+  np.testing.assert_allclose(out[meet], other[meet], atol=1e-5)
+  np.testing.assert_allclose(lse[meet], other_lse[meet], atol=1e-5)
+  # What a chip adds for clips without keys must weigh nothing.
+  assert (lse[alone] < -1e9).all() and np.isfinite(out).all()
+  for a, b in zip(found, expected, strict=True):
+    assert np.abs(b).max() > 0.2
+    np.testing.assert_allclose(a, b, atol=1e-5)
