@@ -42,7 +42,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   folder = workdir / "encode"
   clips = read_manifest(workdir / "data" / "manifest.jsonl")
   # Encoding is local to a process: each encodes its own shards on its own devices.
-  mesh = sharding.make_mesh(devices=jax.local_devices())
+  mesh = stages.clip_mesh(recipe.encode)
   autoencoder = Autoencoder(workdir / "vae" / "model", mesh, recipe.dtype)
   encode_text = _text_encoder(recipe, folder, mesh)
   sized = limit_sizes(clips, recipe.encode.max_sizes)

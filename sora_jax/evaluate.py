@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags, logging
 from scipy import ndimage
 
-from sora_jax import attributes, evaluate_prompting, hosts, sharding, stages
+from sora_jax import attributes, evaluate_prompting, hosts, stages
 from sora_jax import recipe as recipes
 from sora_jax.autoencoder import Autoencoder
 from sora_jax.data import video
@@ -35,7 +35,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   clips = limit_sizes(clips, recipe.encode.max_sizes)  # as they were encoded
   heldout = [clip for clip in clips if clip.split == "heldout"]
   heldout = spread(heldout, recipe.evaluate.clips)
-  mesh = sharding.make_mesh(devices=jax.local_devices())
+  mesh = stages.clip_mesh(recipe.encode)
   autoencoder = Autoencoder(workdir / "vae" / "model", mesh, recipe.dtype)
   results = {"vae": reconstruction(heldout, autoencoder, recipe.encode)}
   logging.info(

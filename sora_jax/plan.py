@@ -9,10 +9,8 @@ there is only an estimate by analysis. Writes a JSON and a picture to --out.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
-import subprocess
 import sys
 
 import jax
@@ -25,6 +23,7 @@ from sora_jax import (
   hlo,
   packing_load,
   plan_report,
+  plan_search,
   programs,
   sharding,
   stages,
@@ -68,12 +67,15 @@ def plan(
     made["programs"] = [step]
     made["speed"] = speed(step, recipe, topology, load)
   host = topology.one_host()
-  for name, lower in (("vae", programs.vae_encode), ("sample", programs.sampling)):
-    if name in names:
-      # As these stages do: each host by itself.
-      local = sharding.make_mesh(devices=programs.devices(host))
-      program = programs.compile_program(name, lower(recipe, local))
-      made["programs"].append(measure(program, recipe, host, local, load))
+  # As these stages do: each host by itself.
+  if "vae" in names:
+    local = stages.clip_mesh(recipe.encode, programs.devices(host))
+    program = programs.compile_program("vae", programs.vae_encode(recipe, local))
+    made["programs"].append(measure(program, recipe, host, local, load))
+  if "sample" in names:
+    local = sharding.make_mesh(devices=programs.devices(host))
+    program = programs.compile_program("sample", programs.sampling(recipe, local))
+    made["programs"].append(measure(program, recipe, host, local, load))
   made["advice"] = plan_report.advice(made, recipe)
   return made
 
@@ -222,115 +224,6 @@ def state_size(recipe: recipes.Recipe, mesh) -> tuple[int, int]:
   return size, sum(count for count, _ in shards(state.params))
 
 
-# --- search
-
-
-def candidates(recipe: recipes.Recipe, topology: hardware.Topology) -> list[dict]:
-  """Overrides of a config to try: meshes x remat x row length, likely ones first.
-
-  A step keeps its tokens: rows of twice the length are half as many. Only what divides.
-  """
-  stage, longest = recipe.dit, recipes.longest_clip(recipe)
-  found = []
-  for scale in (1, 0.5, 2):
-    tokens, rows = int(stage.tokens * scale), int(stage.rows / scale)
-    if tokens < longest or rows * tokens != stage.rows * stage.tokens:
-      continue
-    for context in (1, 2, 4, 8, 16):
-      for tensor in (1, 2, 4):
-        ways, rest = divmod(topology.devices, context * tensor)
-        divides = (
-          not rest
-          and ways % topology.slices == 0
-          and rows % (ways * stage.train.grad_accumulation) == 0
-          and tokens % (128 * context) == 0
-          and stage.model.heads % tensor == 0
-        )
-        for remat in dit.REMAT_POLICIES if divides else ():
-          mesh = (topology.slices, ways // topology.slices, context, tensor)
-          found.append(
-            {f"mesh.{axis}": n for axis, n in zip(sharding.AXES, mesh, strict=True)}
-            | {"dit.model.remat": remat, "dit.rows": rows, "dit.tokens": tokens}
-          )
-  # Less model parallelism is less communication; keeping attention is less work.
-  order = ("attention_mlp_saved", "attention_saved", "full")
-  rank = {name: i for i, name in enumerate(order)}
-  return sorted(
-    found,
-    key=lambda c: (
-      c["mesh.tensor"],
-      abs(c["dit.tokens"] - stage.tokens),
-      c["mesh.context"],
-      rank.get(c["dit.model.remat"], len(order)),
-    ),
-  )
-
-
-def search(
-  recipe,
-  topology,
-  folder: pathlib.Path,
-  arguments: list[str],
-  trials: int = 24,
-  minutes: float = 20.0,
-) -> list[dict]:
-  """Plans candidates, each in a process of its own; resumes; the best first.
-
-  arguments: of the command, without those of the search. trials: most of them, of at
-  most so many minutes.
-  """
-  path, done = folder / "search.json", []
-  if path.exists():
-    done = json.loads(path.read_text())
-  tried = {json.dumps([t["topology"], t["overrides"]]) for t in done}
-  wanted = candidates(recipe, topology)
-  if not wanted:
-    raise ValueError(
-      f"no mesh of {topology.devices} devices divides config.dit.rows "
-      f"{recipe.dit.rows} of {recipe.dit.tokens} tokens"
-    )
-  wanted = wanted[:trials]
-  where = f"{topology.slices}x{topology.name}"
-  for number, overrides in enumerate(wanted):
-    if json.dumps([where, overrides]) in tried:
-      continue
-    logging.info(
-      "trial %d/%d: %s", number + 1, len(wanted), plan_report.line(overrides)
-    )
-    trial = folder / "trials" / f"{number:03d}"
-    changed = [f"--config.{key}={value}" for key, value in overrides.items()]
-    command = [sys.executable, "-m", "sora_jax.plan", *arguments, *changed]
-    row = {"topology": where, "overrides": overrides}
-    try:
-      ran = subprocess.run(
-        [*command, f"--out={trial}"],
-        capture_output=True,
-        text=True,
-        timeout=60 * minutes,
-      )
-    except subprocess.TimeoutExpired:
-      row["error"] = f"longer than {minutes} minutes"
-    else:
-      if ran.returncode:
-        row["error"] = (ran.stderr.strip().splitlines() or ["no message"])[-1]
-      else:
-        (result,) = trial.glob("*.json")
-        row["result"] = json.loads(result.read_text())
-    done.append(row)
-    _write(path, done)
-    logging.info("  %s", plan_report.trial_line(row))
-  chosen = [json.dumps([where, overrides]) for overrides in wanted]
-  done = [t for t in done if json.dumps([t["topology"], t["overrides"]]) in chosen]
-  return sorted(done, key=plan_report.trial_rank)
-
-
-def _write(path: pathlib.Path, value) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(value, indent=2) + "\n")
-  os.replace(temporary, path)
-
-
 def _define_flags():
   flags.DEFINE_string(
     "topology",
@@ -369,7 +262,7 @@ def _main(argv) -> None:
   if args.search:
     own = ("search", "nosearch", "trials", "trial_minutes", "out")
     arguments = [a for a in sys.argv[1:] if a.lstrip("-").split("=")[0] not in own]
-    ranked = search(
+    ranked = plan_search.search(
       recipe, topology, folder, arguments, args.trials, args.trial_minutes
     )
     for line in plan_report.ranking(ranked):
@@ -385,8 +278,8 @@ def _main(argv) -> None:
     made["run"] = estimate.cost(steps, seconds, topology.chips, args.price)
   for line in plan_report.table(made):
     logging.info("%s", line)
-  name = f"{topology.name.replace(':', '-')}-{topology.slices}"
-  _write(folder / f"{name}.json", made)
+  name = plan_search.file_name(topology)
+  plan_search.write(folder / f"{name}.json", made)
   plan_report.picture(made).save(folder / f"{name}.png")
   logging.info("%s.json and .png are in %s", name, folder)
 

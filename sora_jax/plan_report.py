@@ -1,5 +1,7 @@
 """A plan as people read it: lines of a table, a picture, and what to change."""
 
+import re
+
 from PIL import Image, ImageDraw, ImageFont
 
 _COLOURS = ("#2f6db5", "#d98032", "#8a8a8a", "#b5413a", "#4a9a5b")
@@ -104,7 +106,11 @@ def advice(made: dict, recipe) -> list[str]:
     if program["name"].startswith("train step"):
       found += _train_advice(program, made, recipe)
     elif not program["fits"] and program["name"] == "vae":
-      found.append("VAE encode does not fit: config.encode.batch_size, or a tile")
+      found.append(
+        "VAE encode does not fit: a smaller config.encode.batch_size (now "
+        f"{recipe.encode.batch_size}), or more config.encode.devices_per_clip (now "
+        f"{recipe.encode.devices_per_clip})"
+      )
     elif not program["fits"]:
       found.append("sampling does not fit: fewer config.sample.rows")
   return found
@@ -167,9 +173,19 @@ def _train_advice(program, made, recipe):
 def trial_rank(trial: dict):
   """Key to sort trials by: those that fit, the fastest first."""
   speed = trial.get("result", {}).get("speed") or {}
-  fits = bool(speed) and trial["result"]["programs"][0]["fits"]
-  tokens = speed.get("tokens_per_day", 0.0)
-  return (not fits, -tokens, "error" in trial)
+  return (not trial_fits(trial), -speed.get("tokens_per_day", 0.0), "error" in trial)
+
+
+def trial_fits(trial: dict) -> bool:
+  """Whether the trial came to an end and its program fits."""
+  return "result" in trial and trial["result"]["programs"][0]["fits"]
+
+
+def error_line(text: str) -> str:
+  """The line of a traceback that names the error."""
+  lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+  named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+  return (named or lines or ["no message"])[-1]
 
 
 def trial_line(trial: dict) -> str:

@@ -85,12 +85,15 @@ class VAEStage:
 class Encode:
   """batch_size: clips encoded at once. clips_per_shard: of the written files.
 
-  extras: single frames also kept as images, for key frames. max_sizes: most frame
-  sizes to compile for; clips of rarer sizes are fitted to the nearest. frame_buckets:
-  lengths (1 + 4k) to compile for, clips are padded to the next; () = powers of two.
+  devices_per_clip: of a host, that share the height of each clip's frames, so that a
+  clip may be larger than one of them holds; also when the VAE is evaluated. extras:
+  single frames also kept as images, for key frames. max_sizes: most frame sizes to
+  compile for; clips of rarer sizes are fitted to the nearest. frame_buckets: lengths
+  (1 + 4k) to compile for, clips are padded to the next; () = powers of two.
   """
 
   batch_size: int = 8
+  devices_per_clip: int = 1
   clips_per_shard: int = 256
   extras: int = 2
   max_sizes: int = 32

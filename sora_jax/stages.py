@@ -36,6 +36,7 @@ STAGES = {
 }
 # Keys that change how a stage runs but not what it makes.
 _FREE = {"log_every", "eval_every", "save_every", "keep", "workers", "eval_batches"}
+_FREE |= {"devices_per_clip"}
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Recipe, such as configs/quickstart.py.", lock_config=True
@@ -103,6 +104,22 @@ def _check_mesh(recipe):
   if not recipe.vae.folder:
     check_rows("config.vae.batch_size", recipe.vae.batch_size, recipe.vae.train, mesh)
   check_dit(recipe.dit, mesh)
+
+
+def clip_mesh(config: recipes.Encode, devices=None) -> jax.sharding.Mesh:
+  """A host's devices, or others, as the VAE lies on them outside of its training.
+
+  Raises:
+    ValueError: if the devices do not divide by config.devices_per_clip.
+  """
+  devices = jax.local_devices() if devices is None else devices
+  share = config.devices_per_clip
+  if share < 1 or len(devices) % share:
+    raise ValueError(
+      f"config.encode.devices_per_clip {share} must divide the {len(devices)} devices "
+      "of a host"
+    )
+  return sharding.make_mesh(context=share, devices=devices)
 
 
 def check_dit(stage: recipes.DiTStage, mesh) -> None:

@@ -138,14 +138,18 @@ def _gradients(task, params, batch, key, frozen, config):
   """(gradients, metrics with the loss), means over the microbatches."""
 
   def gradients_of(batch, key):
-    (loss, values), gradients = jax.value_and_grad(task.loss, has_aux=True)(
-      params, batch, key, *_given(frozen)
-    )
-    return gradients, {"loss": loss, **values}
+    """(pull-back to the params, metrics with the loss)."""
+
+    def loss_of(params):
+      return task.loss(params, batch, key, *_given(frozen))
+
+    loss, pull, values = jax.vjp(loss_of, params, has_aux=True)
+    return pull, {"loss": loss, **values}
 
   parts = config.grad_accumulation
   if parts == 1:
-    return gradients_of(batch, key)
+    pull, values = gradients_of(batch, key)
+    return pull(jnp.ones_like(values["loss"]))[0], values
   scalars = {name: value for name, value in batch.items() if not value.ndim}
   rows = {name: value for name, value in batch.items() if value.ndim}
 
@@ -158,25 +162,24 @@ def _gradients(task, params, batch, key, frozen, config):
     value = value.reshape(value.shape[0] // parts, parts, *value.shape[1:])
     return jnp.moveaxis(value, 1, 0)
 
-  def add(total, part):
+  # The backward pass adds to these in place: a microbatch has no gradients of its own.
+  totals = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), params)
+
+  def add(_, part):
     index, rows = part
-    gradients, values = gradients_of(
-      {**rows, **scalars}, jax.random.fold_in(key, index)
-    )
+    pull, values = gradients_of({**rows, **scalars}, jax.random.fold_in(key, index))
+    pull.with_refs(totals)(jnp.ones_like(values["loss"]))
     # "x:weight" weighs "x", here as in metrics.Meter.
-    values = {k: v * values.get(f"{k}:weight", 1.0) for k, v in values.items()}
-    return jax.tree.map(jnp.add, total, (gradients, values)), None
+    return None, {k: v * values.get(f"{k}:weight", 1.0) for k, v in values.items()}
 
   rows = jax.tree.map(split, rows)
-  first = jax.tree.map(lambda value: value[0], rows)
-  shapes = jax.eval_shape(gradients_of, {**first, **scalars}, key)
-  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-  (gradients, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(parts), rows))
+  _, of_parts = jax.lax.scan(add, None, (jnp.arange(parts), rows))
+  sums = {name: jnp.sum(value) for name, value in of_parts.items()}
   values = {}
   for name, value in sums.items():
     weight = sums.get(f"{name}:weight")
     values[name] = value / (parts if weight is None else jnp.maximum(weight, 1e-9))
-  return jax.tree.map(lambda value: value / parts, gradients), values
+  return jax.tree.map(lambda total: jax.freeze(total) / parts, totals), values
 
 
 def _given(frozen) -> tuple:

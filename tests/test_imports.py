@@ -77,6 +77,7 @@ COMMANDS = (
   "export_weights",
   "plan",
   "plan_report",
+  "plan_search",
   "packing_load",
   "programs",
   "finetune",

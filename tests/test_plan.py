@@ -22,6 +22,7 @@ from sora_jax import (
   packing_load,
   plan,
   plan_report,
+  plan_search,
   programs,
   recipe,
   sharding,
@@ -348,13 +349,29 @@ def test_plan_of_a_train_step(simulated, tmp_path):
   assert plan_report.picture(made).size == (900, 260)
 
 
-def test_plan_of_the_other_programs(simulated, tmp_path):
-  built = recipe_of()
+def test_plan_of_the_vae(simulated, tmp_path):
+  """Four chips share the height of a clip: each does a quarter, and sends halos."""
+  built, made = recipe_of(tokens=2048), []
+  data = dataclasses.replace(built.data, max_pixels=256 * 256)
+  built = dataclasses.replace(built, data=data)
   load = packing_load.of_recipe(built, str(tmp_path))
-  made = plan.plan(built, hardware.parse("v5p:2x2x2"), load, ("vae",))
-  assert [program["name"] for program in made["programs"]] == ["vae"]
-  assert made["programs"][0]["matmul_flops"] > 0
-  assert "speed" not in made
+  for share in (1, 4):
+    encode = dataclasses.replace(built.encode, batch_size=1, devices_per_clip=share)
+    changed = dataclasses.replace(built, encode=encode)
+    planned = plan.plan(changed, hardware.parse("v5p:2x2x2"), load, ("vae",))
+    assert [program["name"] for program in planned["programs"]] == ["vae"]
+    assert "speed" not in planned
+    made += planned["programs"]
+  assert made[1]["collectives"]["collective-permute"]["wire"] > 0
+  assert 0.25 < made[1]["matmul_flops"] / made[0]["matmul_flops"] < 0.35
+  encode = dataclasses.replace(built.encode, devices_per_clip=3)
+  with pytest.raises(ValueError, match="devices_per_clip 3 must divide the 4 devices"):
+    changed = dataclasses.replace(built, encode=encode)
+    plan.plan(changed, hardware.parse("v5p:2x2x2"), load, ("vae",))
+
+
+def test_plan_of_a_sampler():
+  built = recipe_of()
   sampled = programs.sampling(built, sharding.make_mesh(fsdp=8))
   rows, tokens = 8, built.dit.tokens
   assert sampled.out_info.shape == (rows, tokens, built.dit.model.patch_width)
@@ -434,7 +451,7 @@ def test_too_large_is_a_result(monkeypatch):
 
 def test_candidates_divide():
   built = recipe_of(rows=64, tokens=4096)
-  made = plan.candidates(built, CUBE)
+  made = plan_search.candidates(built, CUBE)
   assert len({json.dumps(c) for c in made}) == len(made) > 10
   for c in made:
     sizes = [c[f"mesh.{axis}"] for axis in sharding.AXES]
@@ -445,7 +462,7 @@ def test_candidates_divide():
     assert c["dit.rows"] * c["dit.tokens"] == 64 * 4096
   assert made[0]["mesh.context"] == made[0]["mesh.tensor"] == 1
   assert made[0]["dit.model.remat"] == "attention_mlp_saved"
-  two = plan.candidates(built, hardware.parse("v5p:4x4x4", slices=2))
+  two = plan_search.candidates(built, hardware.parse("v5p:4x4x4", slices=2))
   assert {c["mesh.data"] for c in two} == {2}
 
 
@@ -464,15 +481,15 @@ def test_search_resumes_and_ranks(monkeypatch, tmp_path):
       "programs": [{"fits": number != 1, "peak": 9e10}],
       "speed": {"step_seconds": 2.0, "mfu": 0.4, "tokens_per_day": 1e9 * number},
     }
-    plan._write(tmp_path / folder / "v5p.json", result)
+    plan_search.write(tmp_path / folder / "v5p-4x4x4-1.json", result)
     return types.SimpleNamespace(returncode=0, stderr="")
 
   monkeypatch.setattr(subprocess, "run", run)
-  first = plan.search(built, CUBE, tmp_path, ["--topology=v5p:4x4x4"], trials=3)
+  first = plan_search.search(built, CUBE, tmp_path, ["--topology=v5p:4x4x4"], trials=3)
   assert len(calls) == len(first) == 3
   assert "--topology=v5p:4x4x4" in calls[0]
   assert "--config.dit.model.remat=attention_mlp_saved" in calls[0]
-  ranked = plan.search(built, CUBE, tmp_path, ["--topology=v5p:4x4x4"], trials=5)
+  ranked = plan_search.search(built, CUBE, tmp_path, ["--topology=v5p:4x4x4"], trials=5)
   assert len(calls) == len(ranked) == 5
   lines = plan_report.ranking(ranked)
   assert lines[0].startswith("1. ") and "5e+09 tokens a day" in lines[0]
@@ -481,9 +498,34 @@ def test_search_resumes_and_ranks(monkeypatch, tmp_path):
   assert any("longer than" in line for line in lines)
 
 
+def test_trials_that_others_make_needless():
+  def trial(remat, fits, **others):
+    overrides = {"mesh.context": 1, **others, "dit.model.remat": remat}
+    return {"overrides": overrides, "result": {"programs": [{"fits": fits}]}}
+
+  wanted = trial("attention_saved", True)["overrides"]
+  for other, fits, expected in (
+    ("full", True, False),
+    ("full", False, True),
+    ("attention_mlp_saved", True, True),
+    ("attention_mlp_saved", False, False),
+  ):
+    assert plan_search.needless(wanted, [trial(other, fits)]) is expected
+  elsewhere = trial("full", False, **{"mesh.context": 2})
+  failed = {"overrides": {**wanted, "dit.model.remat": "full"}, "error": "x"}
+  assert not plan_search.needless(wanted, [elsewhere, failed])
+
+
+def test_error_of_a_trial():
+  text = "E0000 noise\nValueError: too much\n----\nFor simplicity, JAX has removed\n"
+  assert plan_report.error_line(text) == "ValueError: too much"
+  assert plan_report.error_line("killed\n") == "killed"
+  assert plan_report.error_line("") == "no message"
+
+
 def test_a_search_without_candidates(tmp_path):
   with pytest.raises(ValueError, match="no mesh of 64 devices .*rows 8 of 96 tokens"):
-    plan.search(recipe_of(), CUBE, tmp_path, [])
+    plan_search.search(recipe_of(), CUBE, tmp_path, [])
 
 
 # --- the compiler for TPUs, where it is installed
