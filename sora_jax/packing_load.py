@@ -110,9 +110,7 @@ def _visited(ids_L, ids_S):
   """Share of the blocks that the attention kernel visits."""
   blocks, padded = [], []
   for ids in (ids_L, ids_S):
-    # As `splash` fills rows up to whole blocks.
-    unit = splash.BLOCK if len(ids) >= 8 * splash.BLOCK else 128
-    padded.append(np.pad(ids, (0, -len(ids) % unit)))
-    length = len(padded[-1])
-    blocks.append(next(b for b in range(splash.BLOCK, 0, -128) if length % b == 0))
+    length, block = splash.whole_blocks(len(ids))
+    padded.append(np.pad(ids, (0, length - len(ids))))
+    blocks.append(block)
   return float(np.mean(splash.active_blocks(*padded, *blocks)))

@@ -27,9 +27,13 @@ QUERIES = np.stack([ids((140, 100, 90), LENGTH), ids((128, 60), LENGTH)])
 CAPTIONS = np.stack([ids((40, 30, 20), 100), ids((60, 40), 100)])
 REAL = (QUERIES > 0)[..., None, None]
 # Interpreted, memory that the kernel has not written is NaN.
-kernel = functools.partial(
-  splash.splash_attention, block=BLOCK, interpret=pltpu.InterpretParams()
-)
+INTERPRET = {"interpret": pltpu.InterpretParams()}
+kernel = functools.partial(splash.splash_attention, **INTERPRET)
+
+
+@pytest.fixture(autouse=True)
+def blocks(monkeypatch):
+  monkeypatch.setattr(splash, "BLOCK", BLOCK)
 
 
 def draw(keys, dtype=jnp.float32):
@@ -79,9 +83,8 @@ def test_blocks_of_other_clips_are_never_read():
 
 
 @pytest.mark.parametrize("keys", [256, 128])
-def test_the_parts_of_a_ring(monkeypatch, keys):
+def test_the_parts_of_a_ring(keys):
   """Forward and backward pass apart; some clips have no keys on this chip."""
-  monkeypatch.setattr(splash, "BLOCK", BLOCK)
   keys = np.stack([ids((keys - 56, 56), keys), ids((0, 10, keys - 20), keys)])
   qkv, dout = draw(keys)
 
@@ -94,8 +97,8 @@ def test_the_parts_of_a_ring(monkeypatch, keys):
     return out, lse, form.backward(*inputs, out, of_all, dout)
 
   class Splash:
-    forward = functools.partial(splash.forward, interpret=pltpu.InterpretParams())
-    backward = functools.partial(splash.backward, interpret=pltpu.InterpretParams())
+    forward = functools.partial(splash.forward, **INTERPRET)
+    backward = functools.partial(splash.backward, **INTERPRET)
 
   (out, lse, found), (other, other_lse, expected) = run(Splash), run(chunked)
   meet = np.stack([np.isin(q, k) for q, k in zip(QUERIES, keys, strict=True)])
@@ -108,3 +111,21 @@ def test_the_parts_of_a_ring(monkeypatch, keys):
   for a, b in zip(found, expected, strict=True):
     assert np.abs(b).max() > 0.2
     np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_rows_are_filled_up_to_blocks(monkeypatch):
+  monkeypatch.undo()
+  for length, filled, block in (
+    (100, 128, 128),
+    (1000, 1024, 512),
+    (4096, 4096, 512),
+    (32_760, 32_768, 512),
+    (184_320, 184_320, 1024),
+    (102_401, 103_424, 1024),
+  ):
+    assert splash.whole_blocks(length) == (filled, block)
+    assert splash.whole_blocks(filled) == (filled, block)
+  row = jax.ShapeDtypeStruct((1, 300_000, 1, WIDTH), jnp.bfloat16)
+  segments = jax.ShapeDtypeStruct((1, 300_000), jnp.int32)
+  with pytest.raises(ValueError, match="300032 to 300032 tokens .*context must be"):
+    jax.eval_shape(kernel, row, row, row, segments, segments)

@@ -13,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-# Queries, and keys, that the kernel takes at once. More do not fit the vector memory;
-# fewer waste less where a block holds the end of a clip and the start of the next.
+# Queries, and keys, that the kernel takes at once: few waste little where a block holds
+# the end of a clip and the start of the next. The list of pairs of blocks has to fit
+# the scalar memory (1 MB, 17 bytes each), so that longer rows take twice as many. Still
+# more do not fit the vector memory.
 BLOCK = 512
+_MOST_BLOCKS = 200
 _MASKED = -0.7 * float(np.finfo(np.float32).max)
 _LANES = 128
 
@@ -27,20 +30,21 @@ def splash_attention(
   segments_q_BL: Array,
   segments_k_BS: Array,
   *,
-  block: int = BLOCK,
   interpret=False,
 ) -> Array:
   """`attention` for TPUs; quick where the segments of a row are contiguous.
 
   Args:
     q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS: as for `attention`.
-    block: largest number of queries, and of keys, that the kernel takes at once.
     interpret: run without a TPU (`pltpu.InterpretParams()`), for tests.
+
+  Raises:
+    ValueError: for rows that are too long for one chip.
   """
 
   def one_row(q_NLK, k_NSK, v_NSK, segments_L, segments_S):
     kernel = _kernel()
-    config, visits = _plan(segments_L, segments_S, block, interpret, "attention")
+    config, visits = _plan(segments_L, segments_S, interpret, "attention")
     attend = kernel.SplashAttentionKernel(
       *visits,
       config=config,
@@ -63,7 +67,7 @@ def forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, *, interpret=F
   kernel = _kernel()
 
   def one_row(q_NLK, k_NSK, v_NSK, segments_L, segments_S):
-    config, visits = _plan(segments_L, segments_S, BLOCK, interpret)
+    config, visits = _plan(segments_L, segments_S, interpret)
     out_NLK, kept = kernel._splash_attention_forward(
       visits[0],
       q_NLK,
@@ -101,7 +105,7 @@ def backward(
   kernel = _kernel()
 
   def one_row(q_NLK, k_NSK, v_NSK, segments_L, segments_S, out_NLK, lse_NL, dout_NLK):
-    config, visits = _plan(segments_L, segments_S, BLOCK, interpret)
+    config, visits = _plan(segments_L, segments_S, interpret)
     segments = kernel.SegmentIds(segments_L, segments_S)
     lse_NL = lse_NL / math.log(2.0)
     kept = (q_NLK, k_NSK, v_NSK, segments, None, out_NLK, lse_NL, visits[1])
@@ -116,6 +120,14 @@ def backward(
   dq = dq * q_BLNK.shape[-1] ** -0.5
   L, S = q_BLNK.shape[1], k_BSNK.shape[1]
   return dq[:, :L].astype(q_BLNK.dtype), dk[:, :S], dv[:, :S]
+
+
+def whole_blocks(length: int) -> tuple[int, int]:
+  """(tokens of a row of that length once it is filled up, tokens of its blocks)."""
+  block = BLOCK if length <= _MOST_BLOCKS * BLOCK else 2 * BLOCK
+  # For short rows, filling up to blocks of full size is too much.
+  length += -length % (block if length >= 8 * BLOCK else _LANES)
+  return length, next(n for n in range(block, 0, -_LANES) if length % n == 0)
 
 
 def active_blocks(segments_L, segments_S, block_q: int, block_k: int) -> Array:
@@ -146,8 +158,7 @@ def _heads_first(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS):
 
 
 def _whole_blocks(x):
-  # Long rows are filled up to blocks of full size; for short ones that is too much.
-  missing = -x.shape[1] % (BLOCK if x.shape[1] >= 8 * BLOCK else _LANES)
+  missing = whole_blocks(x.shape[1])[0] - x.shape[1]
   return jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
 
 
@@ -158,9 +169,14 @@ def _by_row(one_row, rows):
   return jax.lax.map(lambda row: one_row(*row), rows)
 
 
-def _plan(segments_L, segments_S, block, interpret, saved=None):
+def _plan(segments_L, segments_S, interpret, saved=None):
   """(the kernel's sizes, (blocks to visit forwards, backwards))."""
-  block_q, block_k = (_block(len(x), block) for x in (segments_L, segments_S))
+  block_q, block_k = (whole_blocks(len(x))[1] for x in (segments_L, segments_S))
+  if len(segments_L) * len(segments_S) > block_q * block_k * _MOST_BLOCKS**2:
+    raise ValueError(
+      f"attention of {len(segments_L)} to {len(segments_S)} tokens on one chip is more "
+      f"than the kernel's {_MOST_BLOCKS}^2 blocks: config.mesh.context must be larger"
+    )
   backwards = active_blocks(segments_S, segments_L, block_k, block_q)
   if len(backwards) == 1:  # dq is written where it is visited, and nowhere else
     backwards = jnp.ones_like(backwards)
@@ -179,11 +195,6 @@ def _plan(segments_L, segments_S, block, interpret, saved=None):
     _visits(active_blocks(segments_L, segments_S, block_q, block_k)),
     _visits(backwards),
   )
-
-
-def _block(length: int, largest: int) -> int:
-  """The largest multiple of 128 up to `largest` that divides the length."""
-  return next(n for n in range(largest, 0, -_LANES) if length % n == 0)
 
 
 @functools.cache
