@@ -30,6 +30,8 @@ def table(made: dict) -> list[str]:
     lines += _program(program)
   lines += _speed(made)
   lines.append(f"assumed: {made['assumptions']}")
+  if made["remat"] == "offload":
+    lines.append("copies to the host's memory and back are not in these times")
   return lines + [f"advice: {text}" for text in made["advice"]]
 
 

@@ -129,8 +129,8 @@ def compile_program(name: str, lowered) -> Program:
     seconds,
     memory.argument_size_in_bytes,
     memory.temp_size_in_bytes,
-    # What is compiled for a CPU has no peak.
-    memory.peak_memory_in_bytes
+    # What is compiled for a CPU has no peak; a TPU's counts what is offloaded as well.
+    memory.peak_memory_in_bytes - memory.host_temp_size_in_bytes
     or memory.argument_size_in_bytes
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes

@@ -351,6 +351,32 @@ def test_gradient_accumulation_equals_the_whole_batch(monkeypatch):
     update_once(dataclasses.replace(CONFIG, grad_accumulation=3), batch)
 
 
+def test_accumulation_keeps_one_copy_of_the_gradients():
+  """Microbatches of scanned layers add to it in place, layer by layer."""
+  kernel = np.zeros((8, 64, 64), np.float32)
+
+  def loss(params, batch, key):
+    x, _ = jax.lax.scan(
+      lambda x, kernel: (jnp.tanh(x @ kernel), None), batch["x"], params["kernel"]
+    )
+    return jnp.mean(x), {}
+
+  def temporaries(parts):
+    config = dataclasses.replace(CONFIG, grad_accumulation=parts)
+    built = train.build(
+      Task(lambda key: {"kernel": jnp.asarray(kernel)}, loss, evaluate),
+      config,
+      sharding.make_mesh(devices=jax.devices()[:1]),
+      [("kernel", PartitionSpec())],
+      seed=0,
+    )
+    batch = {"x": jax.ShapeDtypeStruct((2 * parts, 64), jnp.float32)}
+    lowered = built.update.lower(built.abstract, batch)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  assert temporaries(4) < temporaries(1) + 0.1 * kernel.nbytes
+
+
 def test_ema_warms_up():
   state, _ = update_once(CONFIG, next(Batches()))
   before = init(train.step_key(3, 0, train.INIT))
