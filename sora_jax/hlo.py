@@ -153,6 +153,16 @@ def analyze(text: str, chips: int, kernel_flops=None) -> Report:
         body = re.search(r"body=%([\w.\-]+)", op.rest)[1]
         report.trips[body] = _trips(op, computations)
         visit(body, times * report.trips[body])
+      elif offloaded := _offloaded_collective(op, computations):
+        kind, inner, inside = offloaded
+        started[op.name] = (
+          clock,
+          kind,
+          *_add_traffic(report, kind, inner, inside, times, chips),
+        )
+      elif op.opcode == "async-update" and op.operands()[0] in started:
+        # Here it gets its operands.
+        started[op.name] = (clock, *started.pop(op.operands()[0])[1:])
       elif op.opcode in ("call", "conditional", "async-start"):
         for called in op.calls():
           if called in computations:
@@ -161,7 +171,9 @@ def analyze(text: str, chips: int, kernel_flops=None) -> Report:
         wire, group = _add_traffic(report, kind, op, types, times, chips)
         if op.opcode.endswith("-start"):
           started[op.name] = (clock, kind, wire, group)
-      elif kind in COLLECTIVES:
+      elif kind in COLLECTIVES or (
+        op.opcode == "async-done" and op.operands()[0] in started
+      ):
         begin, kind, wire, group = started.pop(op.operands()[0], (clock, kind, 0, ()))
         if clock > begin:
           report.collectives[kind].hidden += wire
@@ -321,6 +333,20 @@ def _fused_collective(op, computations):
         return "reduce-scatter", inner._replace(type=op.type)
       if inner.opcode in COLLECTIVES:
         return inner.opcode, inner
+  return None
+
+
+def _offloaded_collective(op, computations):
+  """(kind, op, types around it) of a collective that SparseCore does, or None."""
+  if op.opcode != "async-start" or "sparsecore" not in op.rest:
+    return None
+  for name in op.calls():
+    for call in computations.get(name, []):
+      for called in re.findall(r"called_computations=\{%([\w.\-]+)", call.rest):
+        inside = {inner.name: inner.type for inner in computations[called]}
+        for inner in computations[called]:
+          if inner.opcode in COLLECTIVES:
+            return inner.opcode, inner, inside
   return None
 
 

@@ -228,3 +228,40 @@ def test_bytes_of_types():
 )
 def test_groups_of_chips(text, group):
   assert hlo._group(text, 8) == group
+
+
+@pytest.mark.parametrize("between, hidden", [("dot", 1.0), ("copy", 0.0)])
+def test_collectives_of_the_sparse_core(between, hidden):
+  """They are calls of calls; from the update on, beside what is computed till done."""
+  dot = (
+    "%dot.1 = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, "
+    'rhs_contracting_dims={0}, backend_config={"estimated_cycles":"100"}'
+  )
+  work = {"dot": dot, "copy": "%copy.1 = f32[8,8]{1,0} copy(%x)"}[between]
+  thread = 'async_execution_thread="sparsecore", calls=%async_computation.4'
+  text = f"""HloModule m
+%called_computation.1 (p: f32[2,8]) -> f32[8,8] {{
+  %p = f32[2,8]{{1,0}} parameter(0)
+  ROOT %all-gather.9 = f32[8,8]{{1,0}} all-gather(%p), replica_groups=[1,4]<=[4]
+}}, execution_thread="sparsecore"
+
+%async_computation.4 (q: f32[2,8]) -> f32[8,8] {{
+  %q = f32[2,8]{{1,0}} parameter(0)
+  ROOT %custom-call.1 = f32[8,8]{{1,0}} custom-call(%q), custom_call_target="x", \
+called_computations={{%called_computation.1}}
+}}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[8,8], y: f32[2,8]) -> f32[8,8] {{
+  %x = f32[8,8]{{1,0}} parameter(0)
+  %y = f32[2,8]{{1,0}} parameter(1)
+  %gather-start = ((), (), (s32[8]{{0}})) async-start(), {thread}
+  {dot.replace("dot.1", "dot.0")}
+  %gather-update = ((f32[2,8]), f32[8,8], s32[8]) async-update(%gather-start, %y)
+  {work}
+  ROOT %gather-done = f32[8,8]{{1,0}} async-done(%gather-update)
+}}
+"""
+  traffic = hlo.analyze(text, 4).collectives["all-gather"]
+  assert traffic.runs == 1 and traffic.groups == {4}
+  assert traffic.wire == 3 / 4 * 8 * 8 * 4
+  assert traffic.hidden == hidden * traffic.wire
