@@ -7,9 +7,10 @@ Commands, on every host of a slice (see launch/); any key follows as --config.ke
 The second one needs no TPU: it says what the first would take.
 
 Hardware: 64 chips of TPU v5p (v5p:4x4x4), and text/model of UMT5-XXL in
-runs/umt5-xxl. Time, by the plan, whose times are estimates: 2b, rows of 4 clips
-(--clip_tokens=8190), 25 GB a chip, 3.4 s a step, MFU 33 %; wan2.1-14b 43 GB, 24.6 s,
-MFU 43 %. Metric: eval/loss in dit/metrics.jsonl; nothing was trained at this size.
+runs/umt5-xxl. Time, by the plan, whose times are estimates: rows of 4 clips
+(--clip_tokens=8190), 2b 18 GB a chip, 3.2 s a step, MFU 35 %, 14b 59 GB, 15.9 s, 42 %;
+wan2.1-14b 43 GB, 24.6 s, 43 %. Metric: eval/loss in dit/metrics.jsonl; nothing was
+trained at this size.
 """
 
 from ml_collections import ConfigDict
@@ -77,6 +78,8 @@ def get_config(variant: str = "2b") -> ConfigDict:
     c.data.max_pixels = 1280 * 720
     c.text.max_tokens = 512
     c.text.pad_to = 512
+    c.encode.batch_size = 1
+    c.encode.devices_per_clip = 4
     c.dit.model.remat = "attention_mlp_saved"
     c.dit.rows = 16
     c.dit.tokens = 75_776

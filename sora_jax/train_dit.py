@@ -93,7 +93,14 @@ def make_task(recipe: recipes.Recipe) -> tuple[Task, sharding.Rules]:
   """What the stage learns, and where its params go; needs no data."""
   stage, frozen = recipe.dit, bool(recipe.text.folder)
   text = None if frozen else stage.text
-  task = dit_task.make(stage.model, text, stage.loss, stage.segments, recipe.dtype)
+  task = dit_task.make(
+    stage.model,
+    text,
+    stage.loss,
+    stage.segments,
+    recipe.dtype,
+    adds_up=stage.train.grad_accumulation > 1,
+  )
   return task, dit_task.DIT_RULES if frozen else dit_task.SHARDING_RULES
 
 

@@ -370,6 +370,15 @@ def test_plan_of_the_vae(simulated, tmp_path):
     plan.plan(changed, hardware.parse("v5p:2x2x2"), load, ("vae",))
 
 
+def test_a_step_in_bfloat16_of_several_microbatches():
+  built = recipe_of(rows=16)
+  config = dataclasses.replace(built.dit.train, grad_accumulation=2)
+  stage = dataclasses.replace(built.dit, train=config)
+  built = dataclasses.replace(built, dit=stage, precision="bfloat16")
+  lowered = programs.dit_step(built, sharding.make_mesh(fsdp=8))
+  assert "bf16" in lowered.as_text()
+
+
 def test_plan_of_a_sampler():
   built = recipe_of()
   sampled = programs.sampling(built, sharding.make_mesh(fsdp=8))

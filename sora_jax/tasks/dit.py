@@ -59,6 +59,7 @@ def make(
   loss_config: DiTLossConfig,
   segments: int,
   dtype: jnp.dtype = jnp.float32,
+  adds_up: bool = False,
 ) -> Task:
   """The task over packed rows as `data.pipeline.PackedDataset` makes them.
 
@@ -67,6 +68,7 @@ def make(
       (text_SE) of a frozen encoder.
     segments: most clips that a row can hold.
     dtype: of the computation; params, modulation and loss are float32.
+    adds_up: whether gradients of several microbatches are added up, see `predict`.
   """
   process, target = loss_config.process, loss_config.target
 
@@ -98,7 +100,7 @@ def make(
     t_BL1 = t_BL[..., None]
     x_BLP = diffusion.add_noise(x0_BLP, eps_BLP, t_BL1, process)
     text_BSE = encode_text(text, params, batch, dtype)
-    predicted_BLP = predict(model, params, x_BLP, t_BG, batch, text_BSE, dtype)
+    predicted_BLP = predict(model, params, x_BLP, t_BG, batch, text_BSE, dtype, adds_up)
     target_BLP = diffusion.make_target(x0_BLP, eps_BLP, t_BL1, target, process)
     error_BLP = jnp.square(predicted_BLP - target_BLP)
     noisy_BL = (batch["segment_L"] > 0) & (batch["group_L"] % 2 == 0)
@@ -170,11 +172,22 @@ def encode_text(
 
 
 def predict(
-  config: DiTConfig, params, x_BLP, t_BG, batch, text_BSE, dtype=jnp.float32
+  config: DiTConfig,
+  params,
+  x_BLP,
+  t_BG,
+  batch,
+  text_BSE,
+  dtype=jnp.float32,
+  adds_up: bool = False,
 ) -> Array:
-  """The network's output [B, L, P] for packed rows, float32."""
+  """The network's output [B, L, P] for packed rows, float32.
+
+  adds_up: cast the blocks' kernels block by block, so that gradients are added, block
+  by block, to a total in float32; all at once otherwise, which takes less memory.
+  """
   return DiT(config, dtype).apply(
-    {"params": _cast_kernels(params["dit"], dtype)},
+    {"params": params["dit"] if adds_up else _cast_kernels(params["dit"], dtype)},
     x_BLP,
     t_BG,
     batch["group_L"],
