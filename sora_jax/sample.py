@@ -156,6 +156,9 @@ def _define_flags():
   flags.DEFINE_float("guidance_rescale", 0.0, "Against too much contrast, 0 to 1.")
   flags.DEFINE_bool("cfg_zero", default.cfg_zero, "CFG-Zero* guidance.")
   flags.DEFINE_integer("zero_steps", default.zero_steps, "Its still first steps.")
+  flags.DEFINE_float(
+    "reuse", default.reuse, "Share of change up to which blocks are skipped; 0 = never."
+  )
 
 
 def _numbers(name, texts, form):
