@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sora_jax import diffusion, metrics, packing, patches, prompting, sampler, sharding
 from sora_jax.autoencoder import from_json
 from sora_jax.data import tokenizer
-from sora_jax.models.dit import DiTConfig
+from sora_jax.models.dit import DiTConfig, Reuse
 from sora_jax.models.text import TextEncoderConfig
 from sora_jax.packing import RowClip
 from sora_jax.prompting import Prompt
@@ -289,47 +289,59 @@ def integrate(
     time_BL = jnp.where(frames_BL > 0, turned_BL * batch["turn_step_L"], time_BL)
     return jnp.stack([time_BL, *place], -1)
 
-  def network(x_BLP, level_BN, index, context, text_BSE):
+  both_BSE = text_BSE
+  if options.guidance_scale:
+    both_BSE = jnp.concatenate([text_BSE, empty_BSE])
+  states = dit_task.text_states(model, params, both_BSE, dtype)
+  calls = len(table.level)
+
+  def network(x_BLP, level_BN, index, context, text_BSE, states, memory):
     # Each text has two groups: noisy tokens, and given ones.
     t_BG = jnp.stack([level_BN, batch["given_level_N"]], -1).reshape(len(level_BN), -1)
     position_BL3 = positions(index)
     if len(x_BLP) > len(t_BG):
       t_BG, position_BL3 = (jnp.concatenate([x, x]) for x in (t_BG, position_BL3))
     context = {**context, "position_L3": position_BL3}
-    return dit_task.predict(model, params, x_BLP, t_BG, context, text_BSE, dtype)
+    inputs = (x_BLP, t_BG, context, text_BSE, dtype, states)
+    if not options.reuse:
+      return dit_task.predict(model, params, *inputs), memory
+    # The last call draws what is finest.
+    limit = jnp.where(index < calls - 1, options.reuse, 0.0)
+    return dit_task.predict(model, params, *inputs, memory._replace(limit=limit))
 
-  def plain(x_BLP, level_BN, index):
-    return network(x_BLP, level_BN, index, context, text_BSE)
+  def plain(x_BLP, level_BN, index, memory):
+    own = jax.tree.map(lambda x: x[:, : len(x_BLP)], states)
+    return network(x_BLP, level_BN, index, context, text_BSE, own, memory)
 
-  def guided(x_BLP, level_BN, index):
-    predicted = network(
-      jnp.concatenate([x_BLP, x_BLP]),
-      level_BN,
-      index,
-      twice,
-      jnp.concatenate([text_BSE, empty_BSE]),
+  def guided(x_BLP, level_BN, index, memory):
+    both_BLP = jnp.concatenate([x_BLP, x_BLP])
+    predicted, memory = network(
+      both_BLP, level_BN, index, twice, both_BSE, states, memory
     )
     low, high = options.guidance_interval
     inside_BN = (level_BN >= low) & (level_BN <= high)
     scale_BL1 = per_token(jnp.where(inside_BN, guidance_scale, 1.0))
-    return sampler.guide(*jnp.split(predicted, 2), scale_BL1, options, clip_mean)
+    parts = jnp.split(predicted, 2)
+    return sampler.guide(*parts, scale_BL1, options, clip_mean), memory
 
-  def data(x_BLP, level_BN, index):
+  def data(*state):
+    x_BLP, level_BN, index, memory = state
     low, high = options.guidance_interval
     if not options.guidance_scale:
-      predicted = plain(x_BLP, level_BN, index)
+      predicted, memory = plain(*state)
     elif (low, high) == (0.0, 1.0):
-      predicted = guided(x_BLP, level_BN, index)
+      predicted, memory = guided(*state)
     else:
       inside = jnp.any((level_BN >= low) & (level_BN <= high))
-      predicted = jax.lax.cond(inside, guided, plain, x_BLP, level_BN, index)
+      predicted, memory = jax.lax.cond(inside, guided, plain, *state)
     if options.cfg_zero:
       step = index // 2 if options.method == "heun" else index
       predicted = jnp.where(step < options.zero_steps, 0.0, predicted)
     own_BLP = diffusion.to_x0(predicted, x_BLP, per_token(level_BN), target, process)
     twin_BLP = jnp.take_along_axis(own_BLP, batch["twin_L"][..., None], axis=1)
     # Of a token without a twin the weight is 0: it keeps its value exactly.
-    return own_BLP + batch["twin_weight_L"][..., None] * (twin_BLP - own_BLP)
+    own_BLP += batch["twin_weight_L"][..., None] * (twin_BLP - own_BLP)
+    return own_BLP, memory
 
   def noise(index):
     """Of each token by its clip's seed, so that it does not depend on the row."""
@@ -340,6 +352,9 @@ def integrate(
 
     return jax.vmap(jax.vmap(draw))(batch["seed_L"], batch["token_L"])
 
+  memory = ()
+  if options.reuse:
+    memory = Reuse.start(*both_BSE.shape[:1], segment_BL.shape[1], model.width, dtype)
   return sampler.integrate(
     data,
     batch["start_LP"],
@@ -347,4 +362,5 @@ def integrate(
     noise if options.stochastic else None,
     per_token,
     given_BL[..., None],
+    memory,
   )

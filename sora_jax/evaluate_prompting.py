@@ -5,8 +5,8 @@
 All modes of one checkpoint on held-out clips of generated shapes:
 
   kept    PSNR of frames that were given, after decoding, against what the VAE itself
-          makes of them; dB, 100 is equal. In brackets: given as an image in time, which
-          guides the video but is not copied into it.
+          makes of them; dB, 100 is equal. In brackets: given at a time between those of
+          latents, as images that guide the video but are not copied into it.
   equal   whether the given latents came out bit for bit as they went in.
   seam    difference of the two frames where given and made ones meet (of a loop: of its
           last and first), over the median difference of neighbours elsewhere; 1 is
@@ -188,7 +188,8 @@ def _cases(model, clip, other, seed) -> dict[str, Case]:
   mask = np.zeros((64, 64), bool)
   mask[:, 32:] = True
   start, all_of = ((slice(0, 1), image),), ((slice(0, FRAMES), rebuilt),)
-  gap = 4 * max(1, round((second_time * fps + 1) / 4)) - 1
+  end = ((slice(-1, None), last),)
+  gap = 4 * max(2, round((second_time * fps + 1) / 4)) - 1
   infill = (5 / fps, 8 / fps)
   return {
     "real": Case(job(video=own, strength=0.0), truth, all_of, seams=(5,)),
@@ -198,11 +199,14 @@ def _cases(model, clip, other, seed) -> dict[str, Case]:
     "last image": Case(
       job(last_image=own[-1], frames=FRAMES),
       truth,
-      ((slice(-1, None), last),),
-      soft=True,
+      end,
+      seams=(FRAMES - 4,),
     ),
     "both images": Case(
-      job(image=own[0], last_image=own[-1], frames=FRAMES), truth, start, seams=(1,)
+      job(image=own[0], last_image=own[-1], frames=FRAMES),
+      truth,
+      (*start, *end),
+      seams=(1, FRAMES - 4),
     ),
     "extend after": Case(
       job(video=own, extend_after=second_time), truth, all_of, seams=(FRAMES,)
@@ -210,14 +214,14 @@ def _cases(model, clip, other, seed) -> dict[str, Case]:
     "extend before": Case(
       job(video=own, extend_before=second_time),
       truth,
-      ((slice(1 - FRAMES, None), rebuilt[1:]),),
-      seams=(4 * quarter + 1,),
+      ((slice(-FRAMES, None), rebuilt),),
+      seams=(4 * quarter - 3,),
     ),
     "connect": Case(
       job(video=own, connect=second, gap=second_time),
       None,
-      (*all_of, (slice(1 - FRAMES, None), rebuilt_2[1:])),
-      seams=(FRAMES, FRAMES + gap + 1),
+      (*all_of, (slice(-FRAMES, None), rebuilt_2)),
+      seams=(FRAMES, FRAMES + gap - 3),
     ),
     "infill frames": Case(
       job(video=own, infill=infill),
@@ -239,7 +243,10 @@ def _cases(model, clip, other, seed) -> dict[str, Case]:
       soft=True,
     ),
     "loop of video": Case(
-      job(video=own, loop=True, gap=second_time), truth, all_of, seams=(FRAMES, 0)
+      job(video=own, loop=True, gap=second_time),
+      truth,
+      all_of,
+      seams=(FRAMES, FRAMES + gap - 3, 0),
     ),
     "loop of text": Case(job(loop=True, frames=16), truth, seams=(0,)),
     "preview 0.6": Case(job(size=(96, 96), frames=FRAMES, preview=0.6), truth),

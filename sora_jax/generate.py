@@ -33,8 +33,8 @@ from sora_jax.text_encoder import FrozenTextEncoder
 # Frames that the encoder is given at once, and latent frames that the decoder is: few
 # sizes, for few compilations.
 _ENCODE_CHUNK, _DECODE_CHUNKS = 32, (4, 1)
-# Latent frames of a loop's end that are decoded in front of its start: more than the
-# causal decoder looks back.
+# Latent frames of a loop's end that are decoded in front of its start, since a causal
+# decoder looks back.
 _WARM_UP = 4
 
 
@@ -240,41 +240,58 @@ class Sampler:
         watch(prompt, latent_THWC)
       return latent_THWC
 
-    chunks = self._windows(plan, job.windows, make, tail)
-    skip, left = 0, plan.frames
-    if plan.timeline.loop:
-      (latent_THWC,) = chunks
-      warm_up = min(_WARM_UP, len(latent_THWC))
-      chunks = [np.concatenate([latent_THWC[-warm_up:], latent_THWC])]
-      skip = 1 + 4 * (warm_up - 1)
-    copies = self.autoencoder.batch_size(1)
-    batches = (
-      np.repeat(part[None], copies, axis=0)
-      for chunk in chunks
-      for part in _parts(chunk)
-    )
+    def decoded(chunks):
+      batches = (self._copied(part) for chunk in chunks for part in _parts(chunk))
+      for video_BTHWC in self.autoencoder.decode_stream(batches, tile):
+        tail.extend(video_BTHWC[0])
+        yield video_BTHWC[0]
+
+    chunks, skip, left = self._windows(plan, job.windows, make, tail), 0, plan.frames
+    if plan.timeline.loop or plan.closes:
+      latent_THWC = self._circle(plan, chunks, decoded)
+      front = np.take(latent_THWC, np.arange(-_WARM_UP, 0), axis=0, mode="wrap")
+      chunks, skip = [front, latent_THWC], 1 + 4 * (_WARM_UP - 1)
+      if plan.closes:
+        # It begins with the last frame of its first latent, as a video does.
+        chunks, skip = [*chunks, latent_THWC[:1]], skip + 3
     height, width = plan.size
-    for video_BTHWC in self.autoencoder.decode_stream(batches, tile):
-      tail.extend(video_BTHWC[0])
-      video_THWC = video_BTHWC[0, skip:][:left, :height, :width]
-      skip, left = max(0, skip - video_BTHWC.shape[1]), left - len(video_THWC)
-      if len(video_THWC):
-        yield video_THWC
+    for video_THWC in decoded(chunks):
+      shown_THWC = video_THWC[skip:][:left, :height, :width]
+      skip, left = max(0, skip - len(video_THWC)), left - len(shown_THWC)
+      if len(shown_THWC):
+        yield shown_THWC
       if not left:
         return
+
+  def _circle(self, plan, chunks, decoded) -> np.ndarray:
+    """All latents of a loop. decoded: chunks -> their frames, which windows look at."""
+    if plan.timeline.loop:
+      (latent_THWC,) = chunks
+      return latent_THWC
+    latents = []
+
+    def noted():
+      for chunk in chunks:
+        latents.append(chunk)
+        yield chunk
+
+    collections.deque(decoded(noted()), maxlen=0)
+    latent_THWC = np.concatenate(latents)
+    # In the middle of a video, the first frame has another latent.
+    latent_THWC[0] = plan.timeline.after_THWC[0]
+    return latent_THWC
 
   def _windows(self, plan, windows, make, tail) -> Iterator[np.ndarray]:
     """Latents of a plan in chunks. tail: the last decoded frames of those before."""
     timeline = plan.timeline
     if plan.backwards:
       timeline = self._backwards(plan, windows, make)
-    before, after = timeline.before_THWC, timeline.after_THWC
+    before, after, end = timeline.before_THWC, timeline.after_THWC, timeline.end
     if len(before):
       yield before
     # All of what is known, if the video is made at once.
     given = windows.given if windows.length else max(len(before), 1)
     last, made = before[-given:], len(before)
-    end = timeline.grid[0] - (0 if after is None else len(after) - 1)
     while made < end:
       anchor = None
       if made > len(last):
@@ -288,8 +305,8 @@ class Sampler:
       if made < end or made > new:
         logging.info("made %d of %d latent frames", made, end)
       yield fresh
-    if after is not None and len(after) > 1 and not plan.closes:
-      yield after[1:]
+    if after is not None and not plan.closes:
+      yield after
 
   def _backwards(self, plan, windows, make) -> prompting.Timeline:
     """The timeline with what comes before its start made, from there to the front."""
@@ -302,9 +319,9 @@ class Sampler:
         new = min(left, max(1, windows.length - known))
       if left < plan.backwards:
         noise = windows.noise
-      prompt = prompting.bridge(
-        timeline.request, (new + known, *hw), after_THWC=video[:known]
-      )
+      after = np.array(video[:known])
+      after[0] = self.still(self.autoencoder.decode(self._copied(video[:1]))[0])
+      prompt = prompting.bridge(timeline.request, (new + known, *hw), after_THWC=after)
       prompt = dataclasses.replace(prompt, start=left - new, given_noise=noise)
       video = np.concatenate([make(prompt)[: new + 1], video[1:]])
       left -= new
@@ -316,15 +333,21 @@ class Sampler:
 
   # --- pixels and latents
 
+  def still(self, image_THWC: np.ndarray) -> np.ndarray:
+    """Latent [h, w, C] of four times that frame, in the middle of a video."""
+    return self.encode(np.repeat(image_THWC[:1], 5, axis=0))[1]
+
+  def _copied(self, x_THWC):
+    return np.repeat(x_THWC[None], self.autoencoder.batch_size(1), axis=0)
+
   def encode(self, video_THWC: np.ndarray) -> np.ndarray:
     """uint8 [T, H, W, 3] of 1 + 4k frames -> latents [t, h, w, C], chunk by chunk."""
     frames = len(video_THWC)
-    copies = self.autoencoder.batch_size(1)
     if frames > 1:
       # Padding is exact, as the encoder is causal, and saves compilations.
       over = -(frames - 1) % _ENCODE_CHUNK
       video_THWC = np.pad(video_THWC, ((0, over), (0, 0), (0, 0), (0, 0)), mode="edge")
-    chunks = in_chunks(np.repeat(video_THWC[None], copies, axis=0), _ENCODE_CHUNK)
+    chunks = in_chunks(self._copied(video_THWC), _ENCODE_CHUNK)
     latents = [chunk[0] for chunk in self.autoencoder.encode_stream(chunks)]
     return np.concatenate(latents)[: 1 + (frames - 1) // 4]
 

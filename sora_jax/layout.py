@@ -24,7 +24,7 @@ class Plan:
     timeline: what is known, and the whole video's request.
     size: (height, width) to cut frames to. frames: how many of them.
     backwards: latent frames that come before, made window by window towards the start.
-    closes: the end leads to the start: what is given there is not shown again.
+    closes: the end leads to the start: what is given there is what it began with.
   """
 
   timeline: Timeline
@@ -100,10 +100,13 @@ class _Planner:
     self._check_key_frames(images, frames)
     if frames == 1:
       raise ValueError("an image to a video needs 2 frames or more, not 1")
-    encoded = {at: self.encode(self._image_of(image))[0] for at, image in images}
-    before = [encoded.pop(0)] if 0 in encoded else []
-    extras = tuple((at / 4, latent) for at, latent in sorted(encoded.items()))
-    return self._made(frames, np.array(before, np.float32), extras=extras)
+    images = {at: self._image_of(image) for at, image in images}
+    before = [self.encode(images.pop(0))[0]] if 0 in images else []
+    stills = [(at // 4, self._still(images[at])) for at in images if at % 4 == 0]
+    extras = [(at / 4, self.encode(images[at])[0]) for at in images if at % 4]
+    made = self._made(frames, np.array(before, np.float32), extras=tuple(extras))
+    timeline = dataclasses.replace(made.timeline, stills=tuple(stills))
+    return dataclasses.replace(made, timeline=timeline)
 
   def _extend(self):
     job = self.job
@@ -124,7 +127,7 @@ class _Planner:
 
   def _connect(self):
     a = self.encode(self._video(self.job.video, keep="end"))
-    b = self.encode(self._video(self.job.connect))
+    b = self._after(self._video(self.job.connect))
     # The second's first frame is the last one of its latent frame.
     gap = self._gap()
     return self._made(1 + 4 * (len(a) + gap + len(b) - 2), a, b)
@@ -137,9 +140,11 @@ class _Planner:
       timeline = Timeline(self._request(frames), (frames // 4, *self.grid_hw),
                           np.zeros((0,)), loop=True)  # fmt: skip
       return Plan(timeline, self.cut, frames)
-    a = self.encode(self._video(self.job.video))
+    video_THWC = self._video(self.job.video)
+    a = self.encode(video_THWC)
     gap, given = self._gap(), min(len(a), self.job.windows.given)
-    made = self._made(1 + 4 * (len(a) + gap + given - 2), a, a[:given])
+    again = np.concatenate([self._still(video_THWC)[None], a[1:given]])
+    made = self._made(1 + 4 * (len(a) + gap + given - 2), a, again)
     # The last frame made is the first one again.
     return dataclasses.replace(made, frames=4 * (len(a) + gap - 1), closes=True)
 
@@ -179,13 +184,18 @@ class _Planner:
     # Frames that share a latent frame with missing ones are made anew with them.
     before = self.encode(video_THWC[: 1 + 4 * ((begin - 1) // 4)]) if begin else None
     end = 4 * -(-end // 4)
-    after = self.encode(video_THWC[end:]) if end < frames else None
-    if before is None and after is None:
+    after, extras = None, ()
+    if end < frames:
+      # The first one's latent is that of a missing one, too: it guides as an image.
+      image_HWC, *later = self.encode(video_THWC[end:])
+      after = np.array(later) if later else None
+      extras = ((end / 4, image_HWC),)
+    if before is None and end >= frames:
       raise ValueError(
         f"infill from {self.job.infill[0]} to {self.job.infill[1]} s leaves nothing of "
         "the video: that is a video from text"
       )
-    return self._made(frames, before, after)
+    return self._made(frames, before, after, extras)
 
   def _interpolate(self):
     times = self.job.interpolate
@@ -250,7 +260,8 @@ class _Planner:
     return frames
 
   def _gap(self):
-    return max(1, round((self.job.gap * self.fps + 1) / 4))
+    # Latent frames up to the next video's first frame, which has one for itself.
+    return max(2, round((self.job.gap * self.fps + 1) / 4))
 
   def _key_frames(self, frames):
     return [(round(time * self.fps), image) for time, image in self.job.key_frames]
@@ -265,6 +276,15 @@ class _Planner:
         )
       if places.count(at) > 1:
         raise ValueError(f"two images for frame {at}, at {at / self.fps:g} s")
+
+  def _still(self, image_THWC):
+    """Latent [h, w, C] of four times that frame, in the middle of a video."""
+    return self.encode(np.repeat(image_THWC[:1], 5, axis=0))[1]
+
+  def _after(self, video_THWC):
+    """Latents of a video to which another one leads, the first of them a still."""
+    still_HWC = self._still(video_THWC)
+    return np.concatenate([still_HWC[None], self.encode(video_THWC)[1:]])
 
   def _image_of(self, medium):
     image = _read(medium, self.size, None, self.job.fit)

@@ -14,7 +14,10 @@ these at random, in the same layout, so that every mode here is a few lines:
   video to video        Prompt(latent, strength=...); of a region: `kept` ones given
 
 The causal VAE lays time out as 1 + 4k frames: latent i > 0 holds frames 4i - 3 .. 4i,
-so that frame f is at time f / 4 and a one-frame latent at the time of its frame.
+so that frame f is at time f / 4 and a one-frame latent at the time of its frame. A
+frame at a whole time is given on the grid by a *still*: the latent of four times that
+frame, of which the last one is shown at its time. Other frames are extra tokens, which
+guide the video but are not in it.
 """
 
 import dataclasses
@@ -110,6 +113,7 @@ def bridge(
   before_THWC: np.ndarray | None = None,
   after_THWC: np.ndarray | None = None,
   extras: tuple[tuple[float, np.ndarray], ...] = (),
+  stills: tuple[tuple[int, np.ndarray], ...] = (),
 ) -> Prompt:
   """A video that begins with given latents, ends with given ones, or both.
 
@@ -117,34 +121,31 @@ def bridge(
     request: what to make.
     grid: tokens (t, h, w); t in latent frames.
     before_THWC: latents of a video's last frames, the first of one frame.
-    after_THWC: latents of a video's first frames, likewise. That first one is not on
-      the grid, where its frame is the last of four: it becomes an extra token.
-    extras: further images, see `Prompt`; those at the time of a given frame go.
+    after_THWC: latents of a video's first frames, the first of them a still.
+    extras: further images, see `Prompt`.
+    stills: (index, latent_HWC) of images on the grid in between.
 
   Raises:
-    ValueError: if nothing is left to make, or an extra is outside the video.
+    ValueError: if nothing is left to make, or an image is outside the video, or at a
+      given frame.
   """
   total = grid[0]
   begin = 0 if before_THWC is None else len(before_THWC)
-  end = total if after_THWC is None else total - len(after_THWC) + 1
+  end = total if after_THWC is None else total - len(after_THWC)
   if begin >= end:
     raise ValueError(
       f"nothing to make: of {total} latent frames {begin} are given at the start and "
       f"{total - end} at the end"
     )
-  check_times([time for time, _ in extras], total)
-  if after_THWC is not None:
-    extras = (*extras, (float(end - 1), after_THWC[0]))
-  known = before_THWC if begin else after_THWC
-  if known is None:
+  check_times([time for time, _ in (*extras, *stills)], total)
+  shown = [*(before_THWC if begin else ()), *(after_THWC if end < total else ())]
+  shown += [latent_HWC for _, latent_HWC in stills]
+  if not shown:
     return Prompt(request, grid, extras=extras)
-  latent_THWC = np.zeros((total, *known.shape[1:]), np.float32)
+  places = [*range(begin), *range(end, total), *(index for index, _ in stills)]
+  latent_THWC = np.zeros((total, *shown[0].shape), np.float32)
   given_THW = np.zeros(grid, bool)
-  if begin:
-    latent_THWC[:begin] = before_THWC
-  if end < total:
-    latent_THWC[end:] = after_THWC[1:]
-  given_THW[:begin], given_THW[end:] = True, True
+  latent_THWC[places], given_THW[places] = shown, True
   return Prompt(request, grid, latent_THWC, given_THW, extras=tuple(extras))
 
 
@@ -189,7 +190,7 @@ class Timeline:
 
   Attributes:
     request, grid: of the whole video.
-    before_THWC, after_THWC, extras: as in `bridge`; before may have no frames.
+    before_THWC, after_THWC, extras, stills: as in `bridge`; before may have no frames.
     start_THWC: latents that begin with noise of level `strength` on them, or None.
     kept_THW: bool by token; those of start_THWC that stay as they are.
     loop: as in Prompt; such a video is one window.
@@ -204,10 +205,16 @@ class Timeline:
   strength: float = 1.0
   kept_THW: np.ndarray | None = None
   loop: bool = False
+  stills: tuple[tuple[int, np.ndarray], ...] = ()
 
   def __post_init__(self):
     check_level("strength", self.strength)
-    check_times([time for time, _ in self.extras], self.grid[0])
+    check_times([time for time, _ in (*self.extras, *self.stills)], self.grid[0])
+
+  @property
+  def end(self) -> int:
+    """Latent frames before those that are given at the end."""
+    return self.grid[0] - (0 if self.after_THWC is None else len(self.after_THWC))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,27 +259,32 @@ def next_window(
   Returns:
     The prompt, how many of its latent frames are known, and how many are new.
   """
-  total, known = timeline.grid[0], len(last_THWC)
-  first, after = made - known, timeline.after_THWC
-  end = total if after is None else total - len(after) + 1
-  context = 0 if after is None else min(windows.given, len(after)) - 1
-  stop = end + context
+  known, after, end = len(last_THWC), timeline.after_THWC, timeline.end
+  first = made - known
+  stop = end if after is None else end + min(windows.given, len(after))
   if windows.length and not timeline.loop:
     stop = min(stop, first + windows.length)
+    # The last one sees what it leads to, if it is longer by that.
+    stop += after is not None and stop == end
   before = np.array(last_THWC, np.float32)
   if anchor_HWC is not None:
     before[0] = anchor_HWC
-  ends_here = after is not None and stop >= end
+  new = slice(made, min(stop, end))
   grid = (stop - first, *timeline.grid[1:])
   prompt = bridge(
     timeline.request,
     grid,
     before if known else None,
-    after[: 1 + stop - end] if ends_here else None,
+    after[: stop - end] if stop > end else None,
     tuple(
       (time - first, latent)
       for time, latent in timeline.extras
-      if made - 1 < time <= min(stop, end) - 1
+      if new.start - 1 < time <= new.stop - 1
+    ),
+    tuple(
+      (index - first, latent)
+      for index, latent in timeline.stills
+      if new.start <= index < new.stop
     ),
   )
   if timeline.start_THWC is not None:
@@ -281,7 +293,7 @@ def next_window(
   prompt = dataclasses.replace(
     prompt, given_noise=noise, loop=timeline.loop, start=first
   )
-  return prompt, known, min(stop, end) - made
+  return prompt, known, new.stop - new.start
 
 
 def _on_top(prompt, grid, timeline, first, known):

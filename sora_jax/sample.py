@@ -13,9 +13,13 @@ file its .json says how it was made: --from=x.mp4.json makes the same again.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
+from collections.abc import Iterable, Iterator
+from concurrent import futures
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -156,6 +160,9 @@ def _define_flags():
   flags.DEFINE_float("guidance_rescale", 0.0, "Against too much contrast, 0 to 1.")
   flags.DEFINE_bool("cfg_zero", default.cfg_zero, "CFG-Zero* guidance.")
   flags.DEFINE_integer("zero_steps", default.zero_steps, "Its still first steps.")
+  flags.DEFINE_float(
+    "reuse", default.reuse, "Share of change up to which blocks are skipped; 0 = never."
+  )
 
 
 def _numbers(name, texts, form):
@@ -280,16 +287,36 @@ def _main(argv):
   if len(work) > 1:
     names = [f"{out.stem}-{i:03d}{out.suffix}" for i in range(len(work))]
   paths = [out.with_name(name) for name in names]
-  for path, each, chunks, fps in _made(model, work, options, args.tile, paths):
-    source = {"checkpoint": str(checkpoint), "loras": loras, "model": model.model_id}
-    _write(path, each, chunks, fps, options, source)
+  source = {"checkpoint": str(checkpoint), "loras": loras, "model": model.model_id}
+  made = ahead(_made(model, work, options, args.tile, paths))
+  for _, parts in itertools.groupby(made, key=lambda part: part.path):
+    _write(parts, options, source)
   if args.sheet:
     video.contact_sheet(args.sheet, [video.read(path) for path in paths], prompts)
     logging.info("%s: contact sheet", args.sheet)
 
 
-def _made(model, work, options, tile, paths):
-  """Yields (path, job, chunks of frames, fps): texts all at once, others in turn."""
+class _Part(NamedTuple):
+  """Frames of a job's video, in the order of its file."""
+
+  path: pathlib.Path
+  job: Job
+  fps: float
+  frames: np.ndarray
+
+
+def ahead(items: Iterable) -> Iterator:
+  """The items, each made by a thread while the one before it is used."""
+  items, end = iter(items), object()
+  with futures.ThreadPoolExecutor(1) as pool:
+    following = pool.submit(next, items, end)
+    while (item := following.result()) is not end:
+      following = pool.submit(next, items, end)
+      yield item
+
+
+def _made(model, work, options, tile, paths) -> Iterator[_Part]:
+  """What a model makes of jobs: texts all at once, others in turn and in chunks."""
   if len(work) > 1 and work[0].is_plain:
     requests = [
       Request(
@@ -300,7 +327,7 @@ def _made(model, work, options, tile, paths):
     ]
     videos = model.sample(requests, options)
     for path, job, request, made in zip(paths, work, requests, videos, strict=True):
-      yield path, job, [made], request.fps
+      yield _Part(path, job, request.fps, made)
     return
   for path, job in zip(paths, work, strict=True):
     full = job
@@ -310,11 +337,14 @@ def _made(model, work, options, tile, paths):
       preview = path.with_name(f"{path.stem}-preview{path.suffix}")
       video.write(preview, small, full.fps, metadata={"comment": job.prompt})
       logging.info("%s: preview", preview)
-    yield path, job, model.stream(full, options, tile), layout.rate(full)
+    fps = layout.rate(full)
+    for frames in model.stream(full, options, tile):
+      yield _Part(path, job, fps, frames)
 
 
-def _write(path, job, chunks, fps, options, source):
+def _write(parts, options, source):
   """Writes a video and its .json, from which --from makes the same again."""
+  path, job, fps, frames = next(parts)
   described = {
     "job": job.as_json(),
     "options": {
@@ -325,10 +355,11 @@ def _write(path, job, chunks, fps, options, source):
     "files": job.files(),
   }
   metadata = {"comment": job.prompt, "sora_jax": json.dumps(described)}
-  frames = video.write_chunks(path, chunks, fps, metadata=metadata)
+  chunks = itertools.chain([frames], (part.frames for part in parts))
+  count = video.write_chunks(path, chunks, fps, metadata=metadata)
   text = json.dumps(described, indent=2, ensure_ascii=False)
   path.with_name(f"{path.name}.json").write_text(text + "\n")
-  logging.info("%s: %s, %d frames: %s", path, job.mode, frames, job.prompt)
+  logging.info("%s: %s, %d frames: %s", path, job.mode, count, job.prompt)
 
 
 if __name__ == "__main__":

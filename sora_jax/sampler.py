@@ -7,7 +7,7 @@ the noise levels, and one scan runs them all. Levels may differ from clip to cli
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ class Options:
       deviation of the conditional one (arXiv:2305.08891, section 3.4).
     cfg_zero: project the unconditional prediction on the conditional one first, and
       stay still for the first `zero_steps` steps (CFG-Zero*, arXiv:2503.18886).
+    reuse: of what the blocks of the network added in an earlier step, while what enters
+      them has changed by less than this share since; see `models.dit.Reuse`. 0 = never.
   """
 
   steps: int = 32
@@ -46,6 +48,7 @@ class Options:
   guidance_rescale: float = 0.0
   cfg_zero: bool = False
   zero_steps: int = 1
+  reuse: float = 0.0
 
   def __post_init__(self):
     low, high = self.guidance_interval
@@ -58,12 +61,18 @@ class Options:
       ("guidance_interval", self.guidance_interval, 0 <= low <= high <= 1),
       ("guidance_rescale", self.guidance_rescale, 0 <= self.guidance_rescale <= 1),
       ("zero_steps", self.zero_steps, self.zero_steps >= 0),
+      ("reuse", self.reuse, self.reuse >= 0),
     ):
       if not ok:
         allowed = f"one of {METHODS}" if name == "method" else "in its range"
         raise ValueError(f"sampling {name} {value!r} is not {allowed}")
     if self.eta and self.method != "ddim":
       raise ValueError(f"sampling eta {self.eta} is for ddim, not {self.method}")
+    if self.reuse and self.guidance_interval != (0.0, 1.0):
+      raise ValueError(
+        f"sampling reuse {self.reuse} needs guidance everywhere or nowhere, not in the "
+        f"guidance_interval {self.guidance_interval}"
+      )
 
   @property
   def stochastic(self) -> bool:
@@ -172,12 +181,13 @@ def make_table(method: str, levels, process: str = "flow", eta: float = 0.0) -> 
 
 
 def integrate(
-  predict: Callable[[Array, Array, Array], Array],
+  predict: Callable[..., Array | tuple[Array, Any]],
   x: Array,
   table: Table,
   noise: Callable[[Array], Array] | None = None,
   expand: Callable[[Array], Array] = lambda c: c,
   given: Array | None = None,
+  memory: Any = None,
 ) -> Array:
   """Runs a solver.
 
@@ -189,6 +199,7 @@ def integrate(
     noise: index of the call -> standard normal noise like x; for methods that need it.
     expand: a coefficient [...] -> something that broadcasts against x.
     given: True where x is data and stays exactly as it is; broadcasts against x.
+    memory: if there is one, predict gets it last, and returns it after the data.
   """
 
   def combine(coefficients, values):
@@ -196,20 +207,23 @@ def integrate(
     return sum(expand(c) * value for c, value in terms)
 
   def step(state, row):
-    (x, before, data_1, data_2), (row, index) = state, row
-    data = predict(x, row.level, index)
+    (x, before, data_1, data_2, memory), (row, index) = state, row
+    if memory is None:
+      data = predict(x, row.level, index)
+    else:
+      data, memory = predict(x, row.level, index, memory)
     corrected = combine(row.correct, (x, before, data, data_1, data_2))
     following = combine(row.predict, (corrected, data, data_1))
     if noise is not None:
       following += expand(row.noise) * noise(index)
     if given is not None:
       following = jnp.where(given, x, following)
-    return (following, corrected, data, data_1), None
+    return (following, corrected, data, data_1, memory), None
 
   table = jax.tree.map(jnp.asarray, table)
   zeros = jnp.zeros_like(x)
   rows = (table, jnp.arange(len(table.level)))
-  return jax.lax.scan(step, (x, zeros, zeros, zeros), rows)[0][0]
+  return jax.lax.scan(step, (x, zeros, zeros, zeros, memory), rows)[0][0]
 
 
 def _keep(level):

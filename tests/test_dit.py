@@ -10,7 +10,8 @@ import pytest
 from golden.make_losses import FAST_COMPILE
 
 from sora_jax import patches
-from sora_jax.models.dit import REMAT_POLICIES, DiT, DiTConfig, num_flops
+from sora_jax.models import dit
+from sora_jax.models.dit import REMAT_POLICIES, DiT, DiTConfig, Reuse, num_flops
 from sora_jax.models.text import TextEncoder, TextEncoderConfig
 
 CONFIG = DiTConfig(
@@ -117,9 +118,10 @@ def rows():
   return batch, [places for _, places in made]
 
 
-def apply(config, params, batch, dtype=jnp.float32):
+def apply(config, params, batch, dtype=jnp.float32, **kwargs):
   names = ("x", "t", "group", "segment", "position", "text", "text_segment")
-  return DiT(config, dtype).apply({"params": params}, *(batch[name] for name in names))
+  inputs = (batch[name] for name in names)
+  return DiT(config, dtype).apply({"params": params}, *inputs, **kwargs)
 
 
 @functools.cache
@@ -210,6 +212,55 @@ def test_remat_changes_nothing(remat):
   np.testing.assert_allclose(out, reference, atol=1e-5)
   for a, b in zip(*map(jax.tree.leaves, (gradients, expected)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * (1 + np.abs(b).max()))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_text_states_made_once_are_those_of_every_block(remat):
+  """And their layers are then not asked: without their params nothing changes."""
+  config, batch = dataclasses.replace(CONFIG, remat=remat), rows()[0]
+
+  @fast_jit
+  def run(params, text):
+    states = dit.text_states(config, params, text)
+    blind = jax.tree_util.tree_map_with_path(
+      lambda path, x: x * 0 if "cross_key" in str(path) else x, params
+    )
+    return states, apply(config, blind, batch, text_states=states)
+
+  states, out = run(params(), batch["text"])
+  shape = (CONFIG.depth, len(ORDERS), TEXT_TOKENS, CONFIG.width)
+  assert [x.shape for x in states] == [shape, shape]
+  np.testing.assert_allclose(out, results(remat)[0], atol=2e-5)
+
+
+def test_blocks_are_skipped_until_their_input_has_changed():
+  batch, _ = rows()
+  start = Reuse.start(len(ORDERS), TOKENS, CONFIG.width, jnp.float32)
+
+  @fast_jit
+  def run(x, reuse, limit):
+    reuse = reuse._replace(limit=limit)
+    return apply(CONFIG, params(), {**batch, "x": x}, reuse=reuse)
+
+  whole, kept = run(batch["x"], start, np.inf)  # the first call runs, whatever it is
+  np.testing.assert_allclose(whole, results("none")[0], atol=1e-5)
+  assert kept.change == 0.0
+  near = batch["x"] + 0.02 * np.sign(batch["x"])
+  exact, _ = run(near, start, 0.0)
+  reused, first = run(near, kept, 1e9)
+  assert 0.0 < first.change < 0.1
+  np.testing.assert_array_equal(first.added_BLD, kept.added_BLD)
+  # What enters is new, and what the blocks add is old.
+  assert np.abs(reused - exact).max() > 1e-3 < np.abs(reused - whole).max()
+  # Changes add up, until they reach the limit.
+  _, second = run(batch["x"], first, 1e9)
+  np.testing.assert_allclose(second.change, 2 * first.change, rtol=0.2)
+  again, third = run(near, second, 2.5 * first.change)
+  np.testing.assert_allclose(again, exact, atol=1e-4)
+  assert third.change == 0.0
+  # Padding has no say.
+  other = np.where(batch["segment"][..., None] > 0, batch["x"], -3.0)
+  assert run(other, kept, 1e9)[1].change < 1e-6
 
 
 @fast_jit

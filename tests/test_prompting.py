@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import threading
 
 import jax
 import numpy as np
@@ -74,25 +75,39 @@ def test_bridge_lays_out_what_is_known_as_training_does():
   before, after = latents(2), latents(3, 1)
   image = latents(1, 2)[0]
   prompt = prompting.bridge(request(), (7, 2, 2), before, after, ((2.5, image),))
-  # Of `after`, the first frame's latent is an image at the time of that frame.
-  assert prompt.given_THW.all(axis=(1, 2)).tolist() == [1, 1, 0, 0, 0, 1, 1]
+  assert prompt.given_THW.all(axis=(1, 2)).tolist() == [1, 1, 0, 0, 1, 1, 1]
   np.testing.assert_array_equal(prompt.latent_THWC[:2], before)
-  np.testing.assert_array_equal(prompt.latent_THWC[5:], after[1:])
-  assert [time for time, _ in prompt.extras] == [2.5, 4.0]
-  np.testing.assert_array_equal(prompt.extras[1][1], after[0])
+  np.testing.assert_array_equal(prompt.latent_THWC[4:], after)
+  assert [time for time, _ in prompt.extras] == [2.5]
 
 
-def test_a_last_image_alone_is_an_extra_token():
-  prompt = prompting.bridge(request(), (5, 2, 2), after_THWC=latents(1))
-  assert not prompt.given_THW.any()
-  assert [time for time, _ in prompt.extras] == [4.0]
+def test_images_at_whole_times_are_on_the_grid():
+  """Other ones, between those of latents, are extra tokens."""
+  job = Job(
+    key_frames=((0.5, clip(1)), (4 / 12, clip(1))), last_image=clip(1), fps=12.0
+  )
+  encoded = []
+
+  def encode(video_THWC):
+    encoded.append(len(video_THWC))
+    return np.full((1 + len(video_THWC) // 4, 4, 4, C), len(encoded), np.float32)
+
+  timeline = layout.plan(job, encode, 16).timeline
+  assert sorted(encoded) == [1, 5, 5]  # a still is the second latent of 5 frames
+  assert sorted(index for index, _ in timeline.stills) == [1, 4]
+  assert [time for time, _ in timeline.extras] == [1.5]
+  prompt, _, new = prompting.next_window(timeline, Windows(3, 1), 2, latents(1))
+  assert new == 2 and prompt.given_THW[:, 0, 0].tolist() == [1, 0, 0]
+  prompt, _, new = prompting.next_window(timeline, Windows(3, 1), 4, latents(1))
+  assert new == 1 and prompt.given_THW[:, 0, 0].tolist() == [1, 1]
+  np.testing.assert_array_equal(prompt.latent_THWC[1], dict(timeline.stills)[4])
 
 
 @pytest.mark.parametrize(
   "before, after, extras, message",
   [
     (5, None, (), "nothing to make: of 5 latent frames 5 are given at the start and 0"),
-    (3, 3, (), "3 are given at the start and 2 at the end"),
+    (3, 2, (), "3 are given at the start and 2 at the end"),
     (1, None, (4.25,), "key frame at frame 17 is outside the video of 17 frames"),
     (1, None, (-1.0,), "key frame at frame -4 is outside"),
     (1, None, (2.5, 2.5), "two key frames at frame 10"),
@@ -119,9 +134,7 @@ def test_kept_tokens_have_no_pixel_of_the_mask():
 def walk(timeline, windows):
   """Runs windows over a timeline of frames that hold their own index."""
   made, spans = list(timeline.before_THWC), []
-  after = timeline.after_THWC
-  end = timeline.grid[0] - (0 if after is None else len(after) - 1)
-  while len(made) < end:
+  while len(made) < timeline.end:
     last = np.array(made[-windows.given :]).reshape(-1, 4, 4, C)
     anchor = None if len(last) == len(made) else np.full((4, 4, C), -1.0)
     prompt, known, new = prompting.next_window(
@@ -148,15 +161,15 @@ def test_windows_cover_a_long_video_once():
 def test_windows_meet_what_follows():
   timeline = Timeline(request(frames=57), (15, 2, 2), latents(4), latents(4, 1))
   spans, made = walk(timeline, Windows(6, 2))
-  # 12 are known or made before the last three of `after`; the window that reaches them
-  # sees one more of them than it has room for new ones.
-  assert spans == [(2, 6, 4), (6, 6, 4)]
-  assert len(made) == 12
+  # 11 are known or made before those of `after`; the window that reaches them sees one.
+  assert spans == [(2, 6, 4), (6, 6, 3)]
+  assert len(made) == 11
+  # Also if it is full without it.
+  assert walk(timeline, Windows(9, 2))[0] == [(2, 10, 7)]
   prompt, _, _ = prompting.next_window(
     timeline, Windows(6, 2), 10, latents(2), latents(1)[0]
   )
-  assert prompt.grid[0] == 5 and prompt.given_THW[:, 0, 0].tolist() == [1, 1, 0, 0, 1]
-  assert [time for time, _ in prompt.extras] == [3.0]
+  assert prompt.grid[0] == 5 and prompt.given_THW[:, 0, 0].tolist() == [1, 1, 0, 1, 1]
 
 
 def test_windows_with_noise_take_it_from_the_second_on():
@@ -253,6 +266,21 @@ def test_a_prompt_alone_is_that_of_a_packed_row(sampler, made):
     np.testing.assert_allclose(latent_THWC, made[0][name], atol=2e-4, err_msg=name)
 
 
+def test_steps_that_reuse_what_blocks_added(sampler):
+  """Given latents stay exact, clips keep their own; the first and last call run."""
+  prompts = [whole_prompts()[name] for name in ("ends", "noisy")]
+
+  def make(steps, reuse):
+    return sampler.latents(prompts, Options(steps=steps, reuse=reuse), rows=1)
+
+  for a, b in zip(make(2, 1e9), sampler.latents(prompts, OPTIONS, rows=1), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-4)
+  for a, b, prompt in zip(make(4, 1e9), make(4, 1e-9), prompts, strict=True):
+    given = prompt.given_THW.repeat(2, 1).repeat(2, 2)
+    np.testing.assert_array_equal(a[given], prompt.latent_THWC[given])
+    assert np.isfinite(a).all() and np.abs(a - b)[~given].max() > 0.01
+
+
 def test_an_edit_is_near_its_video_at_little_strength(sampler):
   prompt = whole_prompts()["edit"]
   errors = []
@@ -339,7 +367,6 @@ def test_every_mode_through_pixels(sampler):
   close(filled[:5], kept[:5])
   loop = make(video=own, loop=True)
   assert len(loop) == 17 + 11
-  close(loop[:17], kept)
   assert make(loop=True, frames=16, size=(32, 32)).shape == (16, 32, 32, 3)
   assert len(make(video=own, mask=mask)) == 17
   assert len(make(video=own, connect=other, strength=0.5, blend="a bar")) == 17
@@ -352,6 +379,30 @@ def test_every_mode_through_pixels(sampler):
   assert sampler.denoiser.integrate._cache_size() - programs <= 1
   # Causal convolutions of the VAE see what is before: only near what it alone makes.
   assert np.abs(joined[-8:].astype(int) - kept_other[-8:]).mean() < 20
+  assert np.abs(loop[9:17].astype(int) - kept[9:17]).mean() < 20
+
+
+def test_the_decoder_goes_around_a_loop(sampler):
+  """Its start is decoded behind its end, and no frame is a clip's first one."""
+  for job in (
+    Job("", loop=True, frames=8, size=(32, 32)),
+    Job("", video=clip(9), loop=True),
+  ):
+    watched = []
+    video_THWC = np.concatenate(
+      list(sampler.stream(job, OPTIONS, watch=lambda _, x, to=watched: to.append(x)))
+    )
+    latent_THWC = watched[-1][: len(video_THWC) // 4]
+    begin = 1 + 4 * 3
+    if job.video is not None:
+      # A video begins with the last frame of a latent, here one of the middle.
+      latent_THWC[0] = sampler.still(job.video)
+      np.testing.assert_array_equal(latent_THWC[1:3], sampler.encode(job.video)[1:])
+      begin += 3
+    around = np.concatenate([latent_THWC] * 5)[-4 - 2 * len(latent_THWC) :]
+    decoded = sampler.autoencoder.decode(around[None])[0]
+    wanted = decoded[begin : begin + len(video_THWC)]
+    assert np.abs(video_THWC.astype(int) - wanted).max() <= 1
 
 
 def test_more_frames_a_second(sampler):
@@ -514,6 +565,24 @@ def test_a_sidecar_makes_the_same_again(command, tmp_path):
   video.write(source, clip(9, 1), 12)
   with pytest.raises(ValueError, match="in.mp4 has changed since"):
     command(f"--from={first}.json", f"--out={again}")
+
+
+def test_the_next_item_is_made_while_one_is_used():
+  """Once the first one is in use the second begins; errors come where they belong."""
+  began = [threading.Event() for _ in range(3)]
+
+  def make():
+    for i, event in enumerate(began):
+      event.set()
+      yield i
+    raise ValueError("the end")
+
+  items = sample.ahead(make())
+  assert next(items) == 0 and began[1].wait(10)
+  assert not began[2].is_set()
+  assert [next(items), next(items)] == [1, 2]
+  with pytest.raises(ValueError, match="the end"):
+    next(items)
 
 
 def test_previews_are_written_first(command, tmp_path):

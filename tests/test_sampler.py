@@ -283,6 +283,21 @@ def test_given_entries_stay_exactly(method):
   np.testing.assert_array_equal(out[::2], free[::2])
 
 
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_memory_goes_from_call_to_call(method):
+  table = sampler.make_table(method, sampler.schedule(4))
+
+  def data(x, t, index, memory):
+    return jnp.sin(3 * x) + memory, memory + index
+
+  def known(x, t, index):
+    return jnp.sin(3 * x) + index * (index - 1) / 2
+
+  x = jnp.array([1.1, -0.3])
+  out = sampler.integrate(data, x, table, memory=jnp.array(0))
+  np.testing.assert_allclose(out, sampler.integrate(known, x, table), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
   "options, process, target, message",
   [
@@ -322,6 +337,8 @@ def test_a_negative_prompt_needs_guidance():
     {"guidance_interval": (0.6, 0.4)},
     {"guidance_rescale": 1.5},
     {"zero_steps": -1},
+    {"reuse": -0.1},
+    {"reuse": 0.1, "guidance_interval": (0.2, 1.0)},
   ],
 )
 def test_options_out_of_range(wrong):

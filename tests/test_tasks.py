@@ -216,6 +216,23 @@ def test_vae_loss_is_finite_without_any_clip():
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients["vae"]))
 
 
+def test_noise_on_latents_is_for_the_decoder_in_training():
+  """Of another level in each clip; what is scored has none."""
+  quiet = dataclasses.replace(golden.VAE_LOSS, gan_weight=0.0)
+  noisy = dataclasses.replace(quiet, latent_noise=0.5)
+  tasks = [vae_task.make(SMALL_VAE, config) for config in (quiet, noisy)]
+  params, batch = {"vae": small_vae_params()["vae"]}, vae_batch()
+  (_, a), (_, b) = (fast_jit(task.loss)(params, batch, KEY) for task in tasks)
+  assert a["kl"] == b["kl"] and a["l1"] != b["l1"]
+  latent = 3.0 * np.random.default_rng(0).standard_normal((64, 5, 4, 4, 2))
+  noise = vae_task.noise_like(latent.astype(np.float32), KEY)
+  size_B = np.std(noise, axis=(1, 2, 3, 4)) / 3.0
+  assert 0.0 < size_B.min() < 0.1 and 0.9 < size_B.max() < 1.1
+  np.testing.assert_allclose(size_B.mean(), 0.5, atol=0.1)
+  with pytest.raises(ValueError, match="latent_noise -0.1 is negative"):
+    vae_task.VAELossConfig(latent_noise=-0.1)
+
+
 def test_critic_sees_clips_only():
   """Its terms are means over the cells that begin inside of a clip."""
   params, batch = small_vae_params(), vae_batch()

@@ -1,5 +1,6 @@
 """VAE: nothing looks ahead, prefixes equal the whole, an image is a first frame."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from golden.make_losses import FAST_COMPILE
 
-from sora_jax.models.vae import VAE, VAEConfig
+from sora_jax.models.vae import VAE, Blend, VAEConfig
 
 CONFIGS = {
   "wan": VAEConfig(
@@ -40,6 +41,7 @@ CONFIGS = {
     middle=False,
   ),
 }
+CONFIGS["blend"] = dataclasses.replace(CONFIGS["fold"], head_width=8, blend=True)
 FRAMES, LATENTS = 9, 3
 
 
@@ -146,6 +148,7 @@ def test_golden_outputs(name):
     "wan": (1.77177, 0.91573),
     "fold": (1.9625, 0.93444),
     "mixed": (0.62483, 0.77212),
+    "blend": (1.09209, 0.81779),
   }[name]
   values = behaviour(name)
   sizes = [np.abs(values[part]).mean() for part in ("encoded", "decoded")]
@@ -212,3 +215,9 @@ def test_sizes_off_the_grid(frames, height, width, message):
 def test_wrong_configs(options, message):
   with pytest.raises(ValueError, match=message):
     VAEConfig(**options)
+
+
+def test_blended_frames_are_evenly_between_latents():
+  latent_BTHWC = jnp.array([8.0, 0.0, 4.0]).reshape(1, 3, 1, 1, 1)
+  whole = Blend(4).apply({}, latent_BTHWC)
+  np.testing.assert_array_equal(whole.ravel(), [8, 6, 4, 2, 0, 1, 2, 3, 4])

@@ -46,6 +46,7 @@ CONFIGS = {
     middle=False,
   ),
 }
+CONFIGS["blend"] = dataclasses.replace(CONFIGS["fold"], kernel=(2, 3, 3), blend=True)
 # All kinds of layers in one stage, quick to compile.
 SMALL = VAEConfig(
   width=4,

@@ -8,6 +8,7 @@ groups, so given (clean) and noisy tokens share one sequence.
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -96,6 +97,32 @@ PRESETS = {
 }
 
 
+class Reuse(NamedTuple):
+  """What the steps of sampling hand on, so that blocks need not run in each of them.
+
+  After TeaCache (arXiv:2411.19108), without its rescaling: the blocks run again once
+  what enters them has changed by a share `limit` since, and what they added last is
+  added again otherwise. Padding has no say, but all clips of a batch have.
+
+  Attributes:
+    seen_BLD: modulated tokens as the first block got them in the call before.
+    added_BLD: what the blocks added when they ran last.
+    change: sum of the relative changes since then; infinite before the first call.
+    limit: of change, below which they do not run.
+  """
+
+  seen_BLD: Array
+  added_BLD: Array
+  change: Array
+  limit: Array
+
+  @classmethod
+  def start(cls, rows: int, tokens: int, width: int, dtype) -> "Reuse":
+    """Before the first call, which runs."""
+    zeros_BLD = jnp.zeros((rows, tokens, width), dtype)
+    return cls(zeros_BLD, zeros_BLD, jnp.array(jnp.inf), jnp.array(0.0))
+
+
 class DiT(nn.Module):
   """Predicts the target (velocity by default) of every token of packed rows.
 
@@ -108,9 +135,11 @@ class DiT(nn.Module):
     position_BL3: (t, h, w) of each token, may be fractional.
     text_BSE, text_segment_BS: caption features, and the text that each belongs to; of
       a clip with one text, the number of its segment.
+    text_states: of `text_states`, made once for many calls; None: made here.
+    reuse: from the call before, see `Reuse`.
 
   Returns:
-    [B, L, P] float32.
+    [B, L, P] float32; with reuse, that and what the next call gets.
   """
 
   config: DiTConfig
@@ -126,7 +155,9 @@ class DiT(nn.Module):
     position_BL3: Array,
     text_BSE: Array,
     text_segment_BS: Array,
-  ) -> Array:
+    text_states: tuple[Array, Array] | None = None,
+    reuse: Reuse | None = None,
+  ) -> Array | tuple[Array, Reuse]:
     c, dtype = self.config, self.dtype
 
     def dense(features, name, **kwargs):
@@ -135,8 +166,10 @@ class DiT(nn.Module):
     x_BLP = partition.constrain(x_BLP, partition.ROWS, partition.TOKENS)
     x_BLD = _shard(dense(c.width, "patch_embed")(x_BLP.astype(dtype)))
     text_BSE = partition.constrain(text_BSE, partition.ROWS, "context")
-    text_BSD = dense(c.width, "text_embed_1")(text_BSE.astype(dtype))
-    text_BSD = dense(c.width, "text_embed_2")(nn.gelu(text_BSD))
+    text_BSD = None
+    if text_states is None:
+      text_BSD = dense(c.width, "text_embed_1")(text_BSE.astype(dtype))
+      text_BSD = dense(c.width, "text_embed_2")(nn.gelu(text_BSD))
 
     # The modulation is small (a row per group) and steers everything: float32.
     t_BGD = layers.timestep_embedding(t_BG, c.frequency_width)
@@ -153,20 +186,42 @@ class DiT(nn.Module):
     )(nn.silu(t_BGD)).reshape(*t_BG.shape, 6, c.width)
 
     rope = layers.rope_angles(position_BL3, layers.video_rope_dims(c.width // c.heads))
-    block = _Block
-    if c.remat != "none":
-      block = nn.remat(block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
-    blocks = nn.scan(
-      block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=nn.broadcast,
-      length=c.depth,
-    )(c, name="blocks")
     text_BL = jnp.where(segment_BL > 0, group_BL // 2 + 1, 0)
     segments = (segment_BL, text_BL, text_segment_BS)
     context = (modulation_BG6D, group_BL, segments, rope, text_BSD)
-    x_BLD, _ = blocks(x_BLD, context)
+
+    def run(_, x_BLD):
+      block = _Block
+      if c.remat != "none":
+        block = nn.remat(block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+      blocks = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, 0),
+        length=c.depth,
+      )(c, name="blocks")
+      return blocks(x_BLD, context, text_states)[0]
+
+    if reuse is None:
+      x_BLD = run(self, x_BLD)
+    else:
+      shift_BLD, scale_BLD = _per_token(modulation_BG6D[:, :, :2], group_BL)
+      seen_BLD = layers.layer_norm(x_BLD) * (1 + scale_BLD) + shift_BLD
+      seen_BLD = jnp.where(segment_BL[..., None] > 0, seen_BLD, 0.0)
+      moved = jnp.sum(jnp.abs(seen_BLD - reuse.seen_BLD))
+      size = jnp.sum(jnp.abs(reuse.seen_BLD))
+      change = reuse.change + moved / jnp.maximum(size, 1e-6)
+      fresh = change >= reuse.limit
+      added_BLD = nn.cond(
+        fresh,
+        lambda module, x_BLD: run(module, x_BLD) - x_BLD,
+        lambda _, x_BLD: reuse.added_BLD,
+        *(self, x_BLD),
+      )
+      x_BLD += added_BLD
+      change = jnp.where(fresh, 0.0, change)
+      reuse = Reuse(seen_BLD.astype(dtype), added_BLD, change, reuse.limit)
 
     table_2D = self.param(
       "head_modulation",
@@ -176,16 +231,17 @@ class DiT(nn.Module):
     )
     shift_BLD, scale_BLD = _per_token(table_2D + t_BGD[:, :, None], group_BL)
     x_BLD = layers.layer_norm(x_BLD).astype(jnp.float32) * (1 + scale_BLD) + shift_BLD
-    return dense(
+    out_BLP = dense(
       c.patch_width, "head", dtype=jnp.float32, kernel_init=nn.initializers.zeros
     )(x_BLD)
+    return out_BLP if reuse is None else (out_BLP, reuse)
 
 
 class _Block(nn.Module):
   config: DiTConfig
 
   @nn.compact
-  def __call__(self, x_BLD, context):
+  def __call__(self, x_BLD, context, text_states):
     modulation_BG6D, group_BL, segments, rope, text_BSD = context
     segment_BL, text_BL, text_segment_BS = segments
     c, dtype = self.config, x_BLD.dtype
@@ -224,11 +280,13 @@ class _Block(nn.Module):
     q_BLNK = heads(
       layers.RMSNorm(name="cross_query_norm")(dense(c.width, "cross_query")(h_BLD))
     )
-    k_BSNK = heads(
-      layers.RMSNorm(name="cross_key_norm")(dense(c.width, "cross_key")(text_BSD))
-    )
-    v_BSNK = heads(dense(c.width, "cross_value")(text_BSD))
-    h_BLNK = attention(q_BLNK, k_BSNK, v_BSNK, text_BL, text_segment_BS)
+    if text_states is None:
+      k_BSD = dense(c.width, "cross_key")(text_BSD)
+      k_BSD = layers.RMSNorm(name="cross_key_norm")(k_BSD)
+      v_BSD = dense(c.width, "cross_value")(text_BSD)
+    else:
+      k_BSD, v_BSD = text_states
+    h_BLNK = attention(q_BLNK, heads(k_BSD), heads(v_BSD), text_BL, text_segment_BS)
     h_BLD = h_BLNK.reshape(x_BLD.shape)
     x_BLD = x_BLD + _shard(dense(c.width, "cross_out")(h_BLD))
 
@@ -237,6 +295,31 @@ class _Block(nn.Module):
     h_BLD = checkpoint_name(_shard(dense(c.width, "mlp_down")(h_BLD)), "mlp")
     x_BLD = x_BLD + gate2 * h_BLD
     return x_BLD, None
+
+
+def text_states(
+  config: DiTConfig, params, text_BSE: Array, dtype=jnp.float32
+) -> tuple[Array, Array]:
+  """Keys and values of the text in all blocks [depth, B, S, D]; steps share them.
+
+  params: of the DiT.
+  """
+
+  def dense(params, name, x):
+    layer = layers.Dense(config.width, dtype=dtype)
+    return layer.apply({"params": params[name]}, x)
+
+  def of_block(block):
+    k_BSD = dense(block, "cross_key", text_BSD)
+    k_BSD = layers.RMSNorm().apply({"params": block["cross_key_norm"]}, k_BSD)
+    return k_BSD, dense(block, "cross_value", text_BSD)
+
+  text_BSE = partition.constrain(text_BSE, partition.ROWS, "context")
+  text_BSD = dense(params, "text_embed_1", text_BSE.astype(dtype))
+  text_BSD = dense(params, "text_embed_2", nn.gelu(text_BSD))
+  names = ("cross_key", "cross_key_norm", "cross_value")
+  # Block by block, as their params are gathered.
+  return jax.lax.map(of_block, {name: params["blocks"][name] for name in names})
 
 
 def _shard(x_BLD: Array) -> Array:

@@ -211,6 +211,24 @@ class Upsample(nn.Module):
     return x_BTHWC
 
 
+class Blend(nn.Module):
+  """`times` frames of each, on an even way there from the one before it."""
+
+  times: int
+
+  @nn.compact
+  def __call__(self, x_BTHWC: Array, first=True) -> Array:
+    B, T, H, W, C = x_BTHWC.shape
+    last = x_BTHWC[:, :1] if first else self.get_variable("cache", "last")
+    if _keeps(self):
+      self.put_variable("cache", "last", x_BTHWC[:, -1:])
+    before = jnp.concatenate([last, x_BTHWC[:, :-1]], axis=1)[:, :, None]
+    share = jnp.arange(1, self.times + 1, dtype=x_BTHWC.dtype) / self.times
+    x = before + share[:, None, None, None] * (x_BTHWC[:, :, None] - before)
+    x_BTHWC = x.reshape(B, T * self.times, H, W, C)
+    return x_BTHWC[:, self.times - 1 :] if first else x_BTHWC
+
+
 class Encoder(nn.Module):
   """Video -> mean and log-variance, side by side in the channels."""
 
@@ -273,10 +291,14 @@ class Decoder(nn.Module):
         if c.stage_shortcut:
           x_BTHWC += _spread(before_BTHWC, width, c.stage_factors(mirrored), first)
     x_BTHWC = nn.silu(layers.RMSNorm(epsilon=1e-12, name="norm_out")(x_BTHWC))
+    patch_size = c.patch_size
+    if c.blend:
+      x_BTHWC = Blend(patch_size[0], name="blend")(x_BTHWC, first)
+      patch_size = (1, *patch_size[1:])
     if c.head_width:
       x_BTHWC = nn.silu(conv(c.head_width, name="conv_head")(x_BTHWC, first))
-    x_BTHWC = conv(3 * math.prod(c.patch_size), name="conv_out")(x_BTHWC, first)
-    return _unfold(x_BTHWC, c.patch_size, first)
+    x_BTHWC = conv(3 * math.prod(patch_size), name="conv_out")(x_BTHWC, first)
+    return _unfold(x_BTHWC, patch_size, first)
 
 
 def _fold(video_BTHWC, patch_size, first):

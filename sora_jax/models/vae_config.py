@@ -26,6 +26,8 @@ class VAEConfig:
       channels goes around each stage that changes the grid (Wan 2.2).
     head_width: of one more 1x1x1 layer before the decoder's last convolution; 0 = none
       (Wan). A folded patch has many pixels for that last, linear layer to draw.
+    blend: the frames of a folded patch are drawn one by one, of features that go evenly
+      from those of the latent before to its own: no jump is between two latents.
   """
 
   width: int = 96
@@ -41,6 +43,7 @@ class VAEConfig:
   decoder_width: int = 0
   stage_shortcut: bool = False
   head_width: int = 0
+  blend: bool = False
 
   def __post_init__(self):
     if len(self.downsample) != len(self.width_multipliers) - 1:

@@ -8,7 +8,8 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from sora_jax import diffusion
-from sora_jax.models.dit import DiT, DiTConfig
+from sora_jax.models import dit
+from sora_jax.models.dit import DiT, DiTConfig, Reuse
 from sora_jax.models.partition import PARAMS
 from sora_jax.models.text import TextEncoder, TextEncoderConfig
 from sora_jax.tasks import Task
@@ -179,9 +180,11 @@ def predict(
   batch,
   text_BSE,
   dtype=jnp.float32,
+  text_states=None,
+  reuse: Reuse | None = None,
   adds_up: bool = False,
-) -> Array:
-  """The network's output [B, L, P] for packed rows, float32.
+):
+  """The network's output [B, L, P] for packed rows, float32; see `DiT`.
 
   adds_up: cast the blocks' kernels block by block, so that gradients are added, block
   by block, to a total in float32; all at once otherwise, which takes less memory.
@@ -195,7 +198,14 @@ def predict(
     batch["position_L3"],
     text_BSE,
     batch["text_segment_S"],
+    text_states,
+    reuse,
   )
+
+
+def text_states(config: DiTConfig, params, text_BSE, dtype=jnp.float32):
+  """What `predict` needs of the texts, made once for many calls."""
+  return dit.text_states(config, _cast_kernels(params["dit"], dtype), text_BSE, dtype)
 
 
 def _cast_kernels(params, dtype):

@@ -26,6 +26,9 @@ class VAELossConfig:
   Attributes:
     mse_weight: of the mean squared error. It looks at the few pixels that are far off,
       such as edges that move, which L1 weighs like the many that are nearly right.
+    latent_noise: most noise on the latents that the decoder learns from, relative to
+      their standard deviation; each clip gets a random share. So it learns to draw a
+      steady video of latents that are not quite right, as generated ones are.
     lpips_weight: of the perceptual distance of frames (models/lpips.py); it needs
       lpips_file, a .safetensors file with the names of weights/lpips.py.
     lpips_frames: random frames of each clip that it looks at; 0 = all.
@@ -38,6 +41,7 @@ class VAELossConfig:
   """
 
   mse_weight: float = 0.0
+  latent_noise: float = 0.0
   kl_weight: float = 1e-5
   lpips_weight: float = 0.0
   lpips_file: str = ""
@@ -54,6 +58,8 @@ class VAELossConfig:
         f"vae lpips_weight {self.lpips_weight} needs lpips_file, a .safetensors file "
         "of VGG16 with the heads of LPIPS"
       )
+    if self.latent_noise < 0:
+      raise ValueError(f"vae latent_noise {self.latent_noise} is negative")
     if self.lpips_frames < 0:
       raise ValueError(f"vae lpips_frames {self.lpips_frames} is less than 0, for all")
 
@@ -106,6 +112,8 @@ def make(
     mean_BTHWC, logvar_BTHWC = apply(params, VAE.encode, video_BTHWC)
     eps_BTHWC = jax.random.normal(key, mean_BTHWC.shape)
     latent_BTHWC = mean_BTHWC + jnp.exp(0.5 * logvar_BTHWC) * eps_BTHWC
+    if loss_config.latent_noise > 0:
+      latent_BTHWC += loss_config.latent_noise * noise_like(latent_BTHWC, key)
     kl_BTHWC = 0.5 * (mean_BTHWC**2 + jnp.exp(logvar_BTHWC) - 1.0 - logvar_BTHWC)
     kl = _masked_mean(kl_BTHWC, latent_mask(model, batch))
 
@@ -207,6 +215,15 @@ def valid_mask(batch) -> Array:
 def _masked_mean(value_BTHWC, mask_BTHWC):
   weight = jnp.sum(mask_BTHWC) * value_BTHWC.shape[-1]
   return jnp.sum(value_BTHWC * mask_BTHWC) / jnp.maximum(weight, 1.0)
+
+
+def noise_like(latent_BTHWC, key: Array):
+  """Noise with the deviation of each channel in the batch; each clip has a share."""
+  share_key, noise_key = jax.random.split(jax.random.fold_in(key, 2))
+  share_B = jax.random.uniform(share_key, latent_BTHWC.shape[:1])
+  deviation_C = jnp.std(jax.lax.stop_gradient(latent_BTHWC), axis=(0, 1, 2, 3))
+  noise_BTHWC = deviation_C * jax.random.normal(noise_key, latent_BTHWC.shape)
+  return share_B[:, None, None, None, None] * noise_BTHWC
 
 
 def choose_frames(clips, key: Array, count: int):
