@@ -18,6 +18,7 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax import checkpoint, metrics, optim, profiling, sharding
+from sora_jax.models import partition
 from sora_jax.tasks import Task
 
 # Purposes of random keys: fold_in(fold_in(key(seed), step), purpose).
@@ -226,6 +227,7 @@ def build(task: Task, config: TrainConfig, mesh, rules, seed: int) -> Built:
     key = step_key(seed, index, EVALUATE)
     return task.evaluate(params, {**batch, "step": step}, key, *_given(frozen))
 
+  options = partition.compiler_options(mesh)
   return Built(
     abstract=jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -239,8 +241,13 @@ def build(task: Task, config: TrainConfig, mesh, rules, seed: int) -> Built:
       out_shardings=placed,
     ),
     # Without out_shardings the gradients, and then the state, would lose fsdp.
-    update=jax.jit(update, donate_argnums=0, out_shardings=(placed, replicated)),
-    evaluate=jax.jit(evaluate, out_shardings=replicated),
+    update=jax.jit(
+      update,
+      donate_argnums=0,
+      out_shardings=(placed, replicated),
+      compiler_options=options,
+    ),
+    evaluate=jax.jit(evaluate, out_shardings=replicated, compiler_options=options),
   )
 
 
