@@ -8,10 +8,12 @@ Times a forward and backward pass (gradients of all params of a squared error) i
 float32 on two cores. The two sides take turns in one process, and the table has the
 medians of their passes; the first pass of a turn is not counted, since it pays for
 memory that was given back meanwhile. The tunable has the C library ask for memory in
-huge pages, for both sides: XLA takes its memory anew at every step. The DiT has Wan's blocks at a smaller width, on a clip of 1024
-tokens and 128 text tokens; the VAE is Wan 2.1's at a smaller width. Losses and
-gradients are compared before anything is timed. `remat` is what the DiT's blocks keep
-for the backward pass; diffusers keeps all.
+huge pages, for both sides: XLA takes its memory anew at every step.
+
+The DiT has Wan's blocks at a smaller width, on a clip of 1024 tokens and 128 text
+tokens; the VAE is Wan 2.1's at a smaller width. Losses and gradients are compared
+before anything is timed. `remat` is what the DiT's blocks keep for the backward pass;
+diffusers keeps all.
 """
 
 import dataclasses
@@ -29,8 +31,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from sora_jax import patches  # noqa: E402
-from sora_jax.models import partition  # noqa: E402
+from sora_jax import patches, sharding  # noqa: E402
 from sora_jax.models import vae as vae_models  # noqa: E402
 from sora_jax.models.dit import REMAT_POLICIES, DiT, DiTConfig  # noqa: E402
 from sora_jax.models.vae import VAE  # noqa: E402
@@ -42,7 +43,7 @@ ONLY = flags.DEFINE_enum("only", None, ["dit", "vae"], "Compare one of them.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns that each side takes.", 1)
 PASSES = 2  # counted, in a turn
 REMAT = flags.DEFINE_multi_enum(
-  "remat", ["none", "full"], list(REMAT_POLICIES), "Of our DiT, a row each."
+  "remat", ["matmuls_saved", "full"], list(REMAT_POLICIES), "Of our DiT, a row each."
 )
 WIDTH = flags.DEFINE_integer("width", 768, "Of the DiT; heads have 128 channels.")
 DEPTH = flags.DEFINE_integer("depth", 6, "Of the DiT.")
@@ -157,7 +158,7 @@ def _jax_pass(apply, params, *inputs):
   def loss(params, *inputs):
     return jnp.square(apply(params, *inputs) - 1).mean()
 
-  options = partition.COMPILER_OPTIONS["cpu"]  # as `train` compiles its steps
+  options = sharding.COMPILER_OPTIONS["cpu"]  # as `train` compiles its steps
   step = jax.jit(jax.value_and_grad(loss), compiler_options=options)
   inputs = jax.device_put(inputs)
 
@@ -203,7 +204,8 @@ def main(_):
   load_torch()
   print(
     f"{len(CORES)} cores, load {os.getloadavg()[0]:.1f}, "
-    f"GLIBC_TUNABLES {os.environ.get('GLIBC_TUNABLES', '-')}; ratio = diffusers / ours\n\n"
+    f"GLIBC_TUNABLES {os.environ.get('GLIBC_TUNABLES', '-')}; "
+    "ratio = diffusers / ours\n\n"
     "| network | remat | diffusers s | ours s | ratio | CPU s | CPU s | ratio |\n"
     "| :-- | :-- | --: | --: | --: | --: | --: | --: |"
   )

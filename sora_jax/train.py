@@ -18,7 +18,6 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax import checkpoint, metrics, optim, profiling, sharding
-from sora_jax.models import partition
 from sora_jax.tasks import Task
 
 # Purposes of random keys: fold_in(fold_in(key(seed), step), purpose).
@@ -227,7 +226,7 @@ def build(task: Task, config: TrainConfig, mesh, rules, seed: int) -> Built:
     key = step_key(seed, index, EVALUATE)
     return task.evaluate(params, {**batch, "step": step}, key, *_given(frozen))
 
-  options = partition.compiler_options(mesh)
+  options = sharding.compiler_options(mesh)
   return Built(
     abstract=jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),

@@ -7,7 +7,7 @@ import math
 
 import jax
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 ROWS = ("data", "fsdp")
 # Every param is shared by all chips that would otherwise hold the same.
@@ -15,11 +15,6 @@ PARAMS = ("fsdp", "context")
 # Between sublayers the tensor axis shares tokens, too: what the backward pass keeps is
 # then nowhere twice (arXiv:2205.05198).
 TOKENS = ("context", "tensor")
-# For jax.jit, by platform. On CPU the library that XLA gives its sums of products to
-# takes ten times as long as XLA's own loops; it keeps the matmuls.
-COMPILER_OPTIONS = {
-  "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-}
 
 
 def mesh() -> AbstractMesh | None:
@@ -33,11 +28,6 @@ def platform() -> str:
   current = jax.sharding.get_abstract_mesh()
   device = None if current.empty else current.abstract_device
   return device.platform if device else jax.default_backend()
-
-
-def compiler_options(mesh: Mesh) -> dict[str, str]:
-  """Those of COMPILER_OPTIONS, for programs of that mesh."""
-  return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
 
 
 def fit(current: AbstractMesh, shape, *axes) -> PartitionSpec:
