@@ -31,7 +31,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from sora_jax import patches, sharding  # noqa: E402
+from sora_jax import patches  # noqa: E402
 from sora_jax.models import vae as vae_models  # noqa: E402
 from sora_jax.models.dit import REMAT_POLICIES, DiT, DiTConfig  # noqa: E402
 from sora_jax.models.vae import VAE  # noqa: E402
@@ -158,8 +158,7 @@ def _jax_pass(apply, params, *inputs):
   def loss(params, *inputs):
     return jnp.square(apply(params, *inputs) - 1).mean()
 
-  options = sharding.COMPILER_OPTIONS["cpu"]  # as `train` compiles its steps
-  step = jax.jit(jax.value_and_grad(loss), compiler_options=options)
+  step = jax.jit(jax.value_and_grad(loss))
   inputs = jax.device_put(inputs)
 
   def run():

@@ -18,16 +18,6 @@ BATCH_AXES = ("data", "fsdp")
 Rules = Sequence[tuple[str, PartitionSpec]]
 _SYNC_HOURS = 48
 _syncs = itertools.count()  # a barrier can be used once
-# For jax.jit, by platform. On CPU the library that XLA gives its sums of products to
-# takes ten times as long as XLA's own loops; it keeps the matmuls.
-COMPILER_OPTIONS = {
-  "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-}
-
-
-def compiler_options(mesh: Mesh) -> dict[str, str]:
-  """Those of COMPILER_OPTIONS, for programs of that mesh."""
-  return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
 
 
 def make_mesh(data=1, fsdp=-1, context=1, tensor=1, devices=None) -> Mesh:

@@ -226,7 +226,6 @@ def build(task: Task, config: TrainConfig, mesh, rules, seed: int) -> Built:
     key = step_key(seed, index, EVALUATE)
     return task.evaluate(params, {**batch, "step": step}, key, *_given(frozen))
 
-  options = sharding.compiler_options(mesh)
   return Built(
     abstract=jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -240,13 +239,8 @@ def build(task: Task, config: TrainConfig, mesh, rules, seed: int) -> Built:
       out_shardings=placed,
     ),
     # Without out_shardings the gradients, and then the state, would lose fsdp.
-    update=jax.jit(
-      update,
-      donate_argnums=0,
-      out_shardings=(placed, replicated),
-      compiler_options=options,
-    ),
-    evaluate=jax.jit(evaluate, out_shardings=replicated, compiler_options=options),
+    update=jax.jit(update, donate_argnums=0, out_shardings=(placed, replicated)),
+    evaluate=jax.jit(evaluate, out_shardings=replicated),
   )
 
 
