@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from golden.make_losses import FAST_COMPILE
 
-from sora_jax.models import attention, chunked, layers
+from sora_jax.models import attention, by_head, chunked, layers
 
 fast_jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
 SEGMENTS_Q = np.array([[1, 1, 2, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]], np.int32)
@@ -41,7 +41,7 @@ def by_chunks(*inputs):
   return chunked.chunked_attention(*inputs, 3)
 
 
-FORMS = [attention.reference_attention, attention._attention_by_head, by_chunks]
+FORMS = [attention.reference_attention, by_head.attention_by_head, by_chunks]
 
 
 @pytest.fixture(scope="module", params=FORMS)

@@ -11,10 +11,9 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from sora_jax.models import chunked, partition, splash
+from sora_jax.models import by_head, chunked, partition, splash
 from sora_jax.models.ring import Ring, ring_attention
 
 # Finite, so that a row whose keys are all masked gives a mean instead of NaN.
@@ -117,7 +116,7 @@ def _gather(x, groups, some: bool):
 
 def _local(*inputs):
   """Attention on one chip."""
-  forms = {"tpu": splash.splash_attention, "cpu": _attention_by_head}
+  forms = {"tpu": splash.splash_attention, "cpu": by_head.attention_by_head}
   return forms.get(partition.platform(), chunked.chunked_attention)(*inputs)
 
 
@@ -131,27 +130,3 @@ def reference_attention(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS):
   score = jnp.where(mask_BLS[:, None], score, _MASKED)
   weight = jax.nn.softmax(score, axis=-1).astype(v_BSNK.dtype)
   return jnp.einsum("bnls,bsnk->blnk", weight, v_BSNK)
-
-
-def _attention_by_head(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS):
-  # One head's scores fit the cache of a CPU core, and dividing by the softmax's sum
-  # after the second matmul saves a pass over them, forwards and backwards.
-  mask_BLS = segments_q_BL[:, :, None] == segments_k_BS[:, None, :]
-  bias_BLS = jnp.where(mask_BLS, 0.0, _MASKED)
-  scale = q_BLNK.shape[-1] ** -0.5
-
-  def one_head(qkv):
-    q_BLK, k_BSK, v_BSK = qkv
-    score_BLS = jnp.einsum(
-      "blk,bsk->bls", q_BLK * scale, k_BSK, preferred_element_type=jnp.float32
-    )
-    score_BLS = score_BLS + bias_BLS
-    peak_BL1 = jax.lax.stop_gradient(score_BLS.max(axis=-1, keepdims=True))
-    weight_BLS = jnp.exp(score_BLS - peak_BL1)
-    total_BL1 = weight_BLS.sum(axis=-1, keepdims=True)
-    out_BLK = jnp.einsum("bls,bsk->blk", weight_BLS.astype(v_BSK.dtype), v_BSK)
-    return (out_BLK / total_BL1).astype(v_BSK.dtype)
-
-  heads_first = tuple(x.transpose(2, 0, 1, 3) for x in (q_BLNK, k_BSNK, v_BSNK))
-  out_BLNK = jax.lax.map(one_head, heads_first).transpose(1, 2, 0, 3)
-  return checkpoint_name(out_BLNK, "attention")

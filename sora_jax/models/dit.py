@@ -30,7 +30,10 @@ REMAT_POLICIES = {
     "attention", "mlp"
   ),
   # All that a matmul made; the rest is made again.
-  "matmuls_saved": jax.checkpoint_policies.dots_saveable,
+  "matmuls_saved": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable,
+    jax.checkpoint_policies.save_only_these_names("attention"),
+  ),
   "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
     names_which_can_be_offloaded=["attention", "block"],
