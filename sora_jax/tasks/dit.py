@@ -101,7 +101,9 @@ def make(
     t_BL1 = t_BL[..., None]
     x_BLP = diffusion.add_noise(x0_BLP, eps_BLP, t_BL1, process)
     text_BSE = encode_text(text, params, batch, dtype)
-    predicted_BLP = predict(model, params, x_BLP, t_BG, batch, text_BSE, dtype, adds_up)
+    predicted_BLP = predict(
+      model, params, x_BLP, t_BG, batch, text_BSE, dtype, adds_up=adds_up
+    )
     target_BLP = diffusion.make_target(x0_BLP, eps_BLP, t_BL1, target, process)
     error_BLP = jnp.square(predicted_BLP - target_BLP)
     noisy_BL = (batch["segment_L"] > 0) & (batch["group_L"] % 2 == 0)
