@@ -55,7 +55,6 @@ def get_config(variant: str = "") -> ConfigDict:
   c.vae.train.weight_decay = 1e-4
   c.vae.train.b2 = 0.99
   c.vae.train.ema_decay = 0.99
-  c.vae.train.log_every = 50
   c.vae.train.eval_every = 450
   c.vae.train.save_every = 450
 
@@ -91,7 +90,6 @@ def get_config(variant: str = "") -> ConfigDict:
   c.dit.train.weight_decay = 0.01
   c.dit.train.b2 = 0.99
   c.dit.train.ema_decay = 0.998
-  c.dit.train.log_every = 50
   c.dit.train.eval_every = 1600
   c.dit.train.save_every = 800
 

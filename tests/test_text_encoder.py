@@ -392,6 +392,7 @@ def test_zero_features_are_attended():
   batch["text_SE"][:, :2] = rng.standard_normal((2, model.text_width))
   key, loss = jax.random.key(1), jax.jit(task.loss)
   short, _ = loss(params, batch, key)
-  batch["text_segment_S"][:] = 1
-  padded, _ = loss(params, batch, key)
+  # Not in place: the first call may still read its batch.
+  whole = {**batch, "text_segment_S": np.ones((1, S), np.int32)}
+  padded, _ = loss(params, whole, key)
   assert abs(short - padded) > 1e-4
