@@ -67,9 +67,9 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
     _check_mesh(recipe)
   if {"vae", "encode", "dit"} & set(names):
     _check_text(recipe)
+    finetune.check(recipe)
   if "vae" in names and recipe.vae.loss.lpips_weight and not recipe.vae.folder:
     lpips.check(recipe.vae.loss.lpips_file)
-    finetune.check(recipe)
   if "://" in str(workdir):
     raise ValueError(f"--workdir={workdir} must be a path of a (shared) file system")
   workdir = pathlib.Path(workdir)

@@ -254,6 +254,16 @@ def test_the_text_encoder_is_looked_at_first(runs, tmp_path):
   assert runs == ["data"]
 
 
+def test_models_to_begin_with_are_looked_at_first(runs, tmp_path):
+  stages.run(["data"], BASE, tmp_path)
+  for key in ("vae.folder", "dit.init_from"):
+    recipe = change(BASE, key, str(tmp_path / "nothing"))
+    for name in ("vae", "encode", "dit"):
+      with pytest.raises(ValueError, match="nothing/.*/model: no complete model"):
+        stages.run([name], recipe, tmp_path)
+  assert runs == ["data"]
+
+
 def _write_text_meta(folder):
   path = folder / "text" / "model"
   path.mkdir(parents=True)
