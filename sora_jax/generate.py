@@ -320,7 +320,8 @@ class Sampler:
       if left < plan.backwards:
         noise = windows.noise
       after = np.array(video[:known])
-      after[0] = self.still(self.autoencoder.decode(self._copied(video[:1]))[0])
+      image_THWC = self.autoencoder.decode(self._copied(video[:1]))[0]
+      after[0] = layout.still(self.encode, image_THWC)
       prompt = prompting.bridge(timeline.request, (new + known, *hw), after_THWC=after)
       prompt = dataclasses.replace(prompt, start=left - new, given_noise=noise)
       video = np.concatenate([make(prompt)[: new + 1], video[1:]])
@@ -332,10 +333,6 @@ class Sampler:
     )
 
   # --- pixels and latents
-
-  def still(self, image_THWC: np.ndarray) -> np.ndarray:
-    """Latent [h, w, C] of four times that frame, in the middle of a video."""
-    return self.encode(np.repeat(image_THWC[:1], 5, axis=0))[1]
 
   def _copied(self, x_THWC):
     return np.repeat(x_THWC[None], self.autoencoder.batch_size(1), axis=0)

@@ -53,6 +53,11 @@ def rate(job: Job) -> float:
   return _Planner(job, None, 1).fps * job.interpolate
 
 
+def still(encode: Callable[[np.ndarray], np.ndarray], image_THWC) -> np.ndarray:
+  """Latent [h, w, C] of four times the first frame, in the middle of a video."""
+  return encode(np.repeat(image_THWC[:1], 5, axis=0))[1]
+
+
 class _Planner:
   """Holds what all modes need: sizes, rates and how to encode."""
 
@@ -102,7 +107,7 @@ class _Planner:
       raise ValueError("an image to a video needs 2 frames or more, not 1")
     images = {at: self._image_of(image) for at, image in images}
     before = [self.encode(images.pop(0))[0]] if 0 in images else []
-    stills = [(at // 4, self._still(images[at])) for at in images if at % 4 == 0]
+    stills = [(at // 4, still(self.encode, images[at])) for at in images if at % 4 == 0]
     extras = [(at / 4, self.encode(images[at])[0]) for at in images if at % 4]
     made = self._made(frames, np.array(before, np.float32), extras=tuple(extras))
     timeline = dataclasses.replace(made.timeline, stills=tuple(stills))
@@ -127,7 +132,8 @@ class _Planner:
 
   def _connect(self):
     a = self.encode(self._video(self.job.video, keep="end"))
-    b = self._after(self._video(self.job.connect))
+    video_THWC = self._video(self.job.connect)
+    b = self._after(video_THWC, self.encode(video_THWC))
     # The second's first frame is the last one of its latent frame.
     gap = self._gap()
     return self._made(1 + 4 * (len(a) + gap + len(b) - 2), a, b)
@@ -143,7 +149,7 @@ class _Planner:
     video_THWC = self._video(self.job.video)
     a = self.encode(video_THWC)
     gap, given = self._gap(), min(len(a), self.job.windows.given)
-    again = np.concatenate([self._still(video_THWC)[None], a[1:given]])
+    again = self._after(video_THWC, a[:given])
     made = self._made(1 + 4 * (len(a) + gap + given - 2), a, again)
     # The last frame made is the first one again.
     return dataclasses.replace(made, frames=4 * (len(a) + gap - 1), closes=True)
@@ -277,14 +283,9 @@ class _Planner:
       if places.count(at) > 1:
         raise ValueError(f"two images for frame {at}, at {at / self.fps:g} s")
 
-  def _still(self, image_THWC):
-    """Latent [h, w, C] of four times that frame, in the middle of a video."""
-    return self.encode(np.repeat(image_THWC[:1], 5, axis=0))[1]
-
-  def _after(self, video_THWC):
-    """Latents of a video to which another one leads, the first of them a still."""
-    still_HWC = self._still(video_THWC)
-    return np.concatenate([still_HWC[None], self.encode(video_THWC)[1:]])
+  def _after(self, video_THWC, latent_THWC):
+    """Its latents where something leads to it: the first of them is a still."""
+    return np.concatenate([still(self.encode, video_THWC)[None], latent_THWC[1:]])
 
   def _image_of(self, medium):
     image = _read(medium, self.size, None, self.job.fit)

@@ -66,16 +66,18 @@ def plan(
       step["temporaries"] = step["peak"] - step["arguments"]
     made["programs"] = [step]
     made["speed"] = speed(step, recipe, topology, load)
-  host = topology.one_host()
-  # As these stages do: each host by itself.
+  host = topology.one_host()  # as these stages do: each host by itself
+
+  def add(name, lower, local):
+    program = programs.compile_program(name, lower(recipe, local))
+    made["programs"].append(measure(program, recipe, host, local, load))
+
   if "vae" in names:
     local = stages.clip_mesh(recipe.encode, programs.devices(host))
-    program = programs.compile_program("vae", programs.vae_encode(recipe, local))
-    made["programs"].append(measure(program, recipe, host, local, load))
+    add("vae", programs.vae_encode, local)
   if "sample" in names:
     local = sharding.make_mesh(devices=programs.devices(host))
-    program = programs.compile_program("sample", programs.sampling(recipe, local))
-    made["programs"].append(measure(program, recipe, host, local, load))
+    add("sample", programs.sampling, local)
   made["advice"] = plan_report.advice(made, recipe)
   return made
 

@@ -396,7 +396,7 @@ def test_the_decoder_goes_around_a_loop(sampler):
     begin = 1 + 4 * 3
     if job.video is not None:
       # A video begins with the last frame of a latent, here one of the middle.
-      latent_THWC[0] = sampler.still(job.video)
+      latent_THWC[0] = layout.still(sampler.encode, job.video)
       np.testing.assert_array_equal(latent_THWC[1:3], sampler.encode(job.video)[1:])
       begin += 3
     around = np.concatenate([latent_THWC] * 5)[-4 - 2 * len(latent_THWC) :]

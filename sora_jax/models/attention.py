@@ -16,8 +16,6 @@ from jax.sharding import PartitionSpec
 from sora_jax.models import by_head, chunked, partition, splash
 from sora_jax.models.ring import Ring, ring_attention
 
-# Finite, so that a row whose keys are all masked gives a mean instead of NaN.
-_MASKED = -1e30
 # Bytes of keys and values that a chip may gather; more of them go around a ring.
 GATHERED = 2**30
 
@@ -127,6 +125,6 @@ def reference_attention(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS):
   score = jnp.einsum(
     "blnk,bsnk->bnls", q_BLNK * scale, k_BSNK, preferred_element_type=jnp.float32
   )
-  score = jnp.where(mask_BLS[:, None], score, _MASKED)
+  score = jnp.where(mask_BLS[:, None], score, chunked.MASKED)
   weight = jax.nn.softmax(score, axis=-1).astype(v_BSNK.dtype)
   return jnp.einsum("bnls,bsnk->blnk", weight, v_BSNK)

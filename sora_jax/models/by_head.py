@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-# Finite, so that a row whose keys are all masked gives a mean instead of NaN.
-_MASKED = -1e30
+from sora_jax.models.chunked import MASKED
 
 
 @jax.custom_vjp
@@ -81,7 +80,7 @@ def _backward(
 
 def _bias(segments_q_BL, segments_k_BS):
   mask_BLS = segments_q_BL[:, :, None] == segments_k_BS[:, None, :]
-  return jnp.where(mask_BLS, 0.0, _MASKED)
+  return jnp.where(mask_BLS, 0.0, MASKED)
 
 
 def _score(q_BLK, k_BSK):

@@ -12,7 +12,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 BLOCK = 512
-_MASKED = -1e30
+# A score: finite, so that a row whose keys are all masked gives a mean, not NaN.
+MASKED = -1e30
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -71,7 +72,7 @@ def forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, block=BLOCK):
     state = (
       jnp.zeros((B, N, L, K), jnp.float32),
       jnp.zeros((B, N, L), jnp.float32),
-      jnp.full((B, N, L), _MASKED, jnp.float32),
+      jnp.full((B, N, L), MASKED, jnp.float32),
     )
     (out, total, peak), _ = jax.lax.scan(step, state, keys)
     total = jnp.where(total > 0, total, 1.0)
@@ -138,7 +139,7 @@ def backward(
 def _score(q, k, segments_q, segments_k):
   mask = (segments_q[:, :, None] == segments_k[:, None, :])[:, None]
   score = jnp.einsum("blnk,bsnk->bnls", q, k, preferred_element_type=jnp.float32)
-  return jnp.where(mask, score * q.shape[-1] ** -0.5, _MASKED), mask
+  return jnp.where(mask, score * q.shape[-1] ** -0.5, MASKED), mask
 
 
 def _meet(segments_q, segments_k):
