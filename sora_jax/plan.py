@@ -110,14 +110,14 @@ def model_flops(recipe: recipes.Recipe, load: estimate.Load) -> float:
 def executed_flops(recipe: recipes.Recipe) -> float:
   """Matmul FLOPs of one step outside of attention, by analysis: of all tokens.
 
-  With remat, the blocks' forward pass runs twice, but for a kept output of the MLP.
+  With remat, the blocks' forward pass runs twice, but for what is kept of matmuls.
   """
   stage = recipe.dit
   model = stage.model
   sizes = stage.tokens, stage.text_tokens, 0
   ends = dit.num_flops(dataclasses.replace(model, depth=0), *sizes)
   blocks = dit.num_flops(model, *sizes) - ends
-  again = 0.0 if model.remat == "none" else blocks
+  again = 0.0 if model.remat in ("none", "matmuls_saved") else blocks
   if model.remat == "attention_mlp_saved":
     again -= 2.0 * stage.tokens * model.depth * model.width * model.mlp_width
   return stage.rows * (3.0 * (ends + blocks) + again)
