@@ -31,7 +31,7 @@ REMAT_POLICIES = {
   ),
   # All that a matmul made; the rest is made again.
   "matmuls_saved": jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_saveable,
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names("attention"),
   ),
   "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
