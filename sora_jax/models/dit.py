@@ -347,7 +347,7 @@ def _per_token(modulation_BGMD: Array, group_BL: Array) -> list[Array]:
   )
   # One matmul a vector: the form whose gradient is fast on CPU as well.
   return [
-    jnp.einsum("blg,bgd->bld", one_hot_BLG, modulation_BGMD[:, :, i])
+    jnp.einsum("bgd,blg->bld", modulation_BGMD[:, :, i], one_hot_BLG)
     for i in range(modulation_BGMD.shape[2])
   ]
 
