@@ -243,7 +243,7 @@ def gpu_bytes(state: float, params: float, model, tokens: float, remat: str) -> 
     tokens: of this GPU.
     remat: a key of models.dit.REMAT_POLICIES; anything but "none" keeps a block's
       input, "attention_saved" also the attention outputs, "attention_mlp_saved" the
-      MLP's, too, "matmuls_saved" what each matmul made of the tokens, modulation too.
+      MLP's, too, "matmuls_saved" what each matmul with a kernel made of the tokens.
   """
   wide = 2.0 * tokens * model.width
   block = 2.0 * tokens * (16 * model.width + 2 * model.mlp_width)
@@ -251,7 +251,7 @@ def gpu_bytes(state: float, params: float, model, tokens: float, remat: str) -> 
     "none": block,
     "attention_saved": 3 * wide,
     "attention_mlp_saved": 4 * wide,
-    "matmuls_saved": 16 * wide + 2.0 * tokens * model.mlp_width,
+    "matmuls_saved": 10 * wide + 2.0 * tokens * model.mlp_width,
   }.get(remat, wide)
   # float32 gradients; two gathered bfloat16 blocks are small beside them.
   return state + 4.0 * params + model.depth * kept + block

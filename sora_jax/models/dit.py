@@ -29,7 +29,7 @@ REMAT_POLICIES = {
   "attention_mlp_saved": jax.checkpoint_policies.save_only_these_names(
     "attention", "mlp"
   ),
-  # All that a matmul made; the rest is made again.
+  # All that a matmul with a kernel made, and attention; the rest is made again.
   "matmuls_saved": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names("attention"),
