@@ -145,7 +145,8 @@ def rotate(x_BLNK, position_BL3, dims):
   return layers.apply_rope(layers.in_halves(x_BLNK, x_BLNK.shape[-1]), cos, sin)
 
 
-def test_rope_is_a_complex_rotation():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_rope_is_a_complex_rotation(platform, monkeypatch):
   """Pair j of an axis with K channels turns by position * 10000 ** (-2 j / K)."""
   rng = np.random.default_rng(1)
   dims = layers.video_rope_dims(16)
@@ -161,10 +162,12 @@ def test_rope_is_a_complex_rotation():
   )
   turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angle)[:, :, None]
   expected = np.concatenate([turned.real, turned.imag], -1)
-  out = fast_jit(rotate, static_argnums=2)(x, position, dims)
+  monkeypatch.setattr(layers.partition, "platform", lambda: platform)
+  turn = fast_jit(lambda position: rotate(x, position, dims))
+  out = turn(position)
   np.testing.assert_allclose(out, expected, atol=2e-5)
   # Scores depend on differences of positions only.
-  moved = fast_jit(rotate, static_argnums=2)(x, position + [3.5, 1, 2], dims)
+  moved = turn(position + np.float32([3.5, 1, 2]))
   scores = [np.einsum("blnk,bsnk->bnls", y, y) for y in (out, moved)]
   np.testing.assert_allclose(*scores, atol=1e-4)
 

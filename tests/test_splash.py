@@ -25,10 +25,16 @@ def ids(lengths, total):
 QUERIES = np.stack([ids((140, 100, 90), LENGTH), ids((128, 60), LENGTH)])
 # Captions: fewer keys, filled up to a block, and one that fills it.
 CAPTIONS = np.stack([ids((40, 30, 20), 100), ids((60, 40), 100)])
+# More blocks of keys than there are buffers of dq.
+MANY = np.stack([ids((300, 140, 90), 640), ids((520, 120), 640)])
 REAL = (QUERIES > 0)[..., None, None]
 # Interpreted, memory that the kernel has not written is NaN.
 INTERPRET = {"interpret": pltpu.InterpretParams()}
-kernel = functools.partial(splash.splash_attention, **INTERPRET)
+SCALE = WIDTH**-0.5  # of queries, which the kernel wants done
+
+
+def kernel(q, *others):
+  return splash.splash_attention(q * SCALE, *others, *INTERPRET.values())
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +59,9 @@ def run(form, qkv, keys, dout):
   return [x.astype(jnp.float32) for x in made]
 
 
-@pytest.mark.parametrize("keys", [QUERIES, CAPTIONS], ids=["clips", "captions"])
+@pytest.mark.parametrize(
+  "keys", [QUERIES, CAPTIONS, MANY], ids=["clips", "captions", "many"]
+)
 @pytest.mark.parametrize("dtype, atol", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])
 def test_kernel_equals_the_plain_form(keys, dtype, atol):
   qkv, dout = draw(keys, dtype)
@@ -97,8 +105,12 @@ def test_the_parts_of_a_ring(keys):
     return out, lse, form.backward(*inputs, out, of_all, dout)
 
   class Splash:
-    forward = functools.partial(splash.forward, **INTERPRET)
-    backward = functools.partial(splash.backward, **INTERPRET)
+    def forward(q, *others):
+      return splash.forward(q * SCALE, *others, **INTERPRET)
+
+    def backward(q, *others):
+      dq, *gradients = splash.backward(q * SCALE, *others, **INTERPRET)
+      return dq * SCALE, *gradients
 
   (out, lse, found), (other, other_lse, expected) = run(Splash), run(chunked)
   meet = np.stack([np.isin(q, k) for q, k in zip(QUERIES, keys, strict=True)])

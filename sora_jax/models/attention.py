@@ -41,6 +41,8 @@ def attention(
     [B, L, N, K] in the dtype of the queries. Its name for remat policies, and that of
     what a kernel keeps beside it for the backward pass, is "attention".
   """
+  if partition.platform() == "tpu":
+    q_BLNK = q_BLNK * q_BLNK.shape[-1] ** -0.5  # as `splash` takes them
   inputs = (q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
   mesh = partition.mesh()
   if mesh is None:
@@ -81,12 +83,9 @@ def _sharded(q, k, v, segments_q, segments_k, *, ulysses: int, others: int):
   rings = [list(range(i, size, ulysses)) for i in range(ulysses)]
   if ulysses > 1:
     exchange = functools.partial(
-      jax.lax.all_to_all,
-      axis_name="context",
-      axis_index_groups=groups if others > 1 else None,
-      tiled=True,
+      _exchange, groups=groups if others > 1 else None, ways=ulysses
     )
-    q, k, v = (exchange(x, split_axis=2, concat_axis=1) for x in (q, k, v))
+    q, k, v = (exchange(x, to_heads=True) for x in (q, k, v))
     segments_q, segments_k = (
       _gather(x, groups, others > 1) for x in (segments_q, segments_k)
     )
@@ -101,8 +100,25 @@ def _sharded(q, k, v, segments_q, segments_k, *, ulysses: int, others: int):
     ring = Ring("context", others, ulysses, form.forward, form.backward)
     out = ring_attention(q, k, v, segments_q, segments_k, ring)
   if ulysses > 1:
-    out = exchange(out, split_axis=1, concat_axis=2)
+    out = exchange(out, to_heads=False)
   return out
+
+
+def _exchange(x_BLNK, groups, ways: int, to_heads: bool):
+  """All tokens of a chip's heads, from a chip's tokens of all heads; or the reverse.
+
+  Parts travel heads first, as kernels have them: [B, heads, parts, tokens, K].
+  """
+  B, L, N, K = x_BLNK.shape
+
+  def travel(x):
+    return jax.lax.all_to_all(x, "context", 2, 2, axis_index_groups=groups, tiled=True)
+
+  if to_heads:
+    x = x_BLNK.reshape(B, L, ways, N // ways, K).transpose(0, 3, 2, 1, 4)
+    return travel(x).reshape(B, N // ways, ways * L, K).swapaxes(1, 2)
+  x = x_BLNK.swapaxes(1, 2).reshape(B, N, ways, L // ways, K)
+  return travel(x).transpose(0, 3, 2, 1, 4).reshape(B, L // ways, ways * N, K)
 
 
 def _gather(x, groups, some: bool):

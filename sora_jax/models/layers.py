@@ -231,10 +231,16 @@ def apply_rope(x_BLNK: Array, cos_BLK: Array, sin_BLK: Array) -> Array:
   Published models rotate neighbours; theirs come here `in_halves`, since accelerators
   read every second channel slowly. Attention does not see the order of channels.
   """
-  even, odd = jnp.split(x_BLNK.astype(jnp.float32), 2, axis=-1)
+  x_BLN2K = x_BLNK.astype(jnp.float32).reshape(*x_BLNK.shape[:-1], 2, -1)
   cos, sin = cos_BLK[:, :, None], sin_BLK[:, :, None]
-  out = jnp.concatenate([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-  return out.astype(x_BLNK.dtype)
+  if partition.platform() == "cpu":
+    even, odd = x_BLN2K[..., 0, :], x_BLN2K[..., 1, :]
+    parts = even * cos - odd * sin, even * sin + odd * cos
+    return jnp.concatenate(parts, axis=-1).astype(x_BLNK.dtype)
+  # Joining halves is a pass of its own on TPU, swapping them is not.
+  signed = jnp.stack([-sin, sin], axis=-2)
+  out = x_BLN2K * cos[..., None, :] + x_BLN2K[..., ::-1, :] * signed
+  return out.reshape(x_BLNK.shape).astype(x_BLNK.dtype)
 
 
 def video_rope_dims(head_dim: int) -> tuple[int, int, int]:

@@ -10,8 +10,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from sora_jax.models import splash_backward
+from sora_jax.models.splash_backward import MASKED
 
 # Queries, and keys, that the kernel takes at once: few waste little where a block holds
 # the end of a clip and the start of the next. The list of pairs of blocks has to fit
@@ -19,69 +22,75 @@ from jax import Array
 # more do not fit the vector memory.
 BLOCK = 512
 _MOST_BLOCKS = 200
-_MASKED = -0.7 * float(np.finfo(np.float32).max)
 _LANES = 128
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def splash_attention(
   q_BLNK: Array,
   k_BSNK: Array,
   v_BSNK: Array,
   segments_q_BL: Array,
   segments_k_BS: Array,
-  *,
   interpret=False,
 ) -> Array:
   """`attention` for TPUs; quick where the segments of a row are contiguous.
 
   Args:
-    q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS: as for `attention`.
+    q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS: as for `attention`, but the
+      queries scaled already: where they are made, that costs no pass of its own.
     interpret: run without a TPU (`pltpu.InterpretParams()`), for tests.
 
   Raises:
     ValueError: for rows that are too long for one chip.
   """
+  inputs = (q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
+  return _forward(*inputs, interpret, keep=False)[0]
 
-  def one_row(q_NLK, k_NSK, v_NSK, segments_L, segments_S):
-    kernel = _kernel()
-    config, visits = _plan(segments_L, segments_S, interpret, "attention")
-    attend = kernel.SplashAttentionKernel(
-      *visits,
-      config=config,
-      is_mqa=False,
-      save_residuals=False,
-      mask_value=_MASKED,
-      mask_function=None,
-      fwd_mask_sparsity=1.0,
-      dkv_mask_sparsity=1.0,
-    )
-    return attend(q_NLK, k_NSK, v_NSK, kernel.SegmentIds(segments_L, segments_S))
 
-  rows = _heads_first(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
-  out_BNLK = _by_row(one_row, rows)
-  return out_BNLK.swapaxes(1, 2)[:, : q_BLNK.shape[1]]
+def _fwd(q, k, v, segments_q, segments_k, interpret):
+  out, lse = forward(q, k, v, segments_q, segments_k, interpret=interpret)
+  out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
+  return out, (q, k, v, segments_q, segments_k, out, lse)
+
+
+def _bwd(interpret, residuals, dout):
+  return (*backward(*residuals, dout, interpret=interpret), None, None)
+
+
+splash_attention.defvjp(_fwd, _bwd)
 
 
 def forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, *, interpret=False):
-  """As `chunked.forward`."""
+  """As `chunked.forward`, of scaled queries."""
+  inputs = (q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
+  return _forward(*inputs, interpret, keep=True)
+
+
+def _forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, interpret, keep):
+  """(output,), and with keep the log-sum-exp."""
   kernel = _kernel()
 
   def one_row(q_NLK, k_NSK, v_NSK, segments_L, segments_S):
-    config, visits = _plan(segments_L, segments_S, interpret)
-    out_NLK, kept = kernel._splash_attention_forward(
-      visits[0],
+    config = _sizes(segments_L, segments_S, interpret)
+    active = active_blocks(segments_L, segments_S, config.block_q, config.block_kv)
+    made = kernel._splash_attention_forward(
+      _visits(active),
       q_NLK,
       k_NSK,
       v_NSK,
       kernel.SegmentIds(segments_L, segments_S),
       None,
-      mask_value=_MASKED,
+      mask_value=MASKED,
       is_mqa=False,
       config=config,
-      save_residuals=True,
+      save_residuals=keep,
       mask_function=None,
       fwd_mask_sparsity=1.0,
     )
+    if not keep:
+      return (made,)
+    out_NLK, kept = made
     return out_NLK, kept["logsumexp"] * math.log(2.0)  # it works with powers of two
 
   rows = _heads_first(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
@@ -101,25 +110,25 @@ def backward(
   *,
   interpret=False,
 ):
-  """As `chunked.backward`."""
-  kernel = _kernel()
+  """As `chunked.backward`, of scaled queries, and their gradient."""
 
   def one_row(q_NLK, k_NSK, v_NSK, segments_L, segments_S, out_NLK, lse_NL, dout_NLK):
-    config, visits = _plan(segments_L, segments_S, interpret)
-    segments = kernel.SegmentIds(segments_L, segments_S)
-    lse_NL = lse_NL / math.log(2.0)
-    kept = (q_NLK, k_NSK, v_NSK, segments, None, out_NLK, lse_NL, visits[1])
-    _, _, *gradients = kernel._splash_attention_bwd(
-      False, _MASKED, False, config, None, 1.0, 1.0, kept, dout_NLK.astype(jnp.float32)
-    )[:5]
-    return tuple(gradients)
+    config = _sizes(segments_L, segments_S, interpret)
+    active = active_blocks(segments_S, segments_L, config.block_kv, config.block_q)
+    return splash_backward.gradients(
+      *(q_NLK, k_NSK, v_NSK, segments_L, segments_S, lse_NL / math.log(2.0), dout_NLK),
+      delta_NL=jnp.einsum("nlk,nlk->nl", out_NLK.astype(jnp.float32), dout_NLK),
+      active=active,
+      visits=_visits(active, splash_backward.first_visits(active)),
+      config=config,
+      kernel=_kernel(),
+    )
 
   rows = _heads_first(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
   kept = (_whole_blocks(x).swapaxes(1, 2) for x in (out_BLNK, lse_BLN, dout_BLNK))
   dq, dk, dv = (x.swapaxes(1, 2) for x in _by_row(one_row, (*rows, *kept)))
-  dq = dq * q_BLNK.shape[-1] ** -0.5
   L, S = q_BLNK.shape[1], k_BSNK.shape[1]
-  return dq[:, :L].astype(q_BLNK.dtype), dk[:, :S], dv[:, :S]
+  return dq[:, :L], dk[:, :S], dv[:, :S]
 
 
 def whole_blocks(length: int) -> tuple[int, int]:
@@ -152,7 +161,6 @@ def _range(segments_L, block):
 
 def _heads_first(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS):
   """The kernel's arguments, rows leading: lengths padded to whole blocks."""
-  q_BLNK = q_BLNK * q_BLNK.shape[-1] ** -0.5
   values = (_whole_blocks(x).swapaxes(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
   return (*values, _whole_blocks(segments_q_BL), _whole_blocks(segments_k_BS))
 
@@ -169,31 +177,20 @@ def _by_row(one_row, rows):
   return jax.lax.map(lambda row: one_row(*row), rows)
 
 
-def _plan(segments_L, segments_S, interpret, saved=None):
-  """(the kernel's sizes, (blocks to visit forwards, backwards))."""
+def _sizes(segments_L, segments_S, interpret):
+  """The kernel's."""
   block_q, block_k = (whole_blocks(len(x))[1] for x in (segments_L, segments_S))
   if len(segments_L) * len(segments_S) > block_q * block_k * _MOST_BLOCKS**2:
     raise ValueError(
       f"attention of {len(segments_L)} to {len(segments_S)} tokens on one chip is more "
       f"than the kernel's {_MOST_BLOCKS}^2 blocks: config.mesh.context must be larger"
     )
-  backwards = active_blocks(segments_S, segments_L, block_k, block_q)
-  if len(backwards) == 1:  # dq is written where it is visited, and nowhere else
-    backwards = jnp.ones_like(backwards)
-  config = _kernel().SplashConfig(
+  return _kernel().SplashConfig(
     block_q=block_q,
     block_kv=block_k,
     block_q_dkv=block_q,
     block_kv_dkv=block_k,
-    # dq adds up in 3 buffers, from zero; otherwise each block of keys has its own, and
-    # those of pairs that are not visited stay unwritten memory.
-    dq_reduction_steps=3 if len(backwards) > 1 else None,
-    residual_checkpoint_name=saved,
     interpret=interpret,
-  )
-  return config, (
-    _visits(active_blocks(segments_L, segments_S, block_q, block_k)),
-    _visits(backwards),
   )
 
 
@@ -207,8 +204,11 @@ def _kernel():
   return splash_attention_kernel
 
 
-def _visits(active):
-  """The kernel's list of blocks to visit, row by row; only its first n count."""
+def _visits(active, first=False):
+  """The kernel's list of blocks to visit, row by row; only its first n count.
+
+  first: as of `splash_backward.first_visits`.
+  """
   from tokamax._src.ops.experimental.tpu.splash_attention import (
     splash_attention_mask_info as mask_info,
   )
@@ -216,12 +216,13 @@ def _visits(active):
   count = active.sum().reshape(1).astype(jnp.int32)
   visits = jnp.argwhere(active, size=active.size, fill_value=-1).astype(jnp.int32)
   real = jnp.arange(active.size) < count
+  first = jnp.broadcast_to(first, active.shape)[tuple(visits.T)]
+  kind = jnp.where(first, splash_backward.FIRST, splash_backward.PAIR)
   return mask_info.MaskInfo(
     mask_next=None,
     active_rows=visits[:, 0],
     active_cols=visits[:, 1],
-    # 2: some pairs inside the block may be masked.
-    block_mask=jnp.where(real, 2, 0).astype(jnp.int8),
+    block_mask=jnp.where(real, kind, splash_backward.NONE).astype(jnp.int8),
     num_active_blocks=count,
     partial_mask_blocks=None,
     q_sequence=None,
