@@ -282,15 +282,16 @@ class _Planner:
     return max(2, round((seconds * self.fps + 1) / 4))
 
   def _bridged(self, a, between_THWC, b):
-    """From latents to others by way of frames, of which both have one end."""
-    middle = self.encode(between_THWC)[1:-1]
-    frames = 1 + 4 * (len(a) + len(middle) + len(b) - 1)
-    strength = self.job.gap_strength
+    """From latents to others, by way of frames that begin and end where those meet."""
+    gap, strength = len(between_THWC) // 4, self.job.gap_strength
+    frames = 1 + 4 * (len(a) + gap + len(b) - 2)
     if strength == 1.0:
       return self._made(frames, a, b)
+    middle = self.encode(between_THWC)[1:gap]
     level_T = np.zeros(len(a) + len(middle) + len(b))
-    share_T = np.arange(1, len(middle) + 1) / (len(middle) + 1)
-    level_T[len(a) : -len(b)] = strength * np.sin(np.pi * share_T) ** 2
+    # Least where it meets what is given.
+    share_T = np.sin(np.pi * np.arange(1, gap) / gap) ** 2
+    level_T[len(a) : -len(b)] = strength * share_T
     start = np.concatenate([a, middle, b])
     return self._made(frames, a, b, start=start, strength=strength, level_T=level_T)
 

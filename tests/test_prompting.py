@@ -497,6 +497,27 @@ def test_streams_hold_a_window_at_a_time(sampler):
   assert count == 241 and largest <= 33
 
 
+def test_what_comes_before_waits_in_files(sampler):
+  """Windows from the start to the front, in chunks that go from the front on."""
+  own = clip(9, size=(16, 16))
+  job = Job("a star", video=own, extend_before=10.0, extend_after=1.0)
+  windows = []
+
+  def watch(prompt, latent_THWC):
+    windows.append((prompt.start, latent_THWC))
+
+  chunks = list(sampler.stream(job, OPTIONS, watch=watch))
+  held = [len(chunk) for chunk in chunks]
+  assert sum(held) == 120 + 9 + 12 and max(held) <= 33
+  assert [start for start, _ in windows] == [24, 18, 12, 6, 0, 30]
+  whole = sampler.encode(own)
+  for _, made in windows[:-1]:
+    whole = np.concatenate([made[:7], whole[1:]])
+  whole = np.concatenate([whole, windows[-1][1][3:]])
+  by_hand = sampler.autoencoder.decode(whole[None])[0]
+  assert np.abs(np.concatenate(chunks).astype(int) - by_hand).max() <= 1
+
+
 def test_windows_see_what_came_before(sampler):
   """Another first image changes the last window, through the ones between."""
   options = {"frames": 41, "window": 17, "given": 9, "options": OPTIONS}
