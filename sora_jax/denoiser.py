@@ -245,6 +245,8 @@ def integrate(
       n + 1. given_level_N: noise on given tokens. turn_L2: (frame, frames) of a loop,
       whose positions turn, and turn_step_L: time of a frame. twin_L, twin_weight_L:
       token whose prediction of the data is blended with the own one, and how much.
+    known_LP, follow_L: data of tokens, and the noise level above which it stands for
+    what the network predicts of them.
     table: of the solver, by text: [calls, ..., B, N].
     guidance_scale: [B, N] or one number.
     process, target: of the model.
@@ -341,7 +343,8 @@ def integrate(
     twin_BLP = jnp.take_along_axis(own_BLP, batch["twin_L"][..., None], axis=1)
     # Of a token without a twin the weight is 0: it keeps its value exactly.
     own_BLP += batch["twin_weight_L"][..., None] * (twin_BLP - own_BLP)
-    return own_BLP, memory
+    follows_BL1 = per_token(level_BN) > batch["follow_L"][..., None]
+    return jnp.where(follows_BL1, batch["known_LP"], own_BLP), memory
 
   def noise(index):
     """Of each token by its clip's seed, so that it does not depend on the row."""

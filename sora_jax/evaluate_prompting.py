@@ -243,7 +243,7 @@ def _cases(model, clip, other, seed) -> dict[str, Case]:
       soft=True,
     ),
     "loop of video": Case(
-      job(video=own, loop=True, gap=second_time),
+      job(video=own, loop=True),
       truth,
       all_of,
       seams=(FRAMES, FRAMES + gap - 3, 0),

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -283,15 +284,18 @@ class Sampler:
 
   def _windows(self, plan, windows, make, tail) -> Iterator[np.ndarray]:
     """Latents of a plan in chunks. tail: the last decoded frames of those before."""
-    timeline = plan.timeline
-    if plan.backwards:
-      timeline = self._backwards(plan, windows, make)
-    before, after, end = timeline.before_THWC, timeline.after_THWC, timeline.end
-    if len(before):
-      yield before
+    timeline, hw = plan.timeline, plan.timeline.grid[1:]
+    made = plan.backwards + len(timeline.before_THWC)
+    timeline = dataclasses.replace(
+      timeline, grid=(plan.backwards + timeline.grid[0], *hw)
+    )
+    after, end = timeline.after_THWC, timeline.end
     # All of what is known, if the video is made at once.
-    given = windows.given if windows.length else max(len(before), 1)
-    last, made = before[-given:], len(before)
+    given = windows.given if windows.length else max(made, 1)
+    last = timeline.before_THWC[:0]
+    for chunk in self._known(plan, windows, make):
+      yield chunk
+      last = np.concatenate([last, chunk])[-given:]
     while made < end:
       anchor = None
       if made > len(last):
@@ -308,29 +312,42 @@ class Sampler:
     if after is not None and not plan.closes:
       yield after
 
-  def _backwards(self, plan, windows, make) -> prompting.Timeline:
-    """The timeline with what comes before its start made, from there to the front."""
-    timeline, left = plan.timeline, plan.backwards
-    video, hw = timeline.before_THWC, timeline.grid[1:]
-    while left:
-      known, new, noise = len(video), left, 0.0
-      if windows.length:
-        known = min(windows.given, len(video))
-        new = min(left, max(1, windows.length - known))
-      if left < plan.backwards:
-        noise = windows.noise
-      after = np.array(video[:known])
-      image_THWC = self.autoencoder.decode(self._copied(video[:1]))[0]
-      after[0] = layout.still(self.encode, image_THWC)
-      prompt = prompting.bridge(timeline.request, (new + known, *hw), after_THWC=after)
-      prompt = dataclasses.replace(prompt, start=left - new, given_noise=noise)
-      video = np.concatenate([make(prompt)[: new + 1], video[1:]])
-      left -= new
-    return dataclasses.replace(
-      timeline,
-      before_THWC=video,
-      grid=(timeline.grid[0] + plan.backwards, *hw),
-    )
+  def _known(self, plan, windows, make) -> Iterator[np.ndarray]:
+    """Latents up to the end of what is given, in chunks.
+
+    What comes before its start is made from there to the front, but is wanted from the
+    front on: files hold it until then, so that memory does not grow.
+    """
+    timeline, left, hw = plan.timeline, plan.backwards, plan.timeline.grid[1:]
+    chunk = timeline.before_THWC
+    head = chunk[: windows.given] if windows.length else chunk
+    with tempfile.TemporaryDirectory() as folder:
+      paths = []
+      while left:
+        known, new, noise = len(head), left, 0.0
+        if windows.length:
+          new = min(left, max(1, windows.length - known))
+        if left < plan.backwards:
+          noise = windows.noise
+        after = np.array(head)
+        image_THWC = self.autoencoder.decode(self._copied(head[:1]))[0]
+        after[0] = layout.still(self.encode, image_THWC)
+        prompt = prompting.bridge(
+          timeline.request, (new + known, *hw), after_THWC=after
+        )
+        prompt = dataclasses.replace(prompt, start=left - new, given_noise=noise)
+        made = make(prompt)
+        # In the middle of a video, its first frame has another latent.
+        paths.append(pathlib.Path(folder) / f"{left}.npy")
+        np.save(paths[-1], np.concatenate([made[new : new + 1], chunk[1:]]))
+        head = np.concatenate([made[: new + 1], head[1:]])
+        head = head[: windows.given] if windows.length else head
+        chunk = made[:new]
+        left -= new
+      if len(chunk):
+        yield chunk
+      for path in reversed(paths):
+        yield np.load(path)
 
   # --- pixels and latents
 

@@ -40,10 +40,13 @@ class Job:
     image, last_image: first and last frame. key_frames: (seconds, image) of others.
     video: what to work on; what to do with it, one of:
       extend_before, extend_after: seconds to add.
-      connect: another video that follows after `gap` seconds, which are made; with
+      connect: another video that follows after `gap` seconds (1), which are made; with
         strength, one video that gradually turns from the first into the second.
-      loop: `gap` seconds that lead from its end to its start. Without a video: a loop
-        from text alone.
+      loop: `gap` seconds, as many as it has, that lead from its end to its start.
+        Without a video: a loop from text alone.
+      gap_strength: a gap begins as what is beside it, played backwards and mixed, with
+        noise on it: of this level in the middle, less towards the ends. 1: it begins
+        as noise alone, and moves as the model has it.
       strength: how much to change, 0 to 1; with a mask, an image that is white where to
         change, only there. mask alone is strength 1.
       infill: (from, to) seconds that are made anew.
@@ -71,7 +74,8 @@ class Job:
   extend_before: float = 0.0
   extend_after: float = 0.0
   connect: Media = None
-  gap: float = 1.0
+  gap: float | None = None
+  gap_strength: float = 0.4
   loop: bool = False
   strength: float | None = None
   mask: Media = None
@@ -86,13 +90,13 @@ class Job:
   def __post_init__(self):
     if self.fit not in ("crop", "pad"):
       raise ValueError(f"fit {self.fit!r} is not crop or pad")
-    for name in ("strength", "given_noise", "preview"):
+    for name in ("strength", "gap_strength", "given_noise", "preview"):
       if getattr(self, name) is not None:
         prompting.check_level(name, getattr(self, name))
     for name in ("extend_before", "extend_after"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name} {getattr(self, name)} s is negative")
-    if self.gap <= 0:
+    if self.gap is not None and self.gap <= 0:
       raise ValueError(f"gap {self.gap} s is not above 0")
     if self.interpolate not in (1, 2, 4):
       raise ValueError(f"interpolate {self.interpolate} is not 2 or 4 times the frames")

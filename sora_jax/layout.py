@@ -131,12 +131,19 @@ class _Planner:
     return dataclasses.replace(made, frames=frames, backwards=first // 4)
 
   def _connect(self):
-    a = self.encode(self._video(self.job.video, keep="end"))
-    video_THWC = self._video(self.job.connect)
-    b = self._after(video_THWC, self.encode(video_THWC))
+    first_THWC = self._video(self.job.video, keep="end")
+    second_THWC = self._video(self.job.connect)
+    a = self.encode(first_THWC)
+    b = self._after(second_THWC, self.encode(second_THWC))
     # The second's first frame is the last one of its latent frame.
-    gap = self._gap()
-    return self._made(1 + 4 * (len(a) + gap + len(b) - 2), a, b)
+    gap = self._gap(1.0)
+    # Either goes on backwards, while it turns from the first into the second.
+    away = np.arange(1 + 4 * gap)
+    turned_T = 0.5 - 0.5 * np.cos(np.pi * away / away[-1])[:, None, None, None]
+    from_THWC = first_THWC[np.maximum(len(first_THWC) - 1 - away, 0)]
+    to_THWC = second_THWC[np.minimum(away[::-1], len(second_THWC) - 1)]
+    between = (1.0 - turned_T) * from_THWC + turned_T * to_THWC
+    return self._bridged(a, between.round().astype(np.uint8), b)
 
   def _loop(self):
     if self.job.video is None:
@@ -148,9 +155,10 @@ class _Planner:
       return Plan(timeline, self.cut, frames)
     video_THWC = self._video(self.job.video)
     a = self.encode(video_THWC)
-    gap, given = self._gap(), min(len(a), self.job.windows.given)
-    again = self._after(video_THWC, a[:given])
-    made = self._made(1 + 4 * (len(a) + gap + given - 2), a, again)
+    seconds = (len(video_THWC) - 1) / self.fps
+    gap, given = self._gap(seconds), min(len(a), self.job.windows.given)
+    back = np.linspace(len(video_THWC) - 1, 0, 1 + 4 * gap).round().astype(int)
+    made = self._bridged(a, video_THWC[back], self._after(video_THWC, a[:given]))
     # The last frame made is the first one again.
     return dataclasses.replace(made, frames=4 * (len(a) + gap - 1), closes=True)
 
@@ -230,17 +238,20 @@ class _Planner:
   # --- parts
 
   def _made(self, frames, before=None, after=None, extras=(), start=None, strength=1.0,
-            kept=None, total=None):  # fmt: skip
-    latent_frames = 1 + -(-(frames - 1) // 4)
+            kept=None, total=None, level_T=None):  # fmt: skip
+    grid = (1 + -(-(frames - 1) // 4), *self.grid_hw)
+    if level_T is not None:
+      level_T = np.broadcast_to(level_T[:, None, None], grid)
     timeline = Timeline(
       self._request(total or frames),
-      (latent_frames, *self.grid_hw),
+      grid,
       np.zeros((0,)) if before is None else before,
       after,
       extras,
       start,
       strength,
       kept,
+      strength_THW=level_T,
     )
     return Plan(timeline, self.cut, frames)
 
@@ -265,9 +276,24 @@ class _Planner:
       )
     return frames
 
-  def _gap(self):
+  def _gap(self, seconds):
     # Latent frames up to the next video's first frame, which has one for itself.
-    return max(2, round((self.job.gap * self.fps + 1) / 4))
+    seconds = seconds if self.job.gap is None else self.job.gap
+    return max(2, round((seconds * self.fps + 1) / 4))
+
+  def _bridged(self, a, between_THWC, b):
+    """From latents to others, by way of frames that begin and end where those meet."""
+    gap, strength = len(between_THWC) // 4, self.job.gap_strength
+    frames = 1 + 4 * (len(a) + gap + len(b) - 2)
+    if strength == 1.0:
+      return self._made(frames, a, b)
+    middle = self.encode(between_THWC)[1:gap]
+    level_T = np.zeros(len(a) + len(middle) + len(b))
+    # Least where it meets what is given.
+    share_T = np.sin(np.pi * np.arange(1, gap) / gap) ** 2
+    level_T[len(a) : -len(b)] = strength * share_T
+    start = np.concatenate([a, middle, b])
+    return self._made(frames, a, b, start=start, strength=strength, level_T=level_T)
 
   def _key_frames(self, frames):
     return [(round(time * self.fps), image) for time, image in self.job.key_frames]

@@ -84,11 +84,11 @@ def empty_batch(rows: int, budget: RowBudget, patch_width: int, text) -> dict:
   L, S, N = dataclasses.astuple(budget)
   text_name = "text_S" if text.ndim == 1 else "text_SE"
   shapes = {
-    "start_LP": ((L, patch_width), np.float32),
+    **{n: ((L, patch_width), np.float32) for n in ("start_LP", "known_LP")},
     "position_L3": ((L, 3), np.float32),
     "turn_L2": ((L, 2), np.int32),
     "turn_step_L": ((L,), np.float32),
-    "twin_weight_L": ((L,), np.float32),
+    **{n: ((L,), np.float32) for n in ("twin_weight_L", "follow_L")},
     **{n: ((L,), np.int32) for n in ("segment_L", "group_L", "twin_L")},
     **{n: ((L,), np.uint32) for n in ("seed_L", "token_L")},
     "given_level_N": ((N,), np.float32),
@@ -99,6 +99,7 @@ def empty_batch(rows: int, budget: RowBudget, patch_width: int, text) -> dict:
     shapes[prefix + text_name] = ((S, *text.shape[1:]), text.dtype)
   batch = {n: np.zeros((rows, *shape), dt) for n, (shape, dt) in shapes.items()}
   batch["twin_L"][:] = np.arange(L)
+  batch["follow_L"][:] = np.inf
   return batch
 
 
@@ -188,6 +189,10 @@ class RowLayout:
         given_L[:count] = prompt.given_THW.reshape(-1)
       level_L = np.where(given_L[:count], prompt.given_noise, prompt.strength)
       start_LP[:count] = self._noisy(data_LP, noise_LP[:count], level_L)
+      if prompt.strength_THW is not None:
+        tokens = slice(here.start, here.start + count)
+        view["known_LP"][tokens] = data_LP
+        view["follow_L"][tokens] = prompt.strength_THW.reshape(-1)
     position_L3 = patches.grid_positions(prompt.grid)
     scale = self.reference_fps / request.fps
     position_L3[:, 0] *= self.model.patch_size[0] * scale

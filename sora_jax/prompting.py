@@ -79,6 +79,8 @@ class Prompt:
     latent_THWC: known latents, or None. given_THW: bool by token; those stay exactly
       as they are. Other tokens begin from theirs if `strength` is below 1.
     strength: noise level where those begin; 1 is noise alone.
+    strength_THW: a smaller level of some tokens, or None: above it they follow their
+      latent, as in Differential Diffusion (arXiv:2306.00950).
     extras: (time in latent frames, latent_HWC) of images anywhere in time.
     given_noise: level of noise that the network sees on given tokens and extras.
     loop: positions turn by a latent frame with each call of the network, so that no
@@ -91,6 +93,7 @@ class Prompt:
   latent_THWC: np.ndarray | None = None
   given_THW: np.ndarray | None = None
   strength: float = 1.0
+  strength_THW: np.ndarray | None = None
   extras: tuple[tuple[float, np.ndarray], ...] = ()
   given_noise: float = 0.0
   loop: bool = False
@@ -192,6 +195,7 @@ class Timeline:
     request, grid: of the whole video.
     before_THWC, after_THWC, extras, stills: as in `bridge`; before may have no frames.
     start_THWC: latents that begin with noise of level `strength` on them, or None.
+    strength_THW: as in Prompt.
     kept_THW: bool by token; those of start_THWC that stay as they are.
     loop: as in Prompt; such a video is one window.
   """
@@ -206,6 +210,7 @@ class Timeline:
   kept_THW: np.ndarray | None = None
   loop: bool = False
   stills: tuple[tuple[int, np.ndarray], ...] = ()
+  strength_THW: np.ndarray | None = None
 
   def __post_init__(self):
     check_level("strength", self.strength)
@@ -308,8 +313,13 @@ def _on_top(prompt, grid, timeline, first, known):
     frames = prompt.given_THW.any(axis=(1, 2))
     latent_THWC[frames] = prompt.latent_THWC[frames]
     given_THW |= prompt.given_THW
+  strength_THW = timeline.strength_THW
   return dataclasses.replace(
-    prompt, latent_THWC=latent_THWC, given_THW=given_THW, strength=timeline.strength
+    prompt,
+    latent_THWC=latent_THWC,
+    given_THW=given_THW,
+    strength=timeline.strength,
+    strength_THW=None if strength_THW is None else strength_THW[here],
   )
 
 

@@ -132,7 +132,12 @@ def _define_flags():
   flags.DEFINE_float("extend_after", 0.0, "Seconds to add at the end.")
   flags.DEFINE_float("extend_before", 0.0, "Seconds to add at the start.")
   flags.DEFINE_string("connect", None, "Another video, that the first leads to.")
-  flags.DEFINE_float("gap", job.gap, "Seconds between, for --connect and --loop.")
+  flags.DEFINE_float(
+    "gap", None, "Seconds to make: for --connect 1, for --loop as long as --video."
+  )
+  flags.DEFINE_float(
+    "gap_strength", job.gap_strength, "How far a gap is from a mix of its ends, 0 to 1."
+  )
   flags.DEFINE_bool("loop", False, "A loop: of --video, or of the prompt alone.")
   flags.DEFINE_float("strength", None, "How much to change of --video, 0 to 1.")
   flags.DEFINE_string("mask", None, "An image, white where to change --video.")

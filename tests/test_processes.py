@@ -63,6 +63,7 @@ def rows():
   batch["turn_L2"] = np.zeros((10, 2), np.int32)
   batch["turn_step_L"] = batch["twin_weight_L"] = np.zeros(10)
   batch["twin_L"] = np.arange(10)
+  batch["known_LP"], batch["follow_L"] = batch["start_LP"], np.full(10, np.inf)
   for name in ("text_S", "text_segment_S", "text_position_S"):
     batch[f"empty_{name}"] = batch[name]
   return {k: jnp.asarray(v)[None] for k, v in batch.items()}

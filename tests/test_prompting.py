@@ -1,5 +1,6 @@
 """Prompting: what is given stays exact, one program for all modes, clear errors."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -333,6 +334,29 @@ def test_a_loop_turns_by_a_frame_with_each_call(sampler):
   assert np.abs(loop - make(steps=2)).max() > 0.01
 
 
+def test_tokens_follow_what_is_known_down_to_their_strength(sampler):
+  """All the way at 0, not at all at the prompt's own, and half way in between."""
+  grid, asked = (4, 2, 2), request(frames=13)
+  known = latents(4)
+
+  def make(strength=None, level=0.5, steps=2, latent_THWC=known):
+    strength_THW = None if strength is None else np.broadcast_to(strength, grid)
+    prompt = Prompt(asked, grid, latent_THWC, None, level, strength_THW)
+    (out,) = sampler.latents([prompt], Options(steps=steps), rows=1)
+    return out
+
+  free = make()
+  np.testing.assert_array_equal(make(0.5), free)
+  np.testing.assert_allclose(make(0.0), known, atol=1e-6)
+  first = np.array([0.0, 0.5, 0.5, 0.5])[:, None, None]
+  mixed = make(first)
+  np.testing.assert_allclose(mixed[:1], known[:1], atol=1e-6)
+  assert np.abs(mixed[1:] - known[1:]).max(axis=(1, 2, 3)).min() > 1e-3
+  # Having followed for the first of two steps is to begin at the second's level.
+  np.testing.assert_allclose(make(0.3), make(level=0.25, steps=1), atol=1e-5)
+  assert np.abs(make(0.3) - free).max() > 1e-3
+
+
 # --- jobs: from pixels to pixels
 
 
@@ -366,7 +390,8 @@ def test_every_mode_through_pixels(sampler):
   assert len(filled) == 17
   close(filled[:5], kept[:5])
   loop = make(video=own, loop=True)
-  assert len(loop) == 17 + 11
+  assert len(loop) == 17 + 15
+  assert len(make(video=own, loop=True, gap=1.0, gap_strength=1.0)) == 17 + 11
   assert make(loop=True, frames=16, size=(32, 32)).shape == (16, 32, 32, 3)
   assert len(make(video=own, mask=mask)) == 17
   assert len(make(video=own, connect=other, strength=0.5, blend="a bar")) == 17
@@ -380,6 +405,45 @@ def test_every_mode_through_pixels(sampler):
   # Causal convolutions of the VAE see what is before: only near what it alone makes.
   assert np.abs(joined[-8:].astype(int) - kept_other[-8:]).mean() < 20
   assert np.abs(loop[9:17].astype(int) - kept[9:17]).mean() < 20
+
+
+def test_a_loop_comes_back_the_way_it_went(sampler):
+  """At its own pace and, at strength 0, the same way; else most changed half way."""
+  own, made = clip(17), {}
+  back = sampler.encode(own[::-1])
+  for strength in (0.0, 0.4, 1.0):
+    watched = []
+    job = Job("", video=own, loop=True, gap_strength=strength)
+    collections.deque(
+      sampler.stream(job, OPTIONS, watch=lambda p, x, to=watched: to.append((p, x)))
+    )
+    ((prompt, latent_THWC),) = watched
+    made[strength] = np.abs(latent_THWC[3:6] - back[1:4]).mean(axis=(1, 2, 3))
+    if strength == 0.4:
+      level_T = prompt.strength_THW[:, 0, 0]
+      np.testing.assert_allclose(level_T, [0, 0, 0, 0.2, 0.4, 0.2, 0, 0, 0])
+  np.testing.assert_array_equal(made[0.0], 0.0)
+  assert 0 < made[0.4].max() < made[1.0].min()
+  assert made[0.4].argmax() == 1
+
+
+def test_a_connection_turns_from_one_video_into_the_other():
+  """In pixels, where either goes on the way it came; here one is 10, the other 50."""
+  a, b = (np.full((9, 32, 32, 3), value, np.uint8) for value in (10, 50))
+  seen = []
+
+  def encode(video_THWC):
+    seen.append(video_THWC[:, 0, 0, 0].astype(int))
+    return latents(1 + len(video_THWC) // 4)
+
+  made = layout.plan(Job(video=a, connect=b, gap=7 / 12), encode, 16)
+  assert made.frames == 9 + 7 + 9
+  (between,) = (x for x in seen if len(set(x)) > 1)
+  np.testing.assert_array_equal(between, [10, 12, 16, 22, 30, 38, 44, 48, 50])
+  level_T = made.timeline.strength_THW[:, 0, 0]
+  np.testing.assert_allclose(level_T, [0, 0, 0, 0.4, 0, 0, 0])
+  alone = Job(video=a, connect=b, gap=7 / 12, gap_strength=1.0)
+  assert layout.plan(alone, encode, 16).timeline.start_THWC is None
 
 
 def test_the_decoder_goes_around_a_loop(sampler):
@@ -433,6 +497,27 @@ def test_streams_hold_a_window_at_a_time(sampler):
   assert count == 241 and largest <= 33
 
 
+def test_what_comes_before_waits_in_files(sampler):
+  """Windows from the start to the front, in chunks that go from the front on."""
+  own = clip(9, size=(16, 16))
+  job = Job("a star", video=own, extend_before=10.0, extend_after=1.0)
+  windows = []
+
+  def watch(prompt, latent_THWC):
+    windows.append((prompt.start, latent_THWC))
+
+  chunks = list(sampler.stream(job, OPTIONS, watch=watch))
+  held = [len(chunk) for chunk in chunks]
+  assert sum(held) == 120 + 9 + 12 and max(held) <= 33
+  assert [start for start, _ in windows] == [24, 18, 12, 6, 0, 30]
+  whole = sampler.encode(own)
+  for _, made in windows[:-1]:
+    whole = np.concatenate([made[:7], whole[1:]])
+  whole = np.concatenate([whole, windows[-1][1][3:]])
+  by_hand = sampler.autoencoder.decode(whole[None])[0]
+  assert np.abs(np.concatenate(chunks).astype(int) - by_hand).max() <= 1
+
+
 def test_windows_see_what_came_before(sampler):
   """Another first image changes the last window, through the ones between."""
   options = {"frames": 41, "window": 17, "given": 9, "options": OPTIONS}
@@ -457,6 +542,8 @@ def make_job(kwargs):
     ({"video": clip(5), "loop": True, "infill": (0, 1)}, "loop and infill exclude"),
     ({"video": clip(5), "loop": True, "image": clip(1)}, "image and loop of a video"),
     ({"loop": True, "image": clip(1)}, "a loop from text has no image"),
+    ({"loop": True, "video": clip(9), "gap_strength": -1.0}, "gap_strength -1.0 is"),
+    ({"loop": True, "video": clip(9), "gap": 0.0}, "gap 0.0 s is not above 0"),
     ({"image": clip(1), "key_frames": ((0.0, clip(1)),)}, "two images for frame 0"),
     ({"key_frames": ((1.0, clip(1)), (1.01, clip(1)))}, "two images for frame 12"),
     ({"key_frames": ((9.0, clip(1)),)}, "a key frame at 9 s is outside the 17 frames"),
@@ -679,7 +766,8 @@ def test_rows_of_a_published_size(size, frames, tokens):
   params = published_params(model)
   L, S, N = dataclasses.astuple(budget)
   shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
-  shapes["start_LP"] = jax.ShapeDtypeStruct((1, L, model.patch_width), np.float32)
+  for name in ("start_LP", "known_LP"):
+    shapes[name] = jax.ShapeDtypeStruct((1, L, model.patch_width), np.float32)
   for name in ("text_SE", "empty_text_SE"):
     shapes[name] = jax.ShapeDtypeStruct((1, S, model.text_width), np.float32)
   table = solver.make_table("euler", solver.schedule(2, np.ones((1, N))))

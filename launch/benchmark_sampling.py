@@ -1,0 +1,159 @@
+"""What the ways to sample faster bring, and cost, on a trained run and this machine.
+
+  python launch/benchmark_sampling.py --checkpoint=runs/quickstart
+
+Three tables, with medians of calls that take turns:
+
+  reuse     `sample --reuse`: time by threshold, PSNR against the same videos without
+            it, and the share of them whose colour is as the prompt says.
+  guidance  the two predictions of guidance as two rows of a batch, as sampling makes
+            them, and as two segments of one row of twice the length.
+  ahead     a long video to a file: windows made while those before are written, or
+            one after the other.
+"""
+
+import functools
+import pathlib
+import statistics
+import tempfile
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from sora_jax import attributes, patches, sample
+from sora_jax.data import video
+from sora_jax.data.clips import read_manifest
+from sora_jax.generate import Sampler
+from sora_jax.jobs import Job
+from sora_jax.metrics import psnr
+from sora_jax.prompting import Request
+from sora_jax.sampler import Options
+from sora_jax.tasks import dit as dit_task
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.", required=True)
+REUSE = flags.DEFINE_multi_float("reuse", [0.05, 0.1, 0.2, 0.3], "Thresholds.")
+STEPS = flags.DEFINE_integer("steps", 24, "Of the solver.", 1)
+CLIPS = flags.DEFINE_integer("clips", 16, "Held-out captions to sample.", 1)
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that each is timed.", 1)
+FRAMES = flags.DEFINE_integer("frames", 193, "Of the long video.", 17)
+ONLY = flags.DEFINE_multi_enum(
+  "only", ["reuse", "guidance", "ahead"], ["reuse", "guidance", "ahead"], "Tables."
+)
+
+
+def seconds(calls: dict, rounds: int) -> dict:
+  """Median seconds of each call, in turns, after one that compiles."""
+  for call in calls.values():
+    call()
+  taken = {name: [] for name in calls}
+  for _ in range(rounds):
+    for name, call in calls.items():
+      begin = time.perf_counter()
+      call()
+      taken[name].append(time.perf_counter() - begin)
+  return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def compare_reuse(model) -> None:
+  """Prints the table of thresholds."""
+  clips = read_manifest(pathlib.Path(CHECKPOINT.value) / "data" / "manifest.jsonl")
+  clips = [c for c in clips if c.split == "heldout" and c.frames >= 17 and c.truth]
+  clips = clips[: CLIPS.value]
+  requests = [
+    Request(clip.captions[0], 64, 64, 17, clip.fps, i) for i, clip in enumerate(clips)
+  ]
+  made = {}
+
+  def call(reuse):
+    options = Options(steps=STEPS.value, shift=3.0, reuse=reuse)
+    made[reuse] = model.sample(requests, options)
+
+  limits = [0.0, *REUSE.value]
+  taken = seconds({x: functools.partial(call, x) for x in limits}, ROUNDS.value)
+  print(f"\n| reuse | s for {len(clips)} videos | times as fast | PSNR dB | colour |")
+  print("| --: | --: | --: | --: | --: |")
+  for limit in limits:
+    colour = [
+      attributes.score(attributes.analyse_video(video_THWC), clip.truth)["color"]
+      for video_THWC, clip in zip(made[limit], clips, strict=True)
+    ]
+    alike = [psnr(a, b) for a, b in zip(made[limit], made[0.0], strict=True)]
+    print(
+      f"| {limit:g} | {taken[limit]:.2f} | {taken[0.0] / taken[limit]:.2f} "
+      f"| {f'{np.mean(alike):.1f}' if limit else ''} | {np.mean(colour):.0%} |"
+    )
+
+
+def compare_guidance(model) -> None:
+  """Prints the table of rows and segments."""
+  config, dtype = model.denoiser.model, model.dtype
+  predict = jax.jit(functools.partial(dit_task.predict, config, dtype=dtype))
+  rng = np.random.default_rng(0)
+  print("\n| tokens | two rows ms | two segments ms | segments / rows |")
+  print("| --: | --: | --: | --: |")
+  for grid in ((5, 8, 8), (9, 8, 8), (9, 16, 16)):
+    tokens, texts, calls = int(np.prod(grid)), 64, {}
+    for name, rows, segments in (("rows", 2, 1), ("segments", 1, 2)):
+
+      def each(count, rows=rows, segments=segments):
+        ids = np.repeat(np.arange(1, segments + 1, dtype=np.int32), count)
+        return np.repeat(ids[None], rows, 0)
+
+      batch = {
+        "segment_L": each(tokens),
+        "group_L": 2 * (each(tokens) - 1),
+        "text_segment_S": each(texts),
+        "position_L3": np.tile(patches.grid_positions(grid), (rows, segments, 1)),
+      }
+      x_BLP = rng.standard_normal((rows, segments * tokens, config.patch_width))
+      text_BSE = rng.standard_normal((rows, segments * texts, config.text_width))
+      level_BG = np.full((rows, 2 * segments), 0.5, np.float32)
+      inputs = jax.device_put(
+        (x_BLP.astype(np.float32), level_BG, batch, text_BSE.astype(np.float32))
+      )
+
+      def call(inputs=inputs):
+        jax.block_until_ready(predict(model.params, *inputs))
+
+      calls[name] = call
+    with jax.set_mesh(model.denoiser.mesh):
+      taken = seconds(calls, 3 * ROUNDS.value)
+    print(
+      f"| {tokens} | {1e3 * taken['rows']:.1f} | {1e3 * taken['segments']:.1f} "
+      f"| {taken['segments'] / taken['rows']:.2f} |"
+    )
+
+
+def compare_ahead(model) -> None:
+  """Prints the table of a long video's times."""
+  options = Options(steps=STEPS.value, shift=3.0)
+  job = Job("a red circle moves right", frames=FRAMES.value, size=(128, 128))
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "long.mp4"
+
+    def write(order):
+      video.write_chunks(path, order(model.stream(job, options)), 12.0)
+
+    calls = {"ahead": sample.ahead, "in turn": iter}
+    taken = seconds(
+      {name: functools.partial(write, order) for name, order in calls.items()},
+      ROUNDS.value,
+    )
+  print(f"\n| {FRAMES.value} frames of 128x128 | s |\n| :-- | --: |")
+  for name, value in taken.items():
+    print(f"| {name} | {value:.2f} |")
+
+
+def main(_):
+  model = Sampler.from_checkpoint(CHECKPOINT.value)
+  tables = {
+    "reuse": compare_reuse, "guidance": compare_guidance, "ahead": compare_ahead,
+  }  # fmt: skip
+  for name in ONLY.value:
+    tables[name](model)
+
+
+if __name__ == "__main__":
+  app.run(main)
