@@ -8,7 +8,7 @@ The second one needs no TPU: it says what the first would take.
 
 Hardware: 64 chips of TPU v5p (v5p:4x4x4), and text/model of UMT5-XXL in
 runs/umt5-xxl. Time, by the plan, whose times are estimates: rows of 4 clips
-(--clip_tokens=8190), 2b 18 GB a chip, 3.2 s a step, MFU 35 %, 14b 59 GB, 15.9 s, 42 %;
+(--clip_tokens=8190), 2b 18 GB a chip, 3.0 s a step, MFU 37 %, 14b 59 GB, 15.1 s, 44 %;
 wan2.1-14b 44 GB, 24.1 s, 44 %. Metric: eval/loss in dit/metrics.jsonl; nothing was
 trained at this size.
 """
