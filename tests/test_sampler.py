@@ -103,7 +103,7 @@ def test_multistep_methods_are_of_second_order_at_least(method):
   assert np.all(found > 1.7)
 
 
-@pytest.mark.parametrize("method", set(sampler.METHODS) - {"ddpm"})
+@pytest.mark.parametrize("method", sorted(set(sampler.METHODS) - {"ddpm"}))
 def test_straight_paths_need_one_step(method):
   noise, data = jnp.arange(3.0), jnp.array([5.0, -1.0, 2.0])
   out = solve(lambda x, t: noise - data, noise, sampler.schedule(1, 3.0), method)
