@@ -345,7 +345,7 @@ def _per_token(modulation_BGMD: Array, group_BL: Array) -> list[Array]:
   one_hot_BLG = jax.nn.one_hot(
     group_BL, modulation_BGMD.shape[1], dtype=modulation_BGMD.dtype
   )
-  # One matmul a vector: the form whose gradient is fast on CPU as well.
+  # One matmul a vector, the modulation first: so the gradient is fast on CPU as well.
   return [
     jnp.einsum("bgd,blg->bld", modulation_BGMD[:, :, i], one_hot_BLG)
     for i in range(modulation_BGMD.shape[2])

@@ -14,7 +14,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from sora_jax.models import splash_backward
-from sora_jax.models.splash_backward import MASKED
+from sora_jax.models.splash_backward import LANES, MASKED
 
 # Queries, and keys, that the kernel takes at once: few waste little where a block holds
 # the end of a clip and the start of the next. The list of pairs of blocks has to fit
@@ -22,7 +22,6 @@ from sora_jax.models.splash_backward import MASKED
 # more do not fit the vector memory.
 BLOCK = 512
 _MOST_BLOCKS = 200
-_LANES = 128
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -135,8 +134,8 @@ def whole_blocks(length: int) -> tuple[int, int]:
   """(tokens of a row of that length once it is filled up, tokens of its blocks)."""
   block = BLOCK if length <= _MOST_BLOCKS * BLOCK else 2 * BLOCK
   # For short rows, filling up to blocks of full size is too much.
-  length += -length % (block if length >= 8 * BLOCK else _LANES)
-  return length, next(n for n in range(block, 0, -_LANES) if length % n == 0)
+  length += -length % (block if length >= 8 * BLOCK else LANES)
+  return length, next(n for n in range(block, 0, -LANES) if length % n == 0)
 
 
 def active_blocks(segments_L, segments_S, block_q: int, block_k: int) -> Array:

@@ -18,7 +18,7 @@ _BUFFERS = 3
 # What a visit is, in the kernel's list: none, a pair of blocks, and the first one of a
 # block of dq. The kernel asks for none only.
 NONE, PAIR, FIRST = 0, 2, 3
-_LANES, _SUBLANES = 128, 8
+LANES, _SUBLANES = 128, 8
 
 
 def first_visits(active) -> Array:
@@ -81,7 +81,7 @@ def gradients(
   in_specs = [
     *(q_spec, k_spec, k_spec),
     spec((_SUBLANES, block_q), lambda h, i, j: (0, i)),
-    spec((block_k, _LANES), lambda h, i, j: (j, 0)),
+    spec((block_k, LANES), lambda h, i, j: (j, 0)),
     *(number_spec, q_spec, number_spec),
   ]
   lse_N8L, delta_N8L = (
@@ -99,7 +99,7 @@ def gradients(
   inputs = [
     *(q_NLK, k_NSK, v_NSK),
     jnp.broadcast_to(segments_L[None], (_SUBLANES, L)),
-    jnp.broadcast_to(segments_S[:, None], (S, _LANES)),
+    jnp.broadcast_to(segments_S[:, None], (S, LANES)),
     *(lse_N8L, dout_NLK, delta_N8L),
   ]
   shape = jax.ShapeDtypeStruct((buffers, N, L, K), q_NLK.dtype)
