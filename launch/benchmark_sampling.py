@@ -8,8 +8,8 @@ Three tables, with medians of calls that take turns:
             it, and the share of them whose colour is as the prompt says.
   guidance  the two predictions of guidance as two rows of a batch, as sampling makes
             them, and as two segments of one row of twice the length.
-  ahead     a long video to a file: windows made while those before are written, or
-            one after the other.
+  ahead     a long video to a file: windows made while frames of those before are
+            fetched and written, or one after the other.
 """
 
 import functools
@@ -17,12 +17,13 @@ import pathlib
 import statistics
 import tempfile
 import time
+from unittest import mock
 
 import jax
 import numpy as np
 from absl import app, flags
 
-from sora_jax import attributes, patches, sample
+from sora_jax import attributes, generate, patches
 from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
 from sora_jax.generate import Sampler
@@ -133,12 +134,14 @@ def compare_ahead(model) -> None:
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "long.mp4"
 
-    def write(order):
-      video.write_chunks(path, order(model.stream(job, options)), 12.0)
+    def write(ahead):
+      with mock.patch.object(generate, "ahead", ahead):
+        frames = ahead(model.stream(job, options))  # as `sample` does
+        video.write_chunks(path, frames, 12.0)
 
-    calls = {"ahead": sample.ahead, "in turn": iter}
+    calls = {"ahead": generate.ahead, "in turn": iter}
     taken = seconds(
-      {name: functools.partial(write, order) for name, order in calls.items()},
+      {name: functools.partial(write, ahead) for name, ahead in calls.items()},
       ROUNDS.value,
     )
   print(f"\n| {FRAMES.value} frames of 128x128 | s |\n| :-- | --: |")

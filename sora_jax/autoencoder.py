@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax import checkpoint, sharding, tiling
@@ -41,16 +42,18 @@ class Autoencoder:
 
     B must divide by the mesh. Compiles once for each shape.
     """
-    return self._apply(self._encode, video_BTHWC)[0]
+    return np.asarray(self._apply(self._encode, video_BTHWC)[0])
 
   def decode(self, latent_BTHWC: np.ndarray) -> np.ndarray:
     """Normalised latents -> uint8 video; B must divide by the mesh."""
-    return self._apply(self._decode, latent_BTHWC)[0]
+    return np.asarray(self._apply(self._decode, latent_BTHWC)[0])
 
   def encode_stream(
     self, chunks: Iterable[np.ndarray], tile: int | None = None
-  ) -> Iterator[np.ndarray]:
+  ) -> Iterator[Array]:
     """Latents of a video that comes in chunks, as `encode` of the whole would give.
+
+    Whole frames are still being computed when they are handed out: np.asarray waits.
 
     Args:
       chunks: uint8 [B, T, H, W, 3], the first of 1 + 4k frames, later ones of 4k; see
@@ -67,7 +70,7 @@ class Autoencoder:
 
   def decode_stream(
     self, chunks: Iterable[np.ndarray], tile: int | None = None
-  ) -> Iterator[np.ndarray]:
+  ) -> Iterator[Array]:
     """uint8 video of latents that come in chunks of any sizes; see `encode_stream`."""
     return self._stream(self._decode, chunks, tile, 1, self.config.space_factor)
 
@@ -86,7 +89,10 @@ class Autoencoder:
       for i, part in enumerate(tiles.cut(chunk, scale_in)):
         out, caches[i] = self._apply(step, part, caches[i], keep=True)
         made.append(out)
-      yield made[0] if len(made) == 1 else tiles.blend(made, scale_out)
+      if len(made) > 1:
+        yield tiles.blend([np.asarray(out) for out in made], scale_out)
+      else:
+        yield made[0]
 
   def _tiles(self, shape, tile, scale):
     factor = self.config.space_factor
@@ -100,8 +106,7 @@ class Autoencoder:
   def _apply(self, step, x, cache=None, keep=False):
     with jax.set_mesh(self.mesh):
       x = sharding.shard_alike({"x": x}, self.mesh)["x"]
-      out, cache = step(self._params, x, cache, keep)
-      return np.asarray(jax.device_get(out)), cache
+      return step(self._params, x, cache, keep)
 
 
 def programs(config: VAEConfig, mean, std, mesh, dtype=jnp.float32):

@@ -191,6 +191,7 @@ def _cases(model, clip, other, seed) -> dict[str, Case]:
   end = ((slice(-1, None), last),)
   gap = 4 * max(2, round((second_time * fps + 1) / 4)) - 1
   infill = (5 / fps, 8 / fps)
+  loop = {"truth": truth, "kept": all_of, "seams": (FRAMES, FRAMES + gap - 3, 0)}
   return {
     "real": Case(job(video=own, strength=0.0), truth, all_of, seams=(5,)),
     "text": Case(job(frames=FRAMES), truth),
@@ -242,12 +243,8 @@ def _cases(model, clip, other, seed) -> dict[str, Case]:
       ((slice(0, None, 2), rebuilt),),
       soft=True,
     ),
-    "loop of video": Case(
-      job(video=own, loop=True),
-      truth,
-      all_of,
-      seams=(FRAMES, FRAMES + gap - 3, 0),
-    ),
+    "loop of video": Case(job(video=own, loop=True), **loop),
+    "loop, gap anew": Case(job(video=own, loop=True, gap_strength=1.0), **loop),
     "loop of text": Case(job(loop=True, frames=16), truth, seams=(0,)),
     "preview 0.6": Case(job(size=(96, 96), frames=FRAMES, preview=0.6), truth),
   }

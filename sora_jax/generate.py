@@ -13,7 +13,8 @@ import hashlib
 import json
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -233,7 +234,8 @@ class Sampler:
 
   def _stream(self, job, options, tile, watch=None):
     plan = layout.plan(job, self.encode, self.size_multiple)
-    tail = collections.deque(maxlen=4 * max(job.windows.given, 1))
+    # Of a latent at least each, as far back as a window looks.
+    tail = collections.deque(maxlen=max(job.windows.given, 1))
 
     def make(prompt):
       (latent_THWC,) = self.latents([prompt], options)
@@ -244,8 +246,8 @@ class Sampler:
     def decoded(chunks):
       batches = (self._copied(part) for chunk in chunks for part in _parts(chunk))
       for video_BTHWC in self.autoencoder.decode_stream(batches, tile):
-        tail.extend(video_BTHWC[0])
-        yield video_BTHWC[0]
+        tail.append(video_BTHWC)
+        yield video_BTHWC
 
     chunks, skip, left = self._windows(plan, job.windows, make, tail), 0, plan.frames
     if plan.timeline.loop or plan.closes:
@@ -256,7 +258,8 @@ class Sampler:
         # It begins with the last frame of its first latent, as a video does.
         chunks, skip = [*chunks, latent_THWC[:1]], skip + 3
     height, width = plan.size
-    for video_THWC in decoded(chunks):
+    for video_BTHWC in ahead(decoded(chunks)):
+      video_THWC = np.asarray(video_BTHWC)[0]
       shown_THWC = video_THWC[skip:][:left, :height, :width]
       skip, left = max(0, skip - len(video_THWC)), left - len(shown_THWC)
       if len(shown_THWC):
@@ -283,7 +286,7 @@ class Sampler:
     return latent_THWC
 
   def _windows(self, plan, windows, make, tail) -> Iterator[np.ndarray]:
-    """Latents of a plan in chunks. tail: the last decoded frames of those before."""
+    """Latents of a plan in chunks. tail: the last decoded parts of those before."""
     timeline, hw = plan.timeline, plan.timeline.grid[1:]
     made = plan.backwards + len(timeline.before_THWC)
     timeline = dataclasses.replace(
@@ -300,7 +303,7 @@ class Sampler:
       anchor = None
       if made > len(last):
         # The frame that the window begins with, as an image.
-        frame_HWC = tail[-1 - 4 * (len(last) - 1)]
+        frame_HWC = _from_end(tail, 4 * (len(last) - 1))
         anchor = self.encode(frame_HWC[None])[0]
       prompt, known, new = prompting.next_window(timeline, windows, made, last, anchor)
       fresh = make(prompt)[known : known + new]
@@ -362,7 +365,7 @@ class Sampler:
       over = -(frames - 1) % _ENCODE_CHUNK
       video_THWC = np.pad(video_THWC, ((0, over), (0, 0), (0, 0), (0, 0)), mode="edge")
     chunks = in_chunks(self._copied(video_THWC), _ENCODE_CHUNK)
-    latents = [chunk[0] for chunk in self.autoencoder.encode_stream(chunks)]
+    latents = [np.asarray(x)[0] for x in self.autoencoder.encode_stream(chunks)]
     return np.concatenate(latents)[: 1 + (frames - 1) // 4]
 
   def _decode(self, latents, requests) -> list[np.ndarray]:
@@ -392,6 +395,32 @@ class Sampler:
         for i, video_THWC in zip(part, decoded, strict=False):
           videos[i] = video_THWC[: requests[i].frames]
     return [videos[i] for i in range(len(requests))]
+
+
+def ahead(items: Iterable, count: int = 2) -> Iterator:
+  """The items, the next `count` of them made by a thread while one is used.
+
+  A stream's thread starts the decoder without waiting for frames. So accelerators go on
+  to the next window while frames of this one are fetched, and written to a file.
+  """
+  items, end = iter(items), object()
+  pool = futures.ThreadPoolExecutor(1)
+  try:
+    following = collections.deque(pool.submit(next, items, end) for _ in range(count))
+    while (item := following.popleft().result()) is not end:
+      following.append(pool.submit(next, items, end))
+      yield item
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def _from_end(videos_BTHWC, back: int) -> np.ndarray:
+  """The frame [H, W, 3] so many before the last of some consecutive parts."""
+  for video_BTHWC in reversed(videos_BTHWC):
+    if back < video_BTHWC.shape[1]:
+      return np.asarray(video_BTHWC)[0, -1 - back]
+    back -= video_BTHWC.shape[1]
+  raise ValueError(f"no frame is {back} frames before what is left")
 
 
 def _parts(latent_THWC) -> Iterator[np.ndarray]:

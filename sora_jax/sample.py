@@ -17,8 +17,7 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
-from concurrent import futures
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -29,7 +28,7 @@ from sora_jax import layout, sampler, sharding, stages
 from sora_jax import recipe as recipes
 from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
-from sora_jax.generate import Sampler
+from sora_jax.generate import Sampler, ahead
 from sora_jax.jobs import Job
 from sora_jax.prompting import Request
 
@@ -308,16 +307,6 @@ class _Part(NamedTuple):
   job: Job
   fps: float
   frames: np.ndarray
-
-
-def ahead(items: Iterable) -> Iterator:
-  """The items, each made by a thread while the one before it is used."""
-  items, end = iter(items), object()
-  with futures.ThreadPoolExecutor(1) as pool:
-    following = pool.submit(next, items, end)
-    while (item := following.result()) is not end:
-      following = pool.submit(next, items, end)
-      yield item
 
 
 def _made(model, work, options, tile, paths) -> Iterator[_Part]:

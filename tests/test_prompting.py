@@ -15,6 +15,7 @@ from absl.testing import flagsaver
 from sora_jax import (
   denoiser,
   evaluate_prompting,
+  generate,
   layout,
   packing,
   patches,
@@ -497,6 +498,18 @@ def test_streams_hold_a_window_at_a_time(sampler):
   assert count == 241 and largest <= 33
 
 
+def test_the_next_window_is_made_while_frames_are_used(sampler):
+  """At the last but one of the three parts of a window, two having been asked for."""
+  windows = [threading.Event() for _ in range(3)]
+  made = iter(windows)
+  job = Job("a star", size=(16, 16), frames=81)
+  chunks = sampler.stream(job, OPTIONS, watch=lambda *_: next(made).set())
+  assert len(next(chunks)) == 13 and not windows[1].is_set()
+  assert len(next(chunks)) == 16 and windows[1].wait(60)
+  assert not windows[2].is_set()
+  assert sum(map(len, chunks)) == 81 - 13 - 16
+
+
 def test_what_comes_before_waits_in_files(sampler):
   """Windows from the start to the front, in chunks that go from the front on."""
   own = clip(9, size=(16, 16))
@@ -664,12 +677,26 @@ def test_the_next_item_is_made_while_one_is_used():
       yield i
     raise ValueError("the end")
 
-  items = sample.ahead(make())
+  items = generate.ahead(make(), 1)
   assert next(items) == 0 and began[1].wait(10)
   assert not began[2].is_set()
   assert [next(items), next(items)] == [1, 2]
   with pytest.raises(ValueError, match="the end"):
     next(items)
+
+
+def test_what_nobody_waits_for_is_not_made():
+  made = []
+
+  def make():
+    for i in range(9):
+      made.append(i)
+      yield i
+
+  items = generate.ahead(make(), 3)
+  assert next(items) == 0
+  items.close()
+  assert len(made) <= 4
 
 
 def test_previews_are_written_first(command, tmp_path):
