@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags, logging
 from scipy import ndimage
 
-from sora_jax import attributes, evaluate_prompting, hosts, stages
+from sora_jax import attributes, evaluate_prompting, hosts, sharding, stages
 from sora_jax import recipe as recipes
 from sora_jax.autoencoder import Autoencoder
 from sora_jax.data import video
@@ -221,7 +221,8 @@ def _sample(recipe, workdir, clips):
     )
     for seed, clip in enumerate(clips)
   ]
-  model = Sampler.from_checkpoint(workdir, dtype=recipe.dtype)
+  mesh = sharding.sampling_mesh(len(requests))
+  model = Sampler.from_checkpoint(workdir, mesh, recipe.dtype)
   folder = pathlib.Path(workdir) / "evaluate" / "samples"
   return write_samples(folder, requests, sample_share(model, requests, config))
 

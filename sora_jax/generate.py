@@ -63,7 +63,8 @@ class Sampler:
 
     Args:
       folder: of the run, or of an imported checkpoint.
-      mesh: that params are sharded over; the local devices by default.
+      mesh: that params are sharded over. By default all local devices share a video;
+        for many small ones see `sharding.sampling_mesh`.
       dtype: of the computation.
       loras: safetensors files of adapters that are merged in, and how strongly; 1 is
         as they were trained.
@@ -76,7 +77,7 @@ class Sampler:
       raise ValueError(f"{folder}: no such checkpoint folder")
     if dtype is None:
       dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    mesh = mesh or sharding.make_mesh(devices=jax.local_devices())
+    mesh = mesh or sharding.sampling_mesh(1)
     autoencoder = Autoencoder(folder / "vae" / "model", mesh, dtype)
     text = checkpoint.load_meta(folder / "dit" / "model")["text"]
     rules = dit_task.DIT_RULES if "features" in text else dit_task.SHARDING_RULES

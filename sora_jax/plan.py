@@ -76,7 +76,7 @@ def plan(
     local = stages.clip_mesh(recipe.encode, programs.devices(host))
     add("vae", programs.vae_encode, local)
   if "sample" in names:
-    local = sharding.make_mesh(devices=programs.devices(host))
+    local = sharding.sampling_mesh(recipe.sample.rows, programs.devices(host))
     add("sample", programs.sampling, local)
   made["advice"] = plan_report.advice(made, recipe)
   return made

@@ -39,7 +39,8 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   """Makes the prompts of config.sample: files, a contact sheet, samples.jsonl."""
   folder, config = pathlib.Path(workdir) / "sample", recipe.sample
   requests = requests_of(recipe, workdir)
-  model = Sampler.from_checkpoint(workdir, dtype=recipe.dtype)
+  mesh = sharding.sampling_mesh(len(requests))
+  model = Sampler.from_checkpoint(workdir, mesh, recipe.dtype)
   videos = sample_share(model, requests, config)
   write_samples(folder, requests, videos)
   logging.info("%d samples and contact_sheet.png are in %s", len(videos), folder)
@@ -284,7 +285,9 @@ def _main(argv):
   ]
   options = _options(args, made.get("options", {}))
   loras = [(path, args.lora_strength) for path in args.lora] or made.get("loras", [])
-  model = Sampler.from_checkpoint(checkpoint, loras=loras)
+  # Others than texts are made one after the other.
+  mesh = sharding.sampling_mesh(len(work) if work[0].is_plain else 1)
+  model = Sampler.from_checkpoint(checkpoint, mesh, loras=loras)
   if made and model.model_id != made["model"]:
     logging.warning("%s is another model than the one of %s", checkpoint, args["from"])
   names = [out.name]

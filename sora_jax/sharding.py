@@ -51,6 +51,17 @@ def make_mesh(data=1, fsdp=-1, context=1, tensor=1, devices=None) -> Mesh:
   return Mesh(grid, AXES, axis_types=types)
 
 
+def sampling_mesh(rows: int, devices=None) -> Mesh:
+  """A host's devices, or others, for so many rows at once.
+
+  Devices that rows would leave idle share the tokens of each row.
+  """
+  devices = jax.local_devices() if devices is None else devices
+  count = len(devices)
+  fsdp = max(n for n in range(1, count + 1) if n <= max(rows, 1) and count % n == 0)
+  return make_mesh(fsdp=fsdp, context=count // fsdp, devices=devices)
+
+
 def axis_sizes(devices: int, data=1, fsdp=-1, context=1, tensor=1) -> list[int]:
   """Sizes of the mesh's axes for that many devices; see `make_mesh`."""
   sizes = [data, fsdp, context, tensor]

@@ -632,7 +632,7 @@ def command(sampler):
 
   def run(*arguments):
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
-      patch.setattr(sample.Sampler, "from_checkpoint", lambda folder, loras: sampler)
+      patch.setattr(sample.Sampler, "from_checkpoint", lambda *_, loras: sampler)
       sample._main(values(["sample", *arguments]))
 
   return run

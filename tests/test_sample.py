@@ -71,6 +71,21 @@ def film(sampler):
 # --- what is made
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_eight_devices_make_the_same(sampler, tiny_run, rows):
+  """One video that all devices share, and two that four share each."""
+  many = sample.Sampler.from_checkpoint(tiny_run.workdir, sharding.sampling_mesh(rows))
+  many.params = jax.tree.map(
+    lambda p, new: jax.device_put(np.asarray(new), p.sharding),
+    many.params,
+    sampler.params,
+  )
+  films = [dataclasses.replace(FILM, seed=seed) for seed in range(rows)]
+  wanted = make(sampler, *films)
+  for a, b in zip(make(many, *films), wanted, strict=True):
+    assert difference(a, b) <= 1
+
+
 def test_a_video_alone_is_that_of_a_packed_row(sampler, film):
   wide, packed, image = make(sampler, WIDE, FILM, IMAGE)
   assert wide.shape == (9, 32, 64, 3) and image.shape == (1, 32, 48, 3)
@@ -218,7 +233,7 @@ def command(sampler):
 
   def run(*arguments):
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
-      patch.setattr(sample.Sampler, "from_checkpoint", lambda folder, loras: sampler)
+      patch.setattr(sample.Sampler, "from_checkpoint", lambda *_, loras: sampler)
       rest = values(
         ["sample", "--checkpoint=runs/tiny", f"--steps={STEPS}", *arguments]
       )
