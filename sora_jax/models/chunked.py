@@ -42,6 +42,11 @@ def forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, block=BLOCK):
 
   A query without keys of its segment gets about -1e30 for the latter.
   """
+  # Masks must not look as if they could be made before the layers: JAX would, for all
+  # blocks at once, and keep them.
+  q_BLNK, segments_q_BL, segments_k_BS = jax.lax.optimization_barrier(
+    (q_BLNK, segments_q_BL, segments_k_BS)
+  )
   queries = _cut((q_BLNK, segments_q_BL), block, -1)
   keys = _cut((k_BSNK, v_BSNK, segments_k_BS), block, -2)
 
