@@ -1,7 +1,8 @@
 """Attention in chunks of plain JAX: linear memory, blocks of other clips are skipped.
 
-FlashAttention-2 (arXiv:2307.08691) as loops over blocks: the form for GPUs, and the
-reference for `ring`, which needs forward and backward pass apart.
+FlashAttention-2 (arXiv:2307.08691) as loops over blocks: the form for what `flash` is
+not for on GPUs, and the reference for `ring`, which needs forward and backward pass
+apart.
 """
 
 import functools

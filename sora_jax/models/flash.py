@@ -1,10 +1,14 @@
 """Attention over packed rows on GPU: blocks of other clips are never visited.
 
-FlashAttention-2 (arXiv:2307.08691) as Pallas kernels for Triton (Ampere and later).
-Which blocks of keys a block of queries has to visit is computed from the segment ids at
-run time, forwards and backwards, so a row of n equal clips costs n times less than one
-clip of the row's length. Segments need not be contiguous: ids decide what is seen, the
-range of blocks only what is skipped.
+FlashAttention-2 (arXiv:2307.08691) as Pallas kernels for Triton. Which blocks of keys a
+block of queries has to visit is computed from the segment ids at run time, forwards and
+backwards, so a row of n equal clips costs n times less than one clip of the row's
+length. Segments need not be contiguous: ids decide what is seen, the range of blocks
+only what is skipped.
+
+tokamax's kernels for GPUs (0.0.12) are not used: forwards they skip blocks, backwards
+none of them does. jax deprecates Pallas for Triton from 0.11 on; without it attention
+is `chunked`.
 """
 
 import functools
