@@ -330,6 +330,8 @@ def measure_torch(sizes: Sizes, path: pathlib.Path, compiled: bool) -> dict:
     torch.backends.cuda.enable_cudnn_sdp(False)
   if path.exists():
     check_torch(torch, torch_dit, sizes, dtype, device, path)
+  else:
+    print("loss and gradients are not compared: ours is not among the sides before")
   config, clip = sizes.model, sizes.tokens // sizes.clips
   with torch.device(device):
     network = torch_dit.make_network(config, sizes.clips, clip, sizes.text, dtype)
