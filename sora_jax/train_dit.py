@@ -23,7 +23,7 @@ from sora_jax import (
 )
 from sora_jax import recipe as recipes
 from sora_jax.data import pack, pipeline, records, tokenizer
-from sora_jax.models import dit
+from sora_jax.models import attention, dit
 from sora_jax.tasks import Task
 from sora_jax.tasks import dit as dit_task
 from sora_jax.text_encoder import FrozenTextEncoder
@@ -154,6 +154,9 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   workdir, stage = pathlib.Path(workdir), recipe.dit
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
   made = setup(recipe, workdir, mesh)
+  with jax.set_mesh(mesh):
+    width = stage.model.width // stage.model.heads
+    logging.info("dit: attention: %s %s", *attention.form(width, recipe.dtype))
   folder = workdir / "dit"
   vocabulary = folder / "tokenizer.model"
   base = {}

@@ -122,6 +122,24 @@ def test_bfloat16_is_close_to_float32(form):
   np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=0.03)
 
 
+def test_chunks_keep_no_scores_for_the_backward_pass():
+  """Not the masks of all blocks either, which depend on no param of a layer."""
+  segments = np.repeat([[1, 2, 3, 0]], 128, axis=1).astype(np.int32)
+  x_BLNK = np.ones((1, 512, 4, 8), np.float32)
+  policy = jax.checkpoint_policies.save_only_these_names("attention")
+
+  def loss(scale_D, segments):
+    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    def layer(x, scale):
+      return chunked.chunked_attention(x * scale, x, x, segments, segments, 32), None
+
+    return jnp.sum(jax.lax.scan(layer, x_BLNK, scale_D)[0])
+
+  compiled = fast_jit(jax.grad(loss)).lower(np.ones(3, np.float32), segments).compile()
+  scores = 4 * 512 * 512 * 4  # bytes
+  assert compiled.memory_analysis().temp_size_in_bytes < scores / 2
+
+
 def test_packed_equals_separate():
   """Through the function that the networks call."""
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from sora_jax.models import by_head, chunked, partition, splash
+from sora_jax.models import by_head, chunked, flash, partition, splash
 from sora_jax.models.ring import Ring, ring_attention
 
 # Bytes of keys and values that a chip may gather; more of them go around a ring.
@@ -96,8 +96,8 @@ def _sharded(q, k, v, segments_q, segments_k, *, ulysses: int, others: int):
     k, v, segments_k = (_gather(x, rings, ulysses > 1) for x in (k, v, segments_k))
     out = _local(q, k, v, segments_q, segments_k)
   else:
-    form = splash if partition.platform() == "tpu" else chunked
-    ring = Ring("context", others, ulysses, form.forward, form.backward)
+    parts = {"splash": splash, "flash": flash}.get(_form_of(q), chunked)
+    ring = Ring("context", others, ulysses, parts.forward, parts.backward)
     out = ring_attention(q, k, v, segments_q, segments_k, ring)
   if ulysses > 1:
     out = exchange(out, to_heads=False)
@@ -128,10 +128,28 @@ def _gather(x, groups, some: bool):
   )
 
 
+def form(width: int, dtype) -> tuple[str, str]:
+  """Name of the form that this platform has for heads of that width; why no other."""
+  platform = partition.platform()
+  if platform != "gpu":
+    return {"tpu": "splash", "cpu": "by_head"}.get(platform, "chunked"), ""
+  refusal = flash.refusal(width, dtype)
+  return ("chunked", refusal) if refusal else ("flash", "")
+
+
 def _local(*inputs):
   """Attention on one chip."""
-  forms = {"tpu": splash.splash_attention, "cpu": by_head.attention_by_head}
-  return forms.get(partition.platform(), chunked.chunked_attention)(*inputs)
+  forms = {
+    "splash": splash.splash_attention,
+    "flash": flash.flash_attention,
+    "by_head": by_head.attention_by_head,
+    "chunked": chunked.chunked_attention,
+  }
+  return forms[_form_of(inputs[0])](*inputs)
+
+
+def _form_of(q_BLNK) -> str:
+  return form(q_BLNK.shape[-1], q_BLNK.dtype)[0]
 
 
 def reference_attention(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS):

@@ -1,7 +1,8 @@
 """Attention in chunks of plain JAX: linear memory, blocks of other clips are skipped.
 
-FlashAttention-2 (arXiv:2307.08691) as loops over blocks: the form for GPUs, and the
-reference for `ring`, which needs forward and backward pass apart.
+FlashAttention-2 (arXiv:2307.08691) as loops over blocks: the form for what `flash` is
+not for on GPUs, and the reference for `ring`, which needs forward and backward pass
+apart.
 """
 
 import functools
@@ -42,6 +43,11 @@ def forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, block=BLOCK):
 
   A query without keys of its segment gets about -1e30 for the latter.
   """
+  # Masks must not look as if they could be made before the layers: JAX would, for all
+  # blocks at once, and keep them.
+  q_BLNK, segments_q_BL, segments_k_BS = jax.lax.optimization_barrier(
+    (q_BLNK, segments_q_BL, segments_k_BS)
+  )
   queries = _cut((q_BLNK, segments_q_BL), block, -1)
   keys = _cut((k_BSNK, v_BSNK, segments_k_BS), block, -2)
 
