@@ -8,13 +8,14 @@
 #SBATCH --signal=B:USR1@600
 set -uo pipefail
 
+requeue=
+# $! is the step's process. Before it starts: a signal may come at any time.
+trap 'requeue=yes; kill -TERM "${!-}"' USR1
+trap 'kill -TERM "${!-}"' TERM
 # Local ranks are found out by jax from Slurm's own variables.
 srun --kill-on-bad-exit=1 "${PYTHON:-python}" -m sora_jax.main --distributed \
   --preempted_code=75 "$@" &
 step=$!
-requeue=
-trap 'requeue=yes; kill -TERM "$step"' USR1
-trap 'kill -TERM "$step"' TERM
 
 # `wait` returns early when a signal comes.
 while true; do
