@@ -136,10 +136,9 @@ def compare_ahead(model) -> None:
 
     def write(ahead):
       with mock.patch.object(generate, "ahead", ahead):
-        frames = ahead(model.stream(job, options))  # as `sample` does
-        video.write_chunks(path, frames, 12.0)
+        video.write_chunks(path, model.stream(job, options), 12.0)
 
-    calls = {"ahead": generate.ahead, "in turn": iter}
+    calls = {"ahead": generate.ahead, "in turn": lambda items: items}
     taken = seconds(
       {name: functools.partial(write, ahead) for name, ahead in calls.items()},
       ROUNDS.value,

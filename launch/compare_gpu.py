@@ -17,11 +17,11 @@ AdamW is fused, and blocks keep for the backward pass what ours keep (--remat).
 
 Each side has a process of its own, one after the other, with JAX's preallocation off.
 Before anything is timed, our forms of attention are compared with the plain one on this
-device, outputs and gradients, and loss and gradients of both sides at equal params, for
-a network of one block; a difference ends the run. The table has medians of --steps
-steps after --warmup; MFU counts what the model needs, so what is computed again for the
-backward pass lowers it; memory is the peak of the framework's allocator, and ratio the
-time of a step by that of the first side.
+device, outputs and gradients, and loss and gradients of ours and torch (as it is, not
+compiled) at equal params, for a network of one block; a difference ends the run. The
+table has medians of --steps steps after --warmup; MFU counts what the model needs, so
+what is computed again for the backward pass lowers it; memory is the peak of the
+framework's allocator, and ratio the time of a step by that of the first side.
 """
 
 import dataclasses
@@ -395,8 +395,8 @@ def measure(name: str, side: str, folder: pathlib.Path) -> None:
   (folder / f"{side}.json").write_text(json.dumps(row))
 
 
-def line(name: str, row: dict, ours: float) -> str:
-  """A row of the table; ours: seconds of our step."""
+def line(name: str, row: dict, first: float) -> str:
+  """A row of the table; first: seconds of the first side's step."""
   sizes, seconds = sizes_of(name), row["seconds"]
   tflops = sizes.flops / seconds / 1e12
   peak = metrics.peak_tflops(row["device"])
@@ -404,7 +404,7 @@ def line(name: str, row: dict, ours: float) -> str:
   return (
     f"| {'small' if SMALL.value else name} | {row['side']} | {row['attention']} | "
     f"{sizes.rows * sizes.tokens} | {1e3 * seconds:.1f} | {tflops:.3g} | "
-    f"{f'{tflops / peak:.1%}' if peak else '-'} | {memory} | {seconds / ours:.2f} |"
+    f"{f'{tflops / peak:.1%}' if peak else '-'} | {memory} | {seconds / first:.2f} |"
   )
 
 
@@ -418,6 +418,8 @@ def main(argv):
   if SIDES.value != ["ours"]:
     load_torch()
   lines, models = [], ["small"] if SMALL.value else MODELS.value
+  if not models:
+    raise SystemExit("--models is empty")
   for name in models:
     sizes_of(name)  # refuses what there is not
   for name in models:

@@ -82,6 +82,8 @@ class Autoencoder:
   def _stream(self, step, chunks, tile, scale_in, scale_out):
     tiles = None
     for chunk in chunks:
+      # A copy: it may be read after its result was handed out.
+      chunk = np.array(chunk)
       if tiles is None:
         tiles = self._tiles(chunk.shape, tile, scale_in)
         caches = [None] * len(tiles)

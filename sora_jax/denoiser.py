@@ -76,10 +76,10 @@ class Denoiser:
       prompts, options = _unconditional(prompts, options)
     clips = self._clips(prompts)
     sizes = [packing.size_of(unit) for unit in clips]
-    budget = packing.budget_of(sizes, self.meta)
+    ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    budget = packing.budget_of(sizes, self.meta, ways)
     planned = packing.plan_rows(sizes, budget)
     rows = min(rows, len(planned)) if rows else len(planned)
-    ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
     rows = -(-rows // ways) * ways
     latents, begin = {}, time.monotonic()
     for i in range(0, len(planned), rows):

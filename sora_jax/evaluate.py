@@ -17,14 +17,14 @@ import numpy as np
 from absl import flags, logging
 from scipy import ndimage
 
-from sora_jax import attributes, evaluate_prompting, hosts, sharding, stages
+from sora_jax import attributes, evaluate_prompting, hosts, stages
 from sora_jax import recipe as recipes
 from sora_jax.autoencoder import Autoencoder
 from sora_jax.data import video
 from sora_jax.data.clips import Clip, read_manifest
 from sora_jax.encode import frame_bucket, limit_sizes
 from sora_jax.metrics import psnr
-from sora_jax.sample import Request, Sampler, sample_share, write_samples
+from sora_jax.sample import Request, Sampler, sample_share, sampling_mesh, write_samples
 
 
 def run(recipe: recipes.Recipe, workdir) -> None:
@@ -221,7 +221,7 @@ def _sample(recipe, workdir, clips):
     )
     for seed, clip in enumerate(clips)
   ]
-  mesh = sharding.sampling_mesh(len(requests))
+  mesh = sampling_mesh(config, len(requests))
   model = Sampler.from_checkpoint(workdir, mesh, recipe.dtype)
   folder = pathlib.Path(workdir) / "evaluate" / "samples"
   return write_samples(folder, requests, sample_share(model, requests, config))

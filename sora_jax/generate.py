@@ -8,6 +8,7 @@ Long videos are made window by window and decoded as they come: `Sampler.stream`
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -207,6 +208,9 @@ class Sampler:
   ) -> Iterator[np.ndarray]:
     """Like `video`, in chunks of frames: memory does not grow with the duration.
 
+    A thread makes what comes next meanwhile: JAX's contexts of the caller, such as
+    `jax.default_matmul_precision`, do not hold there.
+
     watch: is called with each window's prompt and the latents made of it.
     """
     options = options or sampler.Options()
@@ -259,14 +263,15 @@ class Sampler:
         # It begins with the last frame of its first latent, as a video does.
         chunks, skip = [*chunks, latent_THWC[:1]], skip + 3
     height, width = plan.size
-    for video_BTHWC in ahead(decoded(chunks)):
-      video_THWC = np.asarray(video_BTHWC)[0]
-      shown_THWC = video_THWC[skip:][:left, :height, :width]
-      skip, left = max(0, skip - len(video_THWC)), left - len(shown_THWC)
-      if len(shown_THWC):
-        yield shown_THWC
-      if not left:
-        return
+    with contextlib.closing(ahead(decoded(chunks))) as videos_BTHWC:
+      for video_BTHWC in videos_BTHWC:
+        video_THWC = np.asarray(video_BTHWC)[0]
+        shown_THWC = video_THWC[skip:][:left, :height, :width]
+        skip, left = max(0, skip - len(video_THWC)), left - len(shown_THWC)
+        if len(shown_THWC):
+          yield shown_THWC
+        if not left:
+          return
 
   def _circle(self, plan, chunks, decoded) -> np.ndarray:
     """All latents of a loop. decoded: chunks -> their frames, which windows look at."""

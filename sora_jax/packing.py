@@ -13,6 +13,10 @@ from sora_jax import diffusion, patches, prompting
 from sora_jax.models.dit import DiTConfig
 from sora_jax.prompting import Prompt
 
+# Where padding costs less than compiling for another length, and what lengths are a
+# multiple of, so that they divide by the chips that share them.
+_LEAST, _STEP = 4096, 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class RowBudget:
@@ -50,17 +54,40 @@ def size_of(unit: list[RowClip]) -> tuple[int, int, int]:
   return tuple(map(sum, zip(*[clip.size for clip in unit], strict=True)))
 
 
-def budget_of(sizes, meta: dict) -> RowBudget:
-  """Row of training; twice, four times ... as long for what does not fit.
+def budget_of(sizes, meta: dict, ways: int = 1) -> RowBudget:
+  """Row of training, or of another length for clips that need more or less.
 
-  Tokens grow by themselves, texts and slots together: a long video has one text.
+  Tokens change by themselves, texts and slots together: a long video has one text.
+
+  Args:
+    sizes: (tokens, text tokens, slots) of each clip.
+    meta: of the model.
+    ways: rows that are computed side by side in any case.
   """
   tokens, texts, slots = (meta[n] for n in ("tokens", "text_tokens", "segments"))
-  while any(size[0] > tokens for size in sizes):
-    tokens *= 2
+  share = -(-sum(size[0] for size in sizes) // ways)
+  tokens = row_length(max(min(share, tokens), *(size[0] for size in sizes)), tokens)
   while any(size[1] > texts or size[2] > slots for size in sizes):
     texts, slots = 2 * texts, 2 * slots
   return RowBudget(tokens, texts, slots)
+
+
+def row_length(wanted: int, trained: int) -> int:
+  """Tokens of a row: at least `wanted`, and of few lengths, as each is compiled.
+
+  They are the `trained` length times powers of two; from 4096 on also 5, 6 and 7
+  eighths of those, in steps of 1024. A row is not cut below 4096.
+  """
+  length = trained
+  while length < wanted:
+    length *= 2
+  while length % 2 == 0 and length // 2 >= max(wanted, _LEAST):
+    length //= 2
+  for eighths in (5, 6, 7):
+    part = -(-length * eighths // 8 // _STEP) * _STEP
+    if max(wanted, _LEAST) <= part < length:
+      return part
+  return length
 
 
 def plan_rows(sizes, budget: RowBudget) -> list[list[int]]:

@@ -28,7 +28,7 @@ from sora_jax import layout, sampler, sharding, stages
 from sora_jax import recipe as recipes
 from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
-from sora_jax.generate import Sampler, ahead
+from sora_jax.generate import Sampler
 from sora_jax.jobs import Job
 from sora_jax.prompting import Request
 
@@ -39,11 +39,17 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   """Makes the prompts of config.sample: files, a contact sheet, samples.jsonl."""
   folder, config = pathlib.Path(workdir) / "sample", recipe.sample
   requests = requests_of(recipe, workdir)
-  mesh = sharding.sampling_mesh(len(requests))
+  mesh = sampling_mesh(config, len(requests))
   model = Sampler.from_checkpoint(workdir, mesh, recipe.dtype)
   videos = sample_share(model, requests, config)
   write_samples(folder, requests, videos)
   logging.info("%d samples and contact_sheet.png are in %s", len(videos), folder)
+
+
+def sampling_mesh(config, requests: int) -> jax.sharding.Mesh:
+  """Of this process, for its share of so many requests, config.rows rows at once."""
+  mine = -(-requests // jax.process_count())
+  return sharding.sampling_mesh(min(config.rows or mine, mine))
 
 
 def sample_share(model, requests, config) -> list:
@@ -295,7 +301,7 @@ def _main(argv):
     names = [f"{out.stem}-{i:03d}{out.suffix}" for i in range(len(work))]
   paths = [out.with_name(name) for name in names]
   source = {"checkpoint": str(checkpoint), "loras": loras, "model": model.model_id}
-  made = ahead(_made(model, work, options, args.tile, paths))
+  made = _made(model, work, options, args.tile, paths)
   for _, parts in itertools.groupby(made, key=lambda part: part.path):
     _write(parts, options, source)
   if args.sheet:

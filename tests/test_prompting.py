@@ -686,17 +686,20 @@ def test_the_next_item_is_made_while_one_is_used():
 
 
 def test_what_nobody_waits_for_is_not_made():
-  made = []
+  made, go = [], threading.Event()
 
   def make():
-    for i in range(9):
+    yield 0
+    for i in range(1, 9):
       made.append(i)
+      assert go.wait(10)
       yield i
 
   items = generate.ahead(make(), 3)
   assert next(items) == 0
+  threading.Timer(0.2, go.set).start()
   items.close()
-  assert len(made) <= 4
+  assert made == [1]
 
 
 def test_previews_are_written_first(command, tmp_path):
@@ -757,6 +760,27 @@ def test_histogram_distance():
 def published_params(model):
   init = dit_task.make(model, None, dit_task.DiTLossConfig(), 1).init
   return jax.eval_shape(init, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+  "wanted, trained, length",
+  [
+    *((80, 256, 256), (300, 256, 512), (5000, 256, 5120), (100, 75776, 4096)),
+    *((16384, 75776, 17408), (75600, 75776, 75776), (171360, 75776, 189440)),
+  ],
+)
+def test_rows_have_few_lengths(wanted, trained, length):
+  assert packing.row_length(wanted, trained) == length
+
+
+def test_rows_are_shorter_so_that_all_devices_have_one():
+  meta = {"tokens": 32768, "text_tokens": 64, "segments": 8}
+  sizes = [(6000, 8, 1)] * 4
+  for ways, tokens, rows in ((1, 24576, 1), (2, 12288, 2), (4, 6144, 4)):
+    budget = packing.budget_of(sizes, meta, ways)
+    assert budget.tokens == tokens and len(packing.plan_rows(sizes, budget)) == rows
+  many = packing.budget_of(8 * sizes, meta, 2)
+  assert many.tokens == 32768
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+from sora_jax import recipe as recipes
 from sora_jax import sample, sharding
 from sora_jax.data import video
 from sora_jax.sample import Request
@@ -69,6 +70,16 @@ def film(sampler):
 
 
 # --- what is made
+
+
+@pytest.mark.parametrize(
+  "rows, requests, hosts, fsdp",
+  [(4, 16, 1, 4), (1, 16, 1, 1), (0, 16, 1, 8), (4, 2, 1, 2), (4, 2, 2, 1)],
+)
+def test_the_stages_mesh(monkeypatch, rows, requests, hosts, fsdp):
+  monkeypatch.setattr(jax, "process_count", lambda: hosts)
+  mesh = sample.sampling_mesh(recipes.Sample(rows=rows), requests)
+  assert (mesh.shape["fsdp"], mesh.shape["context"]) == (fsdp, 8 // fsdp)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -272,10 +272,6 @@ def test_two_processes_stop_together_and_go_on(tmp_path):
   assert [row["step"] for row in toy.rows_of(tmp_path)] == list(range(1, 31))
 
 
-if __name__ == "__main__":
-  {"devices": compare_devices, "host": run_host}[sys.argv[1]](*sys.argv[2:])
-
-
 @pytest.mark.parametrize(
   "rows, devices, fsdp, context",
   [(1, 8, 1, 8), (3, 8, 2, 4), (9, 8, 8, 1), (4, 6, 3, 2), (0, 1, 1, 1)],
@@ -283,3 +279,7 @@ if __name__ == "__main__":
 def test_devices_that_rows_leave_idle_share_tokens(rows, devices, fsdp, context):
   mesh = sharding.sampling_mesh(rows, jax.devices()[:devices])
   assert (mesh.shape["fsdp"], mesh.shape["context"]) == (fsdp, context)
+
+
+if __name__ == "__main__":
+  {"devices": compare_devices, "host": run_host}[sys.argv[1]](*sys.argv[2:])
