@@ -9,7 +9,7 @@ Pure arithmetic on an `hlo.Report`; nothing here was timed on a TPU. The assumpt
     11 matmuls over all pairs of tokens (a model needs 6), takes 35.9 to 38.1 s at 0.53;
   a collective that no computation is scheduled beside is waited for, at 90 % of the
     rate of the links that its group of chips has; one with computation is free.
-GPUs have no compiler on this side: `gpu_seconds` only scales published utilisation.
+Of GPUs the compiler tells no cycles: `gpu_seconds` only scales published utilisation.
 """
 
 import re
@@ -34,8 +34,8 @@ def assumptions(chip: Chip) -> str:
   if not chip.axes:
     low, high = GPU_MFU
     return (
-      f"nothing was compiled: MFU {low:.0%} to {high:.0%}, as published for video "
-      "diffusion on H100, and memory by a rough count"
+      f"MFU {low:.0%} to {high:.0%}, as published for video diffusion on H100, and "
+      "memory by a rough count, where it was not compiled"
     )
   return (
     f"matmuls and the rest by the compiler's cycles at {chip.clock / 1e9:.2f} GHz, "

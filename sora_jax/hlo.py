@@ -29,6 +29,9 @@ _OP = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
 _KERNEL_METADATA = re.compile(r"kernel_metadata=\{\n[^\n]*\n\}")
 
 
+_PALLAS = re.compile(r'"(tpu_custom_call|__gpu\$xla\.gpu\.triton)"')
+
+
 class Op(NamedTuple):
   """An instruction: %name = type opcode(rest, with operands and attributes."""
 
@@ -204,8 +207,10 @@ def analyze(text: str, chips: int, kernel_flops=None) -> Report:
           report.collectives[kind].exposed[group] -= wire
       elif fused:
         _add_traffic(report, *fused, types, times, chips)
-      elif op.opcode == "custom-call" and "tpu_custom_call" in op.rest:
-        kernel = report.kernels[re.sub(r"[.\d]+$", "", op.name)]
+      elif op.opcode == "custom-call" and _PALLAS.search(op.rest):
+        named = re.search(r'/(\w+)/pallas_call"', op.rest)  # a GPU's
+        name = named[1] if named else re.sub(r"[.\d]+$", "", op.name)
+        kernel = report.kernels[name]
         kernel.launches += times
         if kernel_flops:
           kernel.flops += times * kernel_flops(op.name, op.type, op.rest)

@@ -51,15 +51,15 @@ def plan(
       chips, or the rows of a batch, do not divide by.
   """
   recipe = programs.on_accelerator(recipe)
-  if not topology.chip.axes:
+  if not topology.chip.axes and not programs.compiles_for_gpus():
     return gpu_plan(recipe, topology, load)
   made = _header(recipe, topology, load)
-  devices = programs.devices(topology)
+  devices, options = programs.devices(topology), programs.compiler_options(topology)
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh), devices=devices)
   made["mesh"] = dict(mesh.shape)
   if "dit" in names:
     lowered = programs.dit_step(recipe, mesh)
-    program = programs.compile_program(TRAIN_STEP, lowered)
+    program = programs.compile_program(TRAIN_STEP, lowered, options)
     step = measure(program, recipe, topology, mesh, load)
     if program.text is None:  # the compiler only says how much all is
       step["arguments"] = state_size(recipe, mesh)[0] * topology.chip.devices
@@ -69,7 +69,7 @@ def plan(
   host = topology.one_host()  # as these stages do: each host by itself
 
   def add(name, lower, local):
-    program = programs.compile_program(name, lower(recipe, local))
+    program = programs.compile_program(name, lower(recipe, local), options)
     made["programs"].append(measure(program, recipe, host, local, load))
 
   if "vae" in names:
@@ -140,12 +140,10 @@ def measure(program: programs.Program, recipe, topology, mesh, load) -> dict:
   stage = recipe.dit
   kernel_flops = estimate.kernel_flops(load, stage.text_tokens)
   report = hlo.analyze(program.text, mesh.devices.size, kernel_flops)
-  place_D5 = programs.places(mesh, topology)
-  seconds = estimate.seconds(report, place_D5, topology)
   units = None
-  if program.name == TRAIN_STEP:
+  if program.name == TRAIN_STEP and chip.axes:
     units = estimate.attention_units(program.text, mesh.devices.size, stage)
-  return made | {
+  made |= {
     "matmul_flops": report.matmul_flops * count,
     "attention_flops": sum(k.flops for k in report.kernels.values()) * count,
     "attention_units": units,
@@ -159,12 +157,24 @@ def measure(program: programs.Program, recipe, topology, mesh, load) -> dict:
       }
       for kind, traffic in report.collectives.items()
     },
-    "seconds": seconds._asdict() | {"total": seconds.total},
   }
+  if chip.axes:
+    seconds = estimate.seconds(report, programs.places(mesh, topology), topology)
+    made["seconds"] = seconds._asdict() | {"total": seconds.total}
+  return made
+
+
+def gpu_speed(recipe, topology, load) -> dict:
+  """What a train step makes at published utilisation."""
+  flops = model_flops(recipe, load)
+  fast, slow = estimate.gpu_seconds(flops, topology.chips, topology.chip)
+  return _rates(slow, recipe, topology, load) | {"fastest_seconds": fast}
 
 
 def speed(step: dict, recipe, topology, load) -> dict:
   """What a train step of so many seconds makes; empty where it does not fit."""
+  if not topology.chip.axes:
+    return gpu_speed(recipe, topology, load)
   if "seconds" not in step:
     return {}
   seconds, chips = step["seconds"]["total"], topology.chips
@@ -194,7 +204,6 @@ def gpu_plan(recipe: recipes.Recipe, topology: hardware.Topology, load) -> dict:
   arguments, params = state_size(recipe, mesh)
   tokens = stage.rows * stage.tokens / stage.train.grad_accumulation / topology.chips
   peak = estimate.gpu_bytes(arguments, params, stage.model, tokens, stage.model.remat)
-  fast, slow = estimate.gpu_seconds(model_flops(recipe, load), topology.chips, chip)
   made = _header(recipe, topology, load)
   made["mesh"] = dict(mesh.shape)
   made["programs"] = [
@@ -207,7 +216,7 @@ def gpu_plan(recipe: recipes.Recipe, topology: hardware.Topology, load) -> dict:
       "hbm": chip.hbm,
     }
   ]
-  made["speed"] = _rates(slow, recipe, topology, load) | {"fastest_seconds": fast}
+  made["speed"] = gpu_speed(recipe, topology, load)
   made["advice"] = plan_report.advice(made, recipe)
   return made
 

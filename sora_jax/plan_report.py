@@ -47,16 +47,16 @@ def _program(made):
       f", arguments {made['arguments'] / _GB:.2f}, temporaries "
       f"{made['temporaries'] / _GB:.2f}"
     )
-  if "seconds" not in made:
+  if "collectives" not in made:
     return lines
   units = made["attention_units"]
   shown = (
     f" ({units:.2f} units of all pairs, before blocks are skipped)" if units else ""
   )
-  lines.append(
-    f"  FLOPs a chip: matmul {made['matmul_flops'] / _TF:.1f} TF, attention kernels "
-    f"{made['attention_flops'] / _TF:.1f} TF{shown}"
-  )
+  flops = f"  FLOPs a chip: matmul {made['matmul_flops'] / _TF:.1f} TF"
+  if made["attention_flops"]:  # of GPUs' kernels they are not known
+    flops += f", attention kernels {made['attention_flops'] / _TF:.1f} TF{shown}"
+  lines.append(flops)
   kernels = {name: f"{n:g}" for name, n in made["kernels"].items()}
   lines.append(f"  kernel launches: {line(kernels) or 'none'}")
   for kind, traffic in made["collectives"].items():
@@ -67,6 +67,8 @@ def _program(made):
       f"  {kind}: {traffic['runs']:g} runs {groups}, "
       f"{traffic['wire'] / _GB:.2f} GB sent a chip, {hidden:.0f} % beside computation"
     )
+  if "seconds" not in made:
+    return [*lines, f"  compiled in {made['compile_seconds']:.0f} s"]
   parts = [f"{name} {made['seconds'][name]:.3g}" for name in _PARTS]
   lines.append(
     f"  estimated {made['seconds']['total']:.4g} s: {', '.join(parts)}; hidden "

@@ -1,12 +1,14 @@
-"""The programs that a recipe runs, compiled for a slice of TPUs without having one.
+"""The programs that a recipe runs, compiled for TPUs or GPUs without having any.
 
-libtpu compiles on a CPU host for any topology. Nothing is initialised: all arguments
-are shapes with shardings, as the stages themselves place them.
+libtpu, and JAX's plugin for CUDA, compile on a CPU host for any topology. Nothing is
+initialised: all arguments are shapes with shardings, as the stages themselves place
+them.
 """
 
 import dataclasses
 import glob
 import importlib.util
+import math
 import os
 import re
 import tempfile
@@ -23,6 +25,7 @@ from sora_jax import (
   autoencoder,
   denoiser,
   encode,
+  gpu_target,
   packing,
   sharding,
   stages,
@@ -52,6 +55,8 @@ def devices(topology: Topology) -> list:
   Raises:
     ValueError: without libtpu, and for a shape that no slice has.
   """
+  if not topology.chip.axes:
+    return _gpus(topology)
   if importlib.util.find_spec("libtpu") is None:
     raise ValueError(
       f"compiling for {topology.chip.name} needs libtpu: pip install 'sora_jax[plan]'"
@@ -70,6 +75,32 @@ def devices(topology: Topology) -> list:
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(f"--topology={topology.name}: {error}") from error
   return list(described.devices)
+
+
+def compiles_for_gpus() -> bool:
+  """Whether JAX's plugin for CUDA is installed."""
+  return importlib.util.find_spec("jax_cuda13_plugin") is not None
+
+
+def _gpus(topology: Topology) -> list:
+  """Up to 8 of them a host."""
+  each = math.gcd(topology.chips, 8)
+  described = topologies.get_topology_desc(
+    platform="cuda",
+    target_config=gpu_target.describe(topology.chip),
+    topology=f"1x{topology.chips // each}x{each}",
+  )
+  return list(described.devices)
+
+
+def compiler_options(topology: Topology) -> dict:
+  """For GPUs, since none can be asked which of its kernels are quickest."""
+  if topology.chip.axes:
+    return {}
+  options = {"xla_gpu_autotune_level": 0}
+  if toolkit := importlib.util.find_spec("nvidia.cu13"):
+    (options["xla_gpu_cuda_data_dir"],) = toolkit.submodule_search_locations
+  return options
 
 
 def places(mesh, topology: Topology) -> np.ndarray:
@@ -102,12 +133,15 @@ class Program(NamedTuple):
   text: str | None
 
 
-def compile_program(name: str, lowered) -> Program:
-  """Compiles; that the memory does not suffice is a result and not an error."""
+def compile_program(name: str, lowered, options=None) -> Program:
+  """Compiles; that the memory does not suffice is a result and not an error.
+
+  options: of the compiler.
+  """
   begin = time.monotonic()
   # The text of a compiled object cannot be read where parts run on SparseCores.
   with tempfile.TemporaryDirectory() as folder:
-    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **(options or {})}
     try:
       compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from golden.make_losses import FAST_COMPILE
 
-from sora_jax.models import attention, chunked, flash
+from sora_jax.models import attention, chunked, flash, partition
 
 fast_jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
 LENGTH = 2 * flash.KEPT
@@ -159,20 +159,16 @@ def test_gpus_use_them_and_else_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "capability, width, dtype, refused",
+  "kind, width, dtype, refused",
   [
-    ("9.0", 128, jnp.bfloat16, None),
-    ("9.0", 384, jnp.bfloat16, "heads of 384 channels"),
-    ("9.0", 64, jnp.float32, "float32"),
-    ("8.9", 64, jnp.bfloat16, "compute capability 8.9"),
-    (None, 64, jnp.bfloat16, "compute capability None"),
+    ("NVIDIA H100 80GB HBM3", 128, jnp.bfloat16, None),
+    ("NVIDIA H100 80GB HBM3", 384, jnp.bfloat16, "heads of 384 channels"),
+    ("NVIDIA A100-SXM4-80GB", 64, jnp.float32, "float32"),
+    ("Tesla T4", 64, jnp.bfloat16, "Tesla T4 is none of A100"),
   ],
 )
-def test_refusals(capability, width, dtype, refused, monkeypatch):
-  class Device:
-    compute_capability = capability
-
-  monkeypatch.setattr(jax, "local_devices", lambda: [Device])
+def test_refusals(kind, width, dtype, refused, monkeypatch):
+  monkeypatch.setattr(partition, "device_kind", lambda: kind)
   reason = flash.refusal(width, dtype)
   assert reason is None if refused is None else refused in reason
 

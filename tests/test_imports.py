@@ -53,7 +53,7 @@ def own(name):
 PURE = ("patches", "tiling", "diffusion", "sampler", "prompting", "lora")
 LEAVES = (
   "sharding", "optim", "checkpoint", "metrics", "hlo", "hosts", "goodput", "profiling",
-  "sweeps", "curves", "streamed", "hardware", "estimate",
+  "sweeps", "curves", "streamed", "hardware", "estimate", "gpu_target",
 )  # fmt: skip
 COMMANDS = (
   "main",

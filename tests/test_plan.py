@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax import (
   estimate,
+  gpu_target,
   hardware,
   hlo,
   packing_load,
@@ -408,7 +409,8 @@ def test_without_libtpu(monkeypatch):
     programs.devices(CUBE)
 
 
-def test_plan_for_gpus(tmp_path):
+def test_plan_for_gpus(tmp_path, monkeypatch):
+  monkeypatch.setattr(programs, "compiles_for_gpus", lambda: False)
   built = recipe_of(rows=16)
   load = packing_load.of_recipe(built, str(tmp_path))
   made = plan.plan(built, hardware.parse("h100:16"), load)
@@ -419,6 +421,27 @@ def test_plan_for_gpus(tmp_path):
   assert "ESTIMATE" in "\n".join(plan_report.table(made))
   with pytest.raises(ValueError, match=r"config\.dit\.rows 8 must be a multiple of 16"):
     plan.plan(recipe_of(), hardware.parse("h100:16"), load)
+
+
+def test_gpus_are_described():
+  for chip in hardware.CHIPS.values():
+    if chip.axes:
+      with pytest.raises(ValueError, match=f"{chip.name} is none of h100, h200, b200"):
+        gpu_target.describe(chip)
+    else:
+      text = gpu_target.describe(chip)
+      assert f'"NVIDIA {chip.name.upper()}"' in text and "{{" not in text
+      assert f"device_memory_size: {chip.hbm:.0f}\n" in text
+
+
+def test_plan_compiled_for_gpus(tmp_path):
+  pytest.importorskip("jax_cuda13_plugin")
+  built = dataclasses.replace(recipe_of(rows=16), precision="bfloat16")
+  load = packing_load.of_recipe(built, str(tmp_path))
+  made = plan.plan(built, hardware.parse("h100:16"), load)
+  (step,) = made["programs"]
+  assert step["fits"] and step["kernels"]["packed_attention_dkv"] > 0
+  assert step["collectives"]["reduce-scatter"]["wire"] > 0
 
 
 TOO_LARGE = (

@@ -20,10 +20,12 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
+from sora_jax.models import partition
+
 # Tokens that a program keeps, and those that it visits at a time. Not tuned: they are
 # what fits registers and shared memory of the GPUs below, without spilling.
 KEPT, VISITED, STAGES, WARPS = 128, 64, 3, 8
-CAPABILITIES = ("8.0", "9.0", "10.0")  # A100, H100 and H200, B200
+GPUS = ("A100", "H100", "H200", "B200")
 # Score of what is not seen. The peak starts above it, so that such a score has weight
 # 0 even for a query that sees nothing: its output is 0.
 MASKED, _START = -1e30, -5e29
@@ -33,7 +35,7 @@ _LEAST = 16  # of any side of a matmul
 
 
 def refusal(width: int, dtype) -> str | None:
-  """Why the kernels are not for heads of that width on this machine's GPU.
+  """Why the kernels are not for heads of that width on the program's GPU.
 
   None: they are.
   """
@@ -45,9 +47,9 @@ def refusal(width: int, dtype) -> str | None:
     _triton()
   except ImportError as error:
     return f"this jax has no Pallas for Triton: {error}"
-  capability = getattr(jax.local_devices()[0], "compute_capability", None)
-  if capability not in CAPABILITIES:
-    return f"compute capability {capability} is none of {', '.join(CAPABILITIES)}"
+  kind = partition.device_kind()
+  if not any(name in kind for name in GPUS):
+    return f"{kind} is none of {', '.join(GPUS)}"
   return None
 
 

@@ -30,6 +30,13 @@ def platform() -> str:
   return device.platform if device else jax.default_backend()
 
 
+def device_kind() -> str:
+  """What the devices that the program is for are called."""
+  current = jax.sharding.get_abstract_mesh()
+  device = None if current.empty else current.abstract_device
+  return device.device_kind if device else jax.local_devices()[0].device_kind
+
+
 def fit(current: AbstractMesh, shape, *axes) -> PartitionSpec:
   """PartitionSpec of the first dims of a shape, without axes that do not divide them.
 
