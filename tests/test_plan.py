@@ -313,13 +313,13 @@ def simulated(monkeypatch):
   )
   real = programs.compile_program
 
-  def compile_program(name, lowered):
+  def compile_program(name, lowered, options):
     compiled = functools.partial(lowered.compile)
 
     def fast(compiler_options):
       return compiled(compiler_options={**FAST_COMPILE, **compiler_options})
 
-    return real(name, types.SimpleNamespace(compile=fast))
+    return real(name, types.SimpleNamespace(compile=fast), options)
 
   monkeypatch.setattr(programs, "compile_program", compile_program)
 
