@@ -18,7 +18,10 @@ flags.FLAGS.mark_as_parsed()
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory) -> tiny.Commands:
   """Commands as a user types them, see tiny.py."""
-  return tiny.Commands(tmp_path_factory.mktemp("commands"))
+  base = tmp_path_factory.getbasetemp()
+  # The workers' folders are in one.
+  shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+  return tiny.Commands(tmp_path_factory.mktemp("commands"), shared / "compilations")
 
 
 @pytest.fixture(scope="session")

@@ -106,9 +106,13 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass
 class Commands:
-  """Runs `python -m sora_jax...` in processes of one device that share compilations."""
+  """Runs `python -m sora_jax...` in processes of one device.
+
+  compilations: a folder that they share.
+  """
 
   folder: pathlib.Path
+  compilations: pathlib.Path
 
   def start(self, module: str, *flags: str) -> subprocess.Popen:
     """Starts a command; its stderr, where the log goes, is a pipe."""
@@ -121,7 +125,7 @@ class Commands:
       "JAX_PLATFORMS": "cpu",
       "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
       "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
-      "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compilations"),
+      "JAX_COMPILATION_CACHE_DIR": str(self.compilations),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
