@@ -8,28 +8,15 @@ memory.
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
+from sora_jax.models import passes
 from sora_jax.models.chunked import MASKED
 
 
-@jax.custom_vjp
 def attention_by_head(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS) -> Array:
   """`attention` of one head at a time."""
-  return _forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)[0]
-
-
-def _fwd(q, k, v, segments_q, segments_k):
-  out, lse = _forward(q, k, v, segments_q, segments_k)
-  out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
-  return out, (q, k, v, segments_q, segments_k, out, lse)
-
-
-def _bwd(residuals, dout):
-  return (*_backward(*residuals, dout), None, None)
-
-
-attention_by_head.defvjp(_fwd, _bwd)
+  attend = passes.differentiable(_forward, _backward)
+  return attend(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
 
 
 def _forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS):

@@ -10,32 +10,22 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
+
+from sora_jax.models import passes
 
 BLOCK = 512
 # A score: finite, so that a row whose keys are all masked gives a mean, not NaN.
 MASKED = -1e30
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def chunked_attention(
   q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, block: int = BLOCK
 ) -> Array:
   """`attention` of at most block x block scores at a time."""
-  return forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, block)[0]
-
-
-def _fwd(q, k, v, segments_q, segments_k, block):
-  out, lse = forward(q, k, v, segments_q, segments_k, block)
-  out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
-  return out, (q, k, v, segments_q, segments_k, out, lse)
-
-
-def _bwd(block, residuals, dout):
-  return (*backward(*residuals, dout, block), None, None)
-
-
-chunked_attention.defvjp(_fwd, _bwd)
+  attend = passes.differentiable(
+    functools.partial(forward, block=block), functools.partial(backward, block=block)
+  )
+  return attend(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
 
 
 def forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, block=BLOCK):

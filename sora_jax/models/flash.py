@@ -17,10 +17,9 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
-from sora_jax.models import partition
+from sora_jax.models import partition, passes
 
 # Tokens that a program keeps, and those that it visits at a time. Not tuned: they are
 # what fits registers and shared memory of the GPUs below, without spilling.
@@ -53,7 +52,6 @@ def refusal(width: int, dtype) -> str | None:
   return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def flash_attention(
   q_BLNK: Array,
   k_BSNK: Array,
@@ -68,21 +66,11 @@ def flash_attention(
     q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS: as for `attention`.
     interpret: run without a GPU, for tests.
   """
-  inputs = (q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
-  return forward(*inputs, interpret=interpret)[0]
-
-
-def _fwd(q, k, v, segments_q, segments_k, interpret):
-  out, lse = forward(q, k, v, segments_q, segments_k, interpret=interpret)
-  out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
-  return out, (q, k, v, segments_q, segments_k, out, lse)
-
-
-def _bwd(interpret, residuals, dout):
-  return (*backward(*residuals, dout, interpret=interpret), None, None)
-
-
-flash_attention.defvjp(_fwd, _bwd)
+  attend = passes.differentiable(
+    functools.partial(forward, interpret=interpret),
+    functools.partial(backward, interpret=interpret),
+  )
+  return attend(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
 
 
 def forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, *, interpret=False):

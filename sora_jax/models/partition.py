@@ -25,16 +25,19 @@ def mesh() -> AbstractMesh | None:
 
 def platform() -> str:
   """ "cpu", "gpu" or "tpu": what the program is for, which need not be this machine."""
-  current = jax.sharding.get_abstract_mesh()
-  device = None if current.empty else current.abstract_device
+  device = _device()
   return device.platform if device else jax.default_backend()
 
 
 def device_kind() -> str:
   """What the devices that the program is for are called."""
-  current = jax.sharding.get_abstract_mesh()
-  device = None if current.empty else current.abstract_device
+  device = _device()
   return device.device_kind if device else jax.local_devices()[0].device_kind
+
+
+def _device():
+  current = jax.sharding.get_abstract_mesh()
+  return None if current.empty else current.abstract_device
 
 
 def fit(current: AbstractMesh, shape, *axes) -> PartitionSpec:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
+
+from sora_jax.models import passes
 
 
 class Ring(NamedTuple):
@@ -36,15 +37,17 @@ class Ring(NamedTuple):
     return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, to), tree)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def ring_attention(
   q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, ring: Ring
 ) -> Array:
   """`attention` of local queries to the keys of all chips of the ring."""
-  return _forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, ring)[0]
+  attend = passes.differentiable(
+    functools.partial(_forward, ring), functools.partial(_backward, ring)
+  )
+  return attend(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
 
 
-def _forward(q, k, v, segments_q, segments_k, ring):
+def _forward(ring, q, k, v, segments_q, segments_k):
   def step(state, _):
     (out, lse), here = state
     following = ring.pass_on(here)
@@ -61,15 +64,7 @@ def _forward(q, k, v, segments_q, segments_k, ring):
   return out.astype(v.dtype), lse
 
 
-def _fwd(q, k, v, segments_q, segments_k, ring):
-  out, lse = _forward(q, k, v, segments_q, segments_k, ring)
-  out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
-  return out, (q, k, v, segments_q, segments_k, out, lse)
-
-
-def _bwd(ring, residuals, dout):
-  q, k, v, segments_q, segments_k, out, lse = residuals
-
+def _backward(ring, q, k, v, segments_q, segments_k, out, lse, dout):
   def step(state, _):
     dq, here, gradients = state
     following = ring.pass_on(here)
@@ -87,8 +82,4 @@ def _bwd(ring, residuals, dout):
   zeros = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
   state = (zeros[0], (k, v, segments_k), tuple(zeros[1:]))
   (dq, _, (dk, dv)), _ = jax.lax.scan(step, state, length=ring.size)
-  made = (dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype))
-  return (*made, None, None)
-
-
-ring_attention.defvjp(_fwd, _bwd)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)

@@ -11,9 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
-from sora_jax.models import splash_backward
+from sora_jax.models import passes, splash_backward
 from sora_jax.models.splash_backward import LANES, MASKED
 
 # Queries, and keys, that the kernel takes at once: few waste little where a block holds
@@ -24,7 +23,6 @@ BLOCK = 512
 _MOST_BLOCKS = 200
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def splash_attention(
   q_BLNK: Array,
   k_BSNK: Array,
@@ -43,21 +41,12 @@ def splash_attention(
   Raises:
     ValueError: for rows that are too long for one chip.
   """
-  inputs = (q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
-  return _forward(*inputs, interpret, keep=False)[0]
-
-
-def _fwd(q, k, v, segments_q, segments_k, interpret):
-  out, lse = forward(q, k, v, segments_q, segments_k, interpret=interpret)
-  out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
-  return out, (q, k, v, segments_q, segments_k, out, lse)
-
-
-def _bwd(interpret, residuals, dout):
-  return (*backward(*residuals, dout, interpret=interpret), None, None)
-
-
-splash_attention.defvjp(_fwd, _bwd)
+  attend = passes.differentiable(
+    functools.partial(forward, interpret=interpret),
+    functools.partial(backward, interpret=interpret),
+    functools.partial(_forward, interpret=interpret, keep=False),
+  )
+  return attend(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
 
 
 def forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, *, interpret=False):
