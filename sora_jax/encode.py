@@ -7,7 +7,7 @@ compiled shapes is bounded. Padding in time is exact: the VAE is causal, so the 
 of a clip do not depend on frames behind its end.
 """
 
-import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import math
@@ -20,6 +20,7 @@ from absl import logging
 
 from sora_jax import metrics, sharding, stages
 from sora_jax import recipe as recipes
+from sora_jax.ahead import ahead
 from sora_jax.autoencoder import Autoencoder
 from sora_jax.data import pipeline, records, video
 from sora_jax.data.clips import Clip, read_manifest
@@ -178,19 +179,14 @@ def encode_clips(
     frames = frame_bucket(clip.frames, config.frame_buckets)
     key = (frames, clip.height, clip.width)
     groups.setdefault(key, []).append(clip)
+  batches = (
+    (key[0], _read(group[i : i + batch_size], bad_clips))
+    for key, group in groups.items()
+    for i in range(0, len(group), batch_size)
+  )
   # A thread decodes the next batch while this one is encoded.
-  with concurrent.futures.ThreadPoolExecutor(1) as decoder:
-    batches = [
-      (key[0], group[i : i + batch_size])
-      for key, group in groups.items()
-      for i in range(0, len(group), batch_size)
-    ]
-    reads = [decoder.submit(_read, batch, bad_clips) for _, batch in batches[:1]]
-    for number, (frames, _) in enumerate(batches):
-      if number + 1 < len(batches):
-        reads.append(decoder.submit(_read, batches[number + 1][1], bad_clips))
-      read = reads[number].result()
-      reads[number] = None
+  with contextlib.closing(ahead(batches, 1)) as decoded:
+    for frames, read in decoded:
       if not read:
         continue
       for made in _encode_batch(read, frames, batch_size, autoencoder, config, seed):

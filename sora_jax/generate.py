@@ -14,8 +14,7 @@ import hashlib
 import json
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent import futures
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ import numpy as np
 from absl import logging
 
 from sora_jax import checkpoint, finetune, layout, prompting, sampler, sharding
+from sora_jax.ahead import ahead
 from sora_jax.autoencoder import Autoencoder, from_json, in_chunks
 from sora_jax.data import video as video_files
 from sora_jax.denoiser import Denoiser
@@ -263,6 +263,8 @@ class Sampler:
         # It begins with the last frame of its first latent, as a video does.
         chunks, skip = [*chunks, latent_THWC[:1]], skip + 3
     height, width = plan.size
+    # The decoder is started without waiting for frames. So accelerators go on to the
+    # next window while frames of this one are fetched, and written to a file.
     with contextlib.closing(ahead(decoded(chunks))) as videos_BTHWC:
       for video_BTHWC in videos_BTHWC:
         video_THWC = np.asarray(video_BTHWC)[0]
@@ -401,23 +403,6 @@ class Sampler:
         for i, video_THWC in zip(part, decoded, strict=False):
           videos[i] = video_THWC[: requests[i].frames]
     return [videos[i] for i in range(len(requests))]
-
-
-def ahead(items: Iterable, count: int = 2) -> Iterator:
-  """The items, the next `count` of them made by a thread while one is used.
-
-  A stream's thread starts the decoder without waiting for frames. So accelerators go on
-  to the next window while frames of this one are fetched, and written to a file.
-  """
-  items, end = iter(items), object()
-  pool = futures.ThreadPoolExecutor(1)
-  try:
-    following = collections.deque(pool.submit(next, items, end) for _ in range(count))
-    while (item := following.popleft().result()) is not end:
-      following.append(pool.submit(next, items, end))
-      yield item
-  finally:
-    pool.shutdown(cancel_futures=True)
 
 
 def _from_end(videos_BTHWC, back: int) -> np.ndarray:

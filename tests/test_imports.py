@@ -54,6 +54,7 @@ PURE = ("patches", "tiling", "diffusion", "sampler", "prompting", "lora")
 LEAVES = (
   "sharding", "optim", "checkpoint", "metrics", "hlo", "hosts", "goodput", "profiling",
   "sweeps", "curves", "streamed", "hardware", "estimate", "gpu_target",
+  "ahead",
 )  # fmt: skip
 COMMANDS = (
   "main",
