@@ -34,10 +34,10 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from sora_jax import patches  # noqa: E402
 from sora_jax.models import vae as vae_models  # noqa: E402
 from sora_jax.models.dit import REMAT_POLICIES, DiT, DiTConfig  # noqa: E402
 from sora_jax.models.vae import VAE  # noqa: E402
+from sora_jax.packing import patches  # noqa: E402
 from sora_jax.weights import dit as dit_names  # noqa: E402
 from sora_jax.weights import vae as vae_names  # noqa: E402
 from sora_jax.weights.entries import assemble  # noqa: E402

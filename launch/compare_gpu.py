@@ -43,9 +43,13 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from sora_jax import metrics, patches, sharding, train  # noqa: E402
-from sora_jax.data import pack, pipeline  # noqa: E402
+from sora_jax import metrics, sharding, train  # noqa: E402
+from sora_jax.data import pipeline  # noqa: E402
 from sora_jax.models import attention, by_head, chunked, dit, flash, layers  # noqa: E402
+from sora_jax.packing import (
+  patches,  # noqa: E402
+  planner,  # noqa: E402
+)
 from sora_jax.tasks import dit as dit_task  # noqa: E402
 
 REMATS = ("none", "full", "attention_saved", "matmuls_saved")
@@ -104,7 +108,7 @@ def sizes_of(name: str) -> Sizes:
 
 def make_batch(sizes: Sizes) -> dict[str, np.ndarray]:
   """Rows as `train_dit` has them, of noise; tokens that do not divide are padding."""
-  budget = pack.Budget(sizes.tokens, sizes.clips * sizes.text, sizes.clips)
+  budget = planner.Budget(sizes.tokens, sizes.clips * sizes.text, sizes.clips)
   row = pipeline.empty_row(budget, sizes.model.patch_width, sizes.model.text_width)
   del row["clip_N"]
   rng = np.random.default_rng(0)

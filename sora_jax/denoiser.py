@@ -15,13 +15,15 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import diffusion, metrics, packing, patches, prompting, sampler, sharding
+from sora_jax import diffusion, metrics, prompting, sampler, sharding
 from sora_jax.autoencoder import from_json
 from sora_jax.data import tokenizer
 from sora_jax.models.dit import DiTConfig, Reuse
 from sora_jax.models.text import TextEncoderConfig
-from sora_jax.packing import RowClip
+from sora_jax.packing import patches
 from sora_jax.prompting import Prompt
+from sora_jax.sampling import batching
+from sora_jax.sampling.batching import RowClip
 from sora_jax.tasks import dit as dit_task
 
 
@@ -38,7 +40,7 @@ class Denoiser:
       text = TextEncoderConfig(**from_json(meta["text"]))
     noise = meta.get("noise", {"process": "flow", "target": "velocity"})
     self._process, self._target = noise["process"], noise["target"]
-    self._layout = packing.RowLayout(
+    self._layout = batching.RowLayout(
       self.model,
       meta["reference_fps"],
       self._process,
@@ -75,10 +77,10 @@ class Denoiser:
     if not self.meta["conditional"]:
       prompts, options = _unconditional(prompts, options)
     clips = self._clips(prompts)
-    sizes = [packing.size_of(unit) for unit in clips]
+    sizes = [batching.size_of(unit) for unit in clips]
     ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-    budget = packing.budget_of(sizes, self.meta, ways)
-    planned = packing.plan_rows(sizes, budget)
+    budget = batching.budget_of(sizes, self.meta, ways)
+    planned = batching.plan_rows(sizes, budget)
     rows = min(rows, len(planned)) if rows else len(planned)
     rows = -(-rows // ways) * ways
     latents, begin = {}, time.monotonic()

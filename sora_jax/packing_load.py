@@ -4,10 +4,11 @@ import pathlib
 
 import numpy as np
 
-from sora_jax import estimate, patches, train_dit
+from sora_jax import estimate, train_dit
 from sora_jax import recipe as recipes
-from sora_jax.data import clips, pack, records
+from sora_jax.data import clips, records
 from sora_jax.models import splash
+from sora_jax.packing import patches, planner
 
 # Rows that are looked at; they are in random order.
 _ROWS = 32
@@ -80,12 +81,12 @@ def _lengths(recipe, path):
 
 def _packed(lengths, budget, seed):
   """(rows of lengths, fill of all)."""
-  rows = pack.plan(lengths, budget, seed, epoch=0)
-  full = pack.fill(lengths, rows, budget)
+  rows = planner.plan(lengths, budget, seed, epoch=0)
+  full = planner.fill(lengths, rows, budget)
   return [[lengths[i] for i in row] for row in rows[:_ROWS]], full
 
 
-def of_rows(rows, fill: float, budget: pack.Budget, source: str) -> estimate.Load:
+def of_rows(rows, fill: float, budget: planner.Budget, source: str) -> estimate.Load:
   """Load of rows of (tokens, text tokens) of each clip; means over them."""
   sums = np.zeros(7)
   for row in rows:

@@ -26,7 +26,6 @@ from sora_jax import (
   denoiser,
   encode,
   gpu_target,
-  packing,
   sharding,
   stages,
   train,
@@ -34,6 +33,7 @@ from sora_jax import (
 )
 from sora_jax import recipe as recipes
 from sora_jax.hardware import Topology
+from sora_jax.sampling import batching
 from sora_jax.tasks import vae as vae_task
 
 # Without these libtpu looks for the TPU that it believes to be on.
@@ -256,8 +256,8 @@ def sampling(recipe: recipes.Recipe, mesh):
   caption = (
     np.zeros((1, recipe.text.width), jnp.bfloat16) if frozen else np.zeros(1, np.int32)
   )
-  budget = packing.RowBudget(stage.tokens, stage.text_tokens, stage.segments)
-  batch = packing.empty_batch(1, budget, stage.model.patch_width, caption)
+  budget = batching.RowBudget(stage.tokens, stage.text_tokens, stage.segments)
+  batch = batching.empty_batch(1, budget, stage.model.patch_width, caption)
   batch = _batch({name: value[0] for name, value in batch.items()}, rows, mesh)
   tokens_BN = np.full((rows, stage.segments), stage.tokens // stage.segments)
   table = denoiser.solver_table(

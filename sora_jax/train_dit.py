@@ -22,8 +22,9 @@ from sora_jax import (
   train,
 )
 from sora_jax import recipe as recipes
-from sora_jax.data import pack, pipeline, records, tokenizer
+from sora_jax.data import pipeline, records, tokenizer
 from sora_jax.models import attention, dit
+from sora_jax.packing import planner
 from sora_jax.tasks import Task
 from sora_jax.tasks import dit as dit_task
 from sora_jax.text_encoder import FrozenTextEncoder
@@ -104,9 +105,9 @@ def make_task(recipe: recipes.Recipe) -> tuple[Task, sharding.Rules]:
   return task, dit_task.DIT_RULES if frozen else dit_task.SHARDING_RULES
 
 
-def budget(stage: recipes.DiTStage) -> pack.Budget:
+def budget(stage: recipes.DiTStage) -> planner.Budget:
   """Size of a packed row."""
-  return pack.Budget(stage.tokens, stage.text_tokens, stage.segments)
+  return planner.Budget(stage.tokens, stage.text_tokens, stage.segments)
 
 
 def empty_row(recipe: recipes.Recipe) -> dict[str, np.ndarray]:

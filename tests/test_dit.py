@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from golden.make_losses import FAST_COMPILE
 
-from sora_jax import patches
 from sora_jax.models import dit
 from sora_jax.models.dit import REMAT_POLICIES, DiT, DiTConfig, Reuse, num_flops
 from sora_jax.models.text import TextEncoder, TextEncoderConfig
+from sora_jax.packing import patches
 
 CONFIG = DiTConfig(
   patch_size=(1, 2, 2),

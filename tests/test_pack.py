@@ -5,9 +5,9 @@ import time
 import numpy as np
 import pytest
 
-from sora_jax.data import pack
+from sora_jax.packing import planner
 
-BUDGET = pack.Budget(tokens=4096, text_tokens=512, segments=32)
+BUDGET = planner.Budget(tokens=4096, text_tokens=512, segments=32)
 
 
 def mixed_lengths(n, seed=0):
@@ -29,21 +29,21 @@ def check(lengths, rows, budget):
 @pytest.mark.parametrize("n", [1, 2, 100, 2048, 2049, 10_000])
 def test_every_clip_once_and_inside_the_budget(n):
   lengths = mixed_lengths(n)
-  check(lengths, pack.plan(lengths, BUDGET, seed=1, epoch=0), BUDGET)
+  check(lengths, planner.plan(lengths, BUDGET, seed=1, epoch=0), BUDGET)
 
 
 @pytest.mark.parametrize(
   "budget",
   [
-    pack.Budget(1296, 40, 2),  # each limit is reached
-    pack.Budget(1296, 60, 32),
-    pack.Budget(100_000, 1000, 5),
-    pack.Budget(1296, 40, 1),
+    planner.Budget(1296, 40, 2),  # each limit is reached
+    planner.Budget(1296, 60, 32),
+    planner.Budget(100_000, 1000, 5),
+    planner.Budget(1296, 40, 1),
   ],
 )
 def test_tight_budgets(budget):
   lengths = mixed_lengths(3000)
-  check(lengths, pack.plan(lengths, budget, seed=0, epoch=0), budget)
+  check(lengths, planner.plan(lengths, budget, seed=0, epoch=0), budget)
 
 
 def test_fill_on_mixed_lengths():
@@ -51,13 +51,13 @@ def test_fill_on_mixed_lengths():
     mixed_lengths(20_000),
     [(int(n), 8) for n in np.random.default_rng(0).integers(50, 1500, 20_000)],
   ):
-    rows = pack.plan(lengths, BUDGET, seed=0, epoch=0)
-    assert pack.fill(lengths, rows, BUDGET) > 0.98
+    rows = planner.plan(lengths, BUDGET, seed=0, epoch=0)
+    assert planner.fill(lengths, rows, BUDGET) > 0.98
 
 
 def test_rows_mix_sizes():
   lengths = mixed_lengths(10_000)
-  rows = pack.plan(lengths, BUDGET, seed=0, epoch=0)
+  rows = planner.plan(lengths, BUDGET, seed=0, epoch=0)
   distinct = [len(set(lengths[row, 0].tolist())) for row in rows]
   assert np.median(distinct) >= 3
   # No drift of the row's content over the epoch.
@@ -68,15 +68,15 @@ def test_rows_mix_sizes():
 
 def test_depends_on_seed_and_epoch_only():
   lengths = mixed_lengths(3000)
-  rows = pack.plan(lengths, BUDGET, seed=3, epoch=5)
-  assert rows == pack.plan(lengths.tolist(), BUDGET, seed=3, epoch=5)
-  assert rows != pack.plan(lengths, BUDGET, seed=3, epoch=6)
-  assert rows != pack.plan(lengths, BUDGET, seed=4, epoch=5)
+  rows = planner.plan(lengths, BUDGET, seed=3, epoch=5)
+  assert rows == planner.plan(lengths.tolist(), BUDGET, seed=3, epoch=5)
+  assert rows != planner.plan(lengths, BUDGET, seed=3, epoch=6)
+  assert rows != planner.plan(lengths, BUDGET, seed=4, epoch=5)
 
 
 def test_no_clips_give_no_rows():
-  assert pack.plan([], BUDGET, seed=0, epoch=0) == []
-  assert pack.fill([], [], BUDGET) == 0
+  assert planner.plan([], BUDGET, seed=0, epoch=0) == []
+  assert planner.fill([], [], BUDGET) == 0
 
 
 @pytest.mark.parametrize(
@@ -85,12 +85,12 @@ def test_no_clips_give_no_rows():
 )
 def test_a_clip_over_the_budget_is_named(long, words):
   with pytest.raises(ValueError, match=words):
-    pack.plan([(10, 1), (20, 2), long], BUDGET, seed=0, epoch=0)
+    planner.plan([(10, 1), (20, 2), long], BUDGET, seed=0, epoch=0)
 
 
 def test_is_fast():
   lengths = mixed_lengths(100_000)
   start = time.process_time()
-  pack.plan(lengths, BUDGET, seed=0, epoch=0)
+  planner.plan(lengths, BUDGET, seed=0, epoch=0)
   # 0.2 s on one core; the limit only catches a plan that became quadratic.
   assert time.process_time() - start < 2

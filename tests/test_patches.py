@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax import patches
+from sora_jax.packing import patches
 
 SIZES = [((3, 4, 6), (1, 2, 2)), ((4, 2, 3), (2, 1, 3)), ((1, 1, 1), (1, 1, 1))]
 

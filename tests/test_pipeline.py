@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from sora_jax import patches
-from sora_jax.data import pack, pipeline, records, tokenizer, video
+from sora_jax.data import pipeline, records, tokenizer, video
 from sora_jax.data.clips import Clip
+from sora_jax.packing import patches, planner
 
-BUDGET = pack.Budget(tokens=64, text_tokens=40, segments=6)
+BUDGET = planner.Budget(tokens=64, text_tokens=40, segments=6)
 PATCH = (1, 2, 2)
 
 
@@ -186,7 +186,7 @@ def test_fill_is_reported(latents):
 @pytest.mark.parametrize(
   "changes, words",
   [
-    ({"budget": pack.Budget(29, 40, 6)}, "clip7: 30 tokens, but a row holds 29"),
+    ({"budget": planner.Budget(29, 40, 6)}, "clip7: 30 tokens, but a row holds 29"),
     ({"patch_size": (1, 4, 4)}, r"clip1: a latent of \(T, H, W\) = \(2, 4, 6\)"),
     ({"patch_size": (2, 2, 2)}, "clip0: a latent of"),
     ({"max_text_tokens": 41}, "max_text_tokens is 41, but a row holds 40"),
@@ -199,7 +199,7 @@ def test_errors(latents, changes, words):
 
 
 def test_long_clips_take_the_extras_that_fit(latents):
-  budget = pack.Budget(30, 40, 6)
+  budget = planner.Budget(30, 40, 6)
   dataset = packed(latents, budget=budget, extra_prob=1.0)
   for row in epoch_rows(dataset):
     assert (row["segment_L"] > 0).sum() <= 30
@@ -244,7 +244,7 @@ def test_a_row_without_a_readable_record_is_padding(latents, tmp_path):
   source, clips = latents
   with open(f"{source}/1.array_record", "rb") as f:
     (tmp_path / "1.array_record").write_bytes(f.read())
-  budget = pack.Budget(64, 40, 1)
+  budget = planner.Budget(64, 40, 1)
   rows = epoch_rows(packed(latents, str(tmp_path), budget=budget))
   empty = [row for row in rows if not row["segment_L"].any()]
   assert len(empty) == 18

@@ -29,7 +29,8 @@ from sora_jax import (
   sharding,
   train_dit,
 )
-from sora_jax.data import clips, pack
+from sora_jax.data import clips
+from sora_jax.packing import planner
 
 CUBE = hardware.parse("v5p:4x4x4")
 
@@ -231,7 +232,7 @@ def test_other_kernels_are_no_attention():
 
 
 def test_load_of_rows():
-  budget = pack.Budget(4096, 256, 8)
+  budget = planner.Budget(4096, 256, 8)
   made = packing_load.of_rows([[(1024, 32)] * 4, [(2048, 64)]], 0.75, budget, "two")
   assert made.fill == 0.75 and made.clips == 2.5
   assert made.tokens == 3072 and made.text_tokens == 96
@@ -239,7 +240,7 @@ def test_load_of_rows():
 
 
 def test_blocks_between_clips_are_not_visited():
-  budget = pack.Budget(8192, 256, 8)
+  budget = planner.Budget(8192, 256, 8)
   whole = packing_load.of_rows([[(8192, 256)]], 1.0, budget, "")
   parts = packing_load.of_rows([[(2048, 64)] * 4], 1.0, budget, "")
   assert whole.self_share == whole.own_share == 1.0

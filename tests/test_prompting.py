@@ -17,8 +17,6 @@ from sora_jax import (
   evaluate_prompting,
   generate,
   layout,
-  packing,
-  patches,
   prompting,
   sample,
   sharding,
@@ -27,8 +25,10 @@ from sora_jax import sampler as solver
 from sora_jax.data import video
 from sora_jax.jobs import Job
 from sora_jax.models import dit
+from sora_jax.packing import patches
 from sora_jax.prompting import Prompt, Request, Timeline, Windows
 from sora_jax.sampler import Options
+from sora_jax.sampling import batching
 from sora_jax.tasks import dit as dit_task
 
 OPTIONS = Options(steps=2)
@@ -770,16 +770,16 @@ def published_params(model):
   ],
 )
 def test_rows_have_few_lengths(wanted, trained, length):
-  assert packing.row_length(wanted, trained) == length
+  assert batching.row_length(wanted, trained) == length
 
 
 def test_rows_are_shorter_so_that_all_devices_have_one():
   meta = {"tokens": 32768, "text_tokens": 64, "segments": 8}
   sizes = [(6000, 8, 1)] * 4
   for ways, tokens, rows in ((1, 24576, 1), (2, 12288, 2), (4, 6144, 4)):
-    budget = packing.budget_of(sizes, meta, ways)
-    assert budget.tokens == tokens and len(packing.plan_rows(sizes, budget)) == rows
-  many = packing.budget_of(8 * sizes, meta, 2)
+    budget = batching.budget_of(sizes, meta, ways)
+    assert budget.tokens == tokens and len(batching.plan_rows(sizes, budget)) == rows
+  many = batching.budget_of(8 * sizes, meta, 2)
   assert many.tokens == 32768
 
 
@@ -803,10 +803,10 @@ def test_rows_of_a_published_size(size, frames, tokens):
   assert np.prod(prompt.grid) == tokens
   features = np.zeros((512, 1), np.float32)
   texts, shot_T = prompting.texts(prompt)
-  clip = packing.RowClip(prompt, [(features, features)] * len(texts), shot_T)
-  budget = packing.budget_of([clip.size], {**meta, "segments": 1})
+  clip = batching.RowClip(prompt, [(features, features)] * len(texts), shot_T)
+  budget = batching.budget_of([clip.size], {**meta, "segments": 1})
   assert tokens <= budget.tokens < max(2 * tokens, 4097)
-  rows = packing.RowLayout(
+  rows = batching.RowLayout(
     dataclasses.replace(model, channels=1), 16.0, "flow", "text_SE"
   )
   batch, scale_BN, _ = rows.batch([[[clip]]], 1, budget, 5.0)

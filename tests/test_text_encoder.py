@@ -15,8 +15,9 @@ import tiny
 
 from sora_jax import checkpoint, encode, sample, sharding
 from sora_jax import recipe as recipes
-from sora_jax.data import pack, pipeline, records, tokenizer
+from sora_jax.data import pipeline, records, tokenizer
 from sora_jax.models.t5 import T5Config, T5Encoder
+from sora_jax.packing import planner
 from sora_jax.sampler import Options
 from sora_jax.tasks import dit as dit_task
 from sora_jax.text_encoder import FrozenTextEncoder, clean
@@ -172,7 +173,7 @@ def rows_of(folder, clips, pad_text_to=0, dropout=0.0):
     clips,
     str(folder),
     None,
-    pack.Budget(24, 20, 3),
+    planner.Budget(24, 20, 3),
     (1, 2, 2),
     seed=1,
     max_text_tokens=8,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from golden.random_weights import random_tensor
 
-from sora_jax import patches
 from sora_jax.models.dit import PRESETS, DiT, DiTConfig
+from sora_jax.packing import patches
 from sora_jax.weights import dit as names
 from sora_jax.weights.entries import assemble, by_leaf, leaf_shape
 

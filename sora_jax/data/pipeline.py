@@ -21,9 +21,9 @@ import ml_dtypes
 import numpy as np
 from absl import flags, logging
 
-from sora_jax import patches
-from sora_jax.data import pack, records, video
+from sora_jax.data import records, video
 from sora_jax.data.clips import Clip
+from sora_jax.packing import patches, planner
 
 Batch = dict[str, np.ndarray]
 
@@ -273,7 +273,7 @@ class ClipDataset(_Endless):
 
 
 def empty_row(
-  budget: pack.Budget, patch_width: int, text_width: int | None = None
+  budget: planner.Budget, patch_width: int, text_width: int | None = None
 ) -> Batch:
   """A row of padding: the names, shapes and dtypes that `PackedDataset` gives.
 
@@ -316,7 +316,7 @@ class PackedDataset(_Endless):
     clips: Sequence[records.LatentClip],
     folder: str,
     tokenizer,
-    budget: pack.Budget,
+    budget: planner.Budget,
     patch_size: tuple[int, int, int],
     seed: int,
     *,
@@ -463,8 +463,8 @@ class PackedDataset(_Endless):
 
   def _plan(self, epoch):
     length_N2, caption_N, extra_N = self._draw(epoch)
-    rows = pack.plan(length_N2, self._budget, self._seed, epoch)
-    fill = pack.fill(length_N2, rows, self._budget)
+    rows = planner.plan(length_N2, self._budget, self._seed, epoch)
+    fill = planner.fill(length_N2, rows, self._budget)
     logging.info(
       "epoch %d: %d clips in %d rows, %.1f %% full",
       epoch,

@@ -18,12 +18,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from sora_jax import patches
 from sora_jax.models import layers
 from sora_jax.models.attention import attention
 from sora_jax.models.vae_config import LATENT_STATS as LATENT_STATS
 from sora_jax.models.vae_config import PRESETS as PRESETS
 from sora_jax.models.vae_config import VAEConfig
+from sora_jax.packing import patches
 
 
 class VAE(nn.Module):

@@ -9,8 +9,9 @@ import dataclasses
 
 import numpy as np
 
-from sora_jax import diffusion, patches, prompting
+from sora_jax import diffusion, prompting
 from sora_jax.models.dit import DiTConfig
+from sora_jax.packing import patches
 from sora_jax.prompting import Prompt
 
 # Where padding costs less than compiling for another length, and what lengths are a
