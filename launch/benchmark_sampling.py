@@ -26,12 +26,12 @@ from absl import app, flags
 from sora_jax import attributes, generate
 from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
+from sora_jax.diffusion.solvers import Options
 from sora_jax.generate import Sampler
 from sora_jax.jobs import Job
 from sora_jax.metrics import psnr
 from sora_jax.packing import patches
 from sora_jax.prompting import Request
-from sora_jax.sampler import Options
 from sora_jax.tasks import dit as dit_task
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.", required=True)

@@ -15,9 +15,10 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import diffusion, metrics, prompting, sampler, sharding
+from sora_jax import metrics, prompting, sharding
 from sora_jax.autoencoder import from_json
 from sora_jax.data import tokenizer
+from sora_jax.diffusion import noise_process, solvers
 from sora_jax.models.dit import DiTConfig, Reuse
 from sora_jax.models.text import TextEncoderConfig
 from sora_jax.packing import patches
@@ -52,7 +53,7 @@ class Denoiser:
     self,
     params,
     prompts: Sequence[Prompt],
-    options: sampler.Options,
+    options: solvers.Options,
     rows: int = 4,
   ) -> list[np.ndarray]:
     """Latents of the prompts, in order: float32 [T, H, W, C] each.
@@ -162,28 +163,28 @@ class Denoiser:
       ]
     return dict(zip(texts, made, strict=True))
 
-  def _table(self, batch, options) -> sampler.Table:
+  def _table(self, batch, options) -> solvers.Table:
     slots = batch.pop("tokens_N"), batch.pop("start_N")
     return solver_table(*slots, options, self._process)
 
 
 def solver_table(
-  tokens_BN, start_BN, options: sampler.Options, process: str
-) -> sampler.Table:
+  tokens_BN, start_BN, options: solvers.Options, process: str
+) -> solvers.Table:
   """The solver's coefficients for slots of so many tokens: [calls, ..., B, N].
 
   start_BN: noise level that each begins at.
   """
-  shift_BN = diffusion.resolution_shift(
+  shift_BN = noise_process.resolution_shift(
     options.shift, np.maximum(tokens_BN, 1.0), options.shift_tokens
   )
-  levels = sampler.schedule(
+  levels = solvers.schedule(
     options.steps, np.broadcast_to(shift_BN, tokens_BN.shape), start_BN
   )
-  return sampler.make_table(options.method, levels, process, options.eta)
+  return solvers.make_table(options.method, levels, process, options.eta)
 
 
-def static_options(options: sampler.Options) -> sampler.Options:
+def static_options(options: solvers.Options) -> solvers.Options:
   """What of them is compiled in: what is an array must not make another program."""
   return dataclasses.replace(
     options,
@@ -326,7 +327,7 @@ def integrate(
     inside_BN = (level_BN >= low) & (level_BN <= high)
     scale_BL1 = per_token(jnp.where(inside_BN, guidance_scale, 1.0))
     parts = jnp.split(predicted, 2)
-    return sampler.guide(*parts, scale_BL1, options, clip_mean), memory
+    return solvers.guide(*parts, scale_BL1, options, clip_mean), memory
 
   def data(*state):
     x_BLP, level_BN, index, memory = state
@@ -341,7 +342,9 @@ def integrate(
     if options.cfg_zero:
       step = index // 2 if options.method == "heun" else index
       predicted = jnp.where(step < options.zero_steps, 0.0, predicted)
-    own_BLP = diffusion.to_x0(predicted, x_BLP, per_token(level_BN), target, process)
+    own_BLP = noise_process.to_x0(
+      predicted, x_BLP, per_token(level_BN), target, process
+    )
     twin_BLP = jnp.take_along_axis(own_BLP, batch["twin_L"][..., None], axis=1)
     # Of a token without a twin the weight is 0: it keeps its value exactly.
     own_BLP += batch["twin_weight_L"][..., None] * (twin_BLP - own_BLP)
@@ -360,7 +363,7 @@ def integrate(
   memory = ()
   if options.reuse:
     memory = Reuse.start(*both_BSE.shape[:1], segment_BL.shape[1], model.width, dtype)
-  return sampler.integrate(
+  return solvers.integrate(
     data,
     batch["start_LP"],
     table,

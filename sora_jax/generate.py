@@ -1,8 +1,8 @@
 """A trained model as Python calls it: prompts, images and videos in, videos out.
 
   sampler = Sampler.from_checkpoint("runs/quickstart")
-  video_THWC = sampler.video("a red circle moves right", size=(64, 64), frames=17)
-  video_THWC = sampler.video("it goes on", video="x.mp4", extend_after=2.0)
+  video_THWC = solvers.video("a red circle moves right", size=(64, 64), frames=17)
+  video_THWC = solvers.video("it goes on", video="x.mp4", extend_after=2.0)
 
 Long videos are made window by window and decoded as they come: `Sampler.stream`.
 """
@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from sora_jax import checkpoint, finetune, layout, prompting, sampler, sharding
+from sora_jax import checkpoint, finetune, layout, prompting, sharding
 from sora_jax.ahead import ahead
 from sora_jax.autoencoder import Autoencoder, from_json, in_chunks
 from sora_jax.data import video as video_files
 from sora_jax.denoiser import Denoiser
+from sora_jax.diffusion import solvers
 from sora_jax.encode import frame_bucket
 from sora_jax.jobs import Job
 from sora_jax.models.dit import DiTConfig
@@ -120,7 +121,7 @@ class Sampler:
   def sample(
     self,
     requests: Sequence[Request],
-    options: sampler.Options | None = None,
+    options: solvers.Options | None = None,
     *,
     rows: int = 4,
   ) -> list[np.ndarray]:
@@ -131,7 +132,7 @@ class Sampler:
     Args:
       requests: what to make.
       options: of the solver and of guidance (guidance_scale 1 is half the work); the
-        defaults of `sampler.Options` if not given.
+        defaults of `solvers.Options` if not given.
       rows: packed rows computed at once.
 
     Raises:
@@ -172,7 +173,7 @@ class Sampler:
   def latents(
     self,
     prompts: Sequence[Prompt],
-    options: sampler.Options | None = None,
+    options: solvers.Options | None = None,
     *,
     rows: int = 4,
   ) -> list[np.ndarray]:
@@ -180,7 +181,7 @@ class Sampler:
 
     Given ones are exactly what the prompt says. See `Denoiser`.
     """
-    options = options or sampler.Options()
+    options = options or solvers.Options()
     return self.denoiser(self.params, prompts, options, rows)
 
   # --- everything to a video
@@ -190,7 +191,7 @@ class Sampler:
 
     Args:
       prompt: what to make.
-      options: of the solver and of guidance, `sampler.Options`.
+      options: of the solver and of guidance, `solvers.Options`.
       tile: see `Autoencoder.decode_stream`.
       **job: of `jobs.Job`: size, frames, seed, image, video, extend_after, loop, ...
 
@@ -202,7 +203,7 @@ class Sampler:
   def stream(
     self,
     job: Job,
-    options: sampler.Options | None = None,
+    options: solvers.Options | None = None,
     tile: int | None = None,
     watch: Callable[[Prompt, np.ndarray], None] | None = None,
   ) -> Iterator[np.ndarray]:
@@ -213,7 +214,7 @@ class Sampler:
 
     watch: is called with each window's prompt and the latents made of it.
     """
-    options = options or sampler.Options()
+    options = options or solvers.Options()
     if job.preview:
       job = self.refined(job, np.concatenate(list(self.preview(job, options, tile))))
     return self._stream(job, options, tile, watch)
@@ -223,7 +224,7 @@ class Sampler:
     size = layout.plan(job, self.encode, self.size_multiple).size
     half = tuple(max(self.size_multiple, n // 2) for n in size[::-1])
     small = dataclasses.replace(job, size=half, preview=0.0)
-    return self._stream(small, options or sampler.Options(), tile)
+    return self._stream(small, options or solvers.Options(), tile)
 
   def refined(self, job: Job, small_THWC: np.ndarray) -> Job:
     """The job that makes a preview again at full size, of the same composition."""

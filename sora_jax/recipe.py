@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from sora_jax import optim, sampler
+from sora_jax import optim
+from sora_jax.diffusion import solvers
 from sora_jax.lora import LoRAConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.text import TextEncoderConfig
@@ -147,7 +148,7 @@ class DiTStage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample(sampler.Options):
+class Sample(solvers.Options):
   """What the sample stage makes, and how sampling is done everywhere.
 
   prompts: (text, (width, height), frames, fps) each; fps 0 = reference_fps.

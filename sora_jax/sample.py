@@ -24,10 +24,11 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from sora_jax import layout, sampler, sharding, stages
+from sora_jax import layout, sharding, stages
 from sora_jax import recipe as recipes
 from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
+from sora_jax.diffusion import solvers
 from sora_jax.generate import Sampler
 from sora_jax.jobs import Job
 from sora_jax.prompting import Request
@@ -115,7 +116,7 @@ def requests_of(recipe: recipes.Recipe, workdir, count=8) -> list[Request]:
 
 
 def _define_flags():
-  default, job = sampler.Options(), Job()
+  default, job = solvers.Options(), Job()
   flags.DEFINE_string("checkpoint", None, "Folder of a run, with vae/ and dit/ in it.")
   flags.DEFINE_multi_string("lora", [], "Adapters to merge in, .safetensors files.")
   flags.DEFINE_float("lora_strength", 1.0, "How strongly; 1 is as they were trained.")
@@ -158,7 +159,7 @@ def _define_flags():
   )
   flags.DEFINE_integer("tile", None, "Pixels a side of what is decoded at once.")
   flags.DEFINE_integer("steps", default.steps, "Steps of the solver.", 1)
-  flags.DEFINE_enum("method", default.method, sampler.METHODS, "Solver.")
+  flags.DEFINE_enum("method", default.method, solvers.METHODS, "Solver.")
   flags.DEFINE_float("eta", default.eta, "Noise of ddim, 0 to 1.")
   flags.DEFINE_float("shift", default.shift, "Above 1: more steps at much noise.")
   flags.DEFINE_integer(
@@ -183,10 +184,10 @@ def _numbers(name, texts, form):
     raise ValueError(f"--{name}={','.join(texts)} is not {form}") from None
 
 
-def _options(args, kept: dict) -> sampler.Options:
+def _options(args, kept: dict) -> solvers.Options:
   values = {
     field.name: getattr(args, field.name)
-    for field in dataclasses.fields(sampler.Options)
+    for field in dataclasses.fields(solvers.Options)
   }
   interval = _numbers("guidance_interval", args.guidance_interval, "LOW,HIGH")
   if len(interval) != 2:
@@ -195,7 +196,7 @@ def _options(args, kept: dict) -> sampler.Options:
   for name in kept:
     if not args[name].present:
       values[name] = tuple(kept[name]) if name == "guidance_interval" else kept[name]
-  return sampler.Options(**values)
+  return solvers.Options(**values)
 
 
 def _job(args, kept: dict) -> Job:
@@ -352,7 +353,7 @@ def _write(parts, options, source):
     "job": job.as_json(),
     "options": {
       field.name: getattr(options, field.name)
-      for field in dataclasses.fields(sampler.Options)
+      for field in dataclasses.fields(solvers.Options)
     },
     **source,
     "files": job.files(),

@@ -26,10 +26,10 @@ from sora_jax import (
 )
 from sora_jax.autoencoder import from_json
 from sora_jax.data import tokenizer
+from sora_jax.diffusion.solvers import Options
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.t5 import T5Config
 from sora_jax.models.vae_config import VAEConfig
-from sora_jax.sampler import Options
 from sora_jax.tasks import dit as dit_task
 from sora_jax.weights import entries, files, folders, published
 

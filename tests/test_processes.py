@@ -9,7 +9,8 @@ import optax
 import pytest
 from golden.make_losses import FAST_COMPILE
 
-from sora_jax import denoiser, diffusion, sampler
+from sora_jax import denoiser
+from sora_jax.diffusion import noise_process, solvers
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.text import TextEncoderConfig
 from sora_jax.tasks import dit as dit_task
@@ -19,7 +20,7 @@ MODEL = DiTConfig(
 )
 TEXT = TextEncoderConfig(vocab_size=300, width=8, depth=1, heads=2)
 SEGMENTS = 2
-ALL = sampler.METHODS
+ALL = solvers.METHODS
 # process, target: the methods that sample what it has learnt.
 TABLE = {
   ("flow", "velocity"): ALL,
@@ -85,7 +86,9 @@ def params(seed):
 
 
 def test_the_table_is_whole():
-  assert set(TABLE) == {(p, t) for p in diffusion.PROCESSES for t in diffusion.TARGETS}
+  assert set(TABLE) == {
+    (p, t) for p in noise_process.PROCESSES for t in noise_process.TARGETS
+  }
 
 
 @pytest.mark.parametrize("process, target", TABLE)
@@ -124,12 +127,12 @@ def program(process, target):
 def sampled(process, target, method, params=None, **kwargs):
   # Five calls each, so that methods share a program.
   steps = 3 if method == "heun" else 5
-  options = sampler.Options(steps=steps, method=method, **kwargs)
+  options = solvers.Options(steps=steps, method=method, **kwargs)
   options.check(process, target)
-  levels = sampler.schedule(steps, np.ones((1, SEGMENTS)))
-  table = sampler.make_table(method, levels, process, options.eta)
+  levels = solvers.schedule(steps, np.ones((1, SEGMENTS)))
+  table = solvers.make_table(method, levels, process, options.eta)
   # The program of the random methods does for all: the others have noise of size 0.
-  options = sampler.Options(method="ddpm", **kwargs)
+  options = solvers.Options(method="ddpm", **kwargs)
   run = program(process, target)
   return np.asarray(run(params, rows(), table, 2.0, options=options))
 
@@ -170,12 +173,12 @@ def test_cfg_zero_stays_still_for_whole_steps():
   """Heun asks twice a step: three calls are one still step and half of the next."""
   noise, noisy = (np.asarray(rows()[k]) for k in ("start_LP", "group_L"))
   noisy = (noisy % 2 == 0) & (np.asarray(rows()["segment_L"]) > 0)
-  levels = sampler.schedule(3, np.ones((1, SEGMENTS)))
+  levels = solvers.schedule(3, np.ones((1, SEGMENTS)))
   run = program("flow", "velocity")
 
   def moved(method, calls):
-    options = sampler.Options(method=method, cfg_zero=True)
-    table = sampler.make_table(method, levels)
+    options = solvers.Options(method=method, cfg_zero=True)
+    table = solvers.make_table(method, levels)
     table = jax.tree.map(lambda c: c[:calls], table)
     out = np.asarray(run(params(0), rows(), table, 2.0, options=options))
     return np.abs(out - noise)[noisy].max()
@@ -214,13 +217,13 @@ def test_ddpm_learns_and_samples():
 
   trained, losses = train(fast_jit(task.init)(jax.random.key(0)))
   assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:5])
-  table = sampler.make_table(
-    "ddpm", sampler.schedule(1000, np.ones((count, SEGMENTS))), "ddpm_linear"
+  table = solvers.make_table(
+    "ddpm", solvers.schedule(1000, np.ones((count, SEGMENTS))), "ddpm_linear"
   )
   key = jax.random.key(1)
   batch["start_LP"] = jax.random.normal(key, batch["start_LP"].shape)
   batch["seed_L"] += jnp.arange(count, dtype=jnp.uint32)[:, None] * 100
-  options = sampler.Options(method="ddpm", guidance_scale=0.0)
+  options = solvers.Options(method="ddpm", guidance_scale=0.0)
   run = program("ddpm_linear", "eps")
   samples = np.asarray(run(trained, batch, table, 1.0, options=options))
   assert abs(samples.mean() - mean) < 0.1 * deviation

@@ -21,13 +21,13 @@ from sora_jax import (
   sample,
   sharding,
 )
-from sora_jax import sampler as solver
 from sora_jax.data import video
+from sora_jax.diffusion import solvers as solver
+from sora_jax.diffusion.solvers import Options
 from sora_jax.jobs import Job
 from sora_jax.models import dit
 from sora_jax.packing import patches
 from sora_jax.prompting import Prompt, Request, Timeline, Windows
-from sora_jax.sampler import Options
 from sora_jax.sampling import batching
 from sora_jax.tasks import dit as dit_task
 

@@ -14,8 +14,8 @@ from absl.testing import flagsaver
 from sora_jax import recipe as recipes
 from sora_jax import sample, sharding
 from sora_jax.data import video
+from sora_jax.diffusion.solvers import Options
 from sora_jax.sample import Request
-from sora_jax.sampler import Options
 
 STEPS = 2
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax import diffusion, sampler
+from sora_jax.diffusion import noise_process, solvers
 
 DIM = 6
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "schedulers.npz"
@@ -18,9 +18,9 @@ def solve(velocity, x, levels, method="euler", noise=None):
   """Solves dx/dt = velocity(x, t) of a flow."""
 
   def data(x, t, _):
-    return diffusion.to_x0(velocity(x, t), x, t)
+    return noise_process.to_x0(velocity(x, t), x, t)
 
-  return sampler.integrate(data, x, sampler.make_table(method, levels), noise)
+  return solvers.integrate(data, x, solvers.make_table(method, levels), noise)
 
 
 def gaussian():
@@ -42,7 +42,7 @@ def solve_gaussian(x_BD, steps, method):
     eps_BD = t * y_BD @ basis.T
     return eps_BD - x0_BD
 
-  return solve(velocity, x_BD, sampler.schedule(steps), method)
+  return solve(velocity, x_BD, solvers.schedule(steps), method)
 
 
 def whiten(covariance):
@@ -91,7 +91,7 @@ def slopes(method, levels_of, steps, exact):
 @pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2)])
 def test_order_of_convergence(method, order):
   exact = np.exp(-np.sin(3.0) / 3)  # from t = 1 to 0
-  found = slopes(method, sampler.schedule, (32, 64, 128), exact)
+  found = slopes(method, solvers.schedule, (32, 64, 128), exact)
   np.testing.assert_allclose(found, order, atol=0.3)
 
 
@@ -103,10 +103,10 @@ def test_multistep_methods_are_of_second_order_at_least(method):
   assert np.all(found > 1.7)
 
 
-@pytest.mark.parametrize("method", sorted(set(sampler.METHODS) - {"ddpm"}))
+@pytest.mark.parametrize("method", sorted(set(solvers.METHODS) - {"ddpm"}))
 def test_straight_paths_need_one_step(method):
   noise, data = jnp.arange(3.0), jnp.array([5.0, -1.0, 2.0])
-  out = solve(lambda x, t: noise - data, noise, sampler.schedule(1, 3.0), method)
+  out = solve(lambda x, t: noise - data, noise, solvers.schedule(1, 3.0), method)
   np.testing.assert_allclose(out, data, atol=1e-6)
 
 
@@ -118,7 +118,7 @@ def test_network_is_never_asked_about_clean_data(method, calls):
     jax.debug.callback(lambda t: levels.append(float(t)), t)
     return jnp.zeros_like(x)
 
-  solve(velocity, jnp.zeros(2), sampler.schedule(4), method)
+  solve(velocity, jnp.zeros(2), solvers.schedule(4), method)
   jax.effects_barrier()
   assert len(levels) == calls
   assert min(levels) == pytest.approx(0.25) and max(levels) == 1.0
@@ -126,21 +126,21 @@ def test_network_is_never_asked_about_clean_data(method, calls):
 
 def test_unknown_method():
   with pytest.raises(ValueError, match="'rk4' is not one of"):
-    sampler.make_table("rk4", sampler.schedule(2))
+    solvers.make_table("rk4", solvers.schedule(2))
 
 
 def test_guidance():
   conditional, unconditional = jnp.array([1.0, 2.0]), jnp.array([0.5, 4.0])
   for scale, expected in [(0, [0.5, 4.0]), (1, [1.0, 2.0]), (3, [2.0, -2.0])]:
     np.testing.assert_allclose(
-      sampler.guide(conditional, unconditional, scale), expected, atol=1e-6
+      solvers.guide(conditional, unconditional, scale), expected, atol=1e-6
     )
 
 
 def test_schedule():
-  levels = np.asarray(sampler.schedule(8))
+  levels = np.asarray(solvers.schedule(8))
   np.testing.assert_allclose(levels, np.linspace(1, 0, 9), atol=1e-7)
-  shifted = np.asarray(sampler.schedule(8, 3.0))
+  shifted = np.asarray(solvers.schedule(8, 3.0))
   assert shifted.dtype == np.float64 and shifted.shape == (9,)
   assert shifted[0] == 1.0 and shifted[-1] == 0.0
   assert np.all(np.diff(shifted) < 0)
@@ -169,18 +169,18 @@ def test_trajectory_equals_diffusers(name):
       golden[f"{name}/{k}"] for k in ("levels", "draws", "states")
     )
   method = name.split("-")[0]
-  table = sampler.make_table(method, levels, process, eta)
-  stochastic = sampler.Options(method=method, eta=eta).stochastic
+  table = solvers.make_table(method, levels, process, eta)
+  stochastic = solvers.Options(method=method, eta=eta).stochastic
 
   seen = []
 
   def data(x, t, _):
     jax.debug.callback(seen.append, x, ordered=True)
     predicted = jnp.sin(1.5 * x) * (0.3 + t) + 0.5 * x - 0.2 * t
-    return diffusion.to_x0(predicted, x, t, target, process)
+    return noise_process.to_x0(predicted, x, t, target, process)
 
   noise = (lambda i: jnp.asarray(draws[1:])[i]) if stochastic else None
-  out = sampler.integrate(data, jnp.asarray(draws[0]), table, noise)
+  out = solvers.integrate(data, jnp.asarray(draws[0]), table, noise)
   jax.effects_barrier()
   for ours, state in zip([*seen[1:], out], states, strict=True):
     assert np.linalg.norm(ours - state) <= 1e-5 * np.linalg.norm(state)
@@ -194,13 +194,13 @@ def test_levels_of_their_own_for_each_clip():
     return x * jnp.cos(3 * t)
 
   def data(x, t, _):
-    return diffusion.to_x0(velocity(x, t[:, None]), x, t[:, None])
+    return noise_process.to_x0(velocity(x, t[:, None]), x, t[:, None])
 
   for method in ("heun", "unipc"):
-    table = sampler.make_table(method, sampler.schedule(7, shift))
-    out = sampler.integrate(data, x, table, expand=lambda c: c[:, None])
+    table = solvers.make_table(method, solvers.schedule(7, shift))
+    out = solvers.integrate(data, x, table, expand=lambda c: c[:, None])
     for i in range(2):
-      alone = solve(velocity, x[i], sampler.schedule(7, shift[i]), method)
+      alone = solve(velocity, x[i], solvers.schedule(7, shift[i]), method)
       np.testing.assert_allclose(out[i], alone, rtol=1e-5)
 
 
@@ -211,18 +211,18 @@ def test_ancestral_samples_have_the_moments_of_the_data(process, method, eta):
   mean, deviation, count = 1.5, 0.4, 8192
 
   def data(x, t, _):
-    alpha, sigma = diffusion.alpha_sigma(process, t)
+    alpha, sigma = noise_process.alpha_sigma(process, t)
     variance = alpha**2 * deviation**2 + sigma**2
     eps = sigma * (x - alpha * mean) / variance
-    return diffusion.to_x0(eps, x, t, "eps", process)
+    return noise_process.to_x0(eps, x, t, "eps", process)
 
-  table = sampler.make_table(method, sampler.schedule(1000), process, eta)
+  table = solvers.make_table(method, solvers.schedule(1000), process, eta)
   x = jax.random.normal(jax.random.key(0), (count,))
 
   def noise(i):
     return jax.random.normal(jax.random.fold_in(jax.random.key(1), i), (count,))
 
-  samples = np.asarray(sampler.integrate(data, x, table, noise))
+  samples = np.asarray(solvers.integrate(data, x, table, noise))
   assert abs(samples.mean() - mean) < 4 * deviation / np.sqrt(count)
   assert abs(samples.std() / deviation - 1) < 0.04
 
@@ -242,11 +242,11 @@ def two_clips():
 
 def test_rescaled_guidance_has_the_deviation_of_the_conditional():
   conditional, unconditional, clips, clip_mean = two_clips()
-  options = sampler.Options(guidance_rescale=1.0)
-  out = sampler.guide(conditional, unconditional, 5.0, options, clip_mean)
-  plain = sampler.guide(conditional, unconditional, 5.0)
-  half = sampler.guide(
-    conditional, unconditional, 5.0, sampler.Options(guidance_rescale=0.5), clip_mean
+  options = solvers.Options(guidance_rescale=1.0)
+  out = solvers.guide(conditional, unconditional, 5.0, options, clip_mean)
+  plain = solvers.guide(conditional, unconditional, 5.0)
+  half = solvers.guide(
+    conditional, unconditional, 5.0, solvers.Options(guidance_rescale=0.5), clip_mean
   )
   for clip in clips:
     expected = plain[:, clip] * conditional[:, clip].std() / plain[:, clip].std()
@@ -258,8 +258,8 @@ def test_rescaled_guidance_has_the_deviation_of_the_conditional():
 
 def test_cfg_zero_projects_each_clip():
   conditional, unconditional, clips, clip_mean = two_clips()
-  options = sampler.Options(cfg_zero=True)
-  out = sampler.guide(conditional, unconditional, 3.0, options, clip_mean)
+  options = solvers.Options(cfg_zero=True)
+  out = solvers.guide(conditional, unconditional, 3.0, options, clip_mean)
   for clip in clips:
     c, u = conditional[:, clip], unconditional[:, clip]
     projected = np.sum(c * u) / np.sum(u * u) * u
@@ -267,7 +267,7 @@ def test_cfg_zero_projects_each_clip():
     np.testing.assert_allclose(out[:, clip], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", sampler.METHODS)
+@pytest.mark.parametrize("method", solvers.METHODS)
 def test_given_entries_stay_exactly(method):
   x = jnp.array([1.1, -0.3, 0.7])
   given = jnp.array([False, True, False])
@@ -275,17 +275,17 @@ def test_given_entries_stay_exactly(method):
   def data(x, t, _):
     return jnp.sin(3 * x)
 
-  table = sampler.make_table(method, sampler.schedule(5), "ddpm_linear")
+  table = solvers.make_table(method, solvers.schedule(5), "ddpm_linear")
   noise = (lambda i: jnp.ones_like(x)) if method == "ddpm" else None
-  out = sampler.integrate(data, x, table, noise, given=given)
-  free = sampler.integrate(data, x, table, noise)
+  out = solvers.integrate(data, x, table, noise, given=given)
+  free = solvers.integrate(data, x, table, noise)
   assert out[1] == x[1] != free[1]
   np.testing.assert_array_equal(out[::2], free[::2])
 
 
 @pytest.mark.parametrize("method", ["euler", "heun"])
 def test_memory_goes_from_call_to_call(method):
-  table = sampler.make_table(method, sampler.schedule(4))
+  table = solvers.make_table(method, solvers.schedule(4))
 
   def data(x, t, index, memory):
     return jnp.sin(3 * x) + memory, memory + index
@@ -294,8 +294,8 @@ def test_memory_goes_from_call_to_call(method):
     return jnp.sin(3 * x) + index * (index - 1) / 2
 
   x = jnp.array([1.1, -0.3])
-  out = sampler.integrate(data, x, table, memory=jnp.array(0))
-  np.testing.assert_allclose(out, sampler.integrate(known, x, table), rtol=1e-6)
+  out = solvers.integrate(data, x, table, memory=jnp.array(0))
+  np.testing.assert_allclose(out, solvers.integrate(known, x, table), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -317,13 +317,13 @@ def test_memory_goes_from_call_to_call(method):
 )
 def test_options_that_make_no_sense_together(options, process, target, message):
   with pytest.raises(ValueError, match=message):
-    sampler.Options(**options).check(process, target)
+    solvers.Options(**options).check(process, target)
 
 
 def test_a_negative_prompt_needs_guidance():
-  sampler.Options().check("flow", "velocity", "blurry")
+  solvers.Options().check("flow", "velocity", "blurry")
   with pytest.raises(ValueError, match="negative_prompt does nothing"):
-    sampler.Options(guidance_scale=1.0).check("flow", "velocity", "blurry")
+    solvers.Options(guidance_scale=1.0).check("flow", "velocity", "blurry")
 
 
 @pytest.mark.parametrize(
@@ -343,4 +343,4 @@ def test_a_negative_prompt_needs_guidance():
 )
 def test_options_out_of_range(wrong):
   with pytest.raises(ValueError, match=f"sampling {next(iter(wrong))}"):
-    sampler.Options(**wrong)
+    solvers.Options(**wrong)

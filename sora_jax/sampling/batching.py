@@ -9,7 +9,8 @@ import dataclasses
 
 import numpy as np
 
-from sora_jax import diffusion, prompting
+from sora_jax import prompting
+from sora_jax.diffusion import noise_process
 from sora_jax.models.dit import DiTConfig
 from sora_jax.packing import patches
 from sora_jax.prompting import Prompt
@@ -257,6 +258,6 @@ class RowLayout:
 
   def _noisy(self, data_LP, noise_LP, level_L):
     """x_t of tokens; exact where the level is 0."""
-    alpha, sigma = diffusion.alpha_sigma(self.process, level_L[:, None], np)
+    alpha, sigma = noise_process.alpha_sigma(self.process, level_L[:, None], np)
     noisy_LP = alpha * data_LP + sigma * noise_LP
     return np.where(level_L[:, None] > 0, noisy_LP, data_LP).astype(np.float32)

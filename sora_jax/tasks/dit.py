@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from sora_jax import diffusion
+from sora_jax.diffusion import noise_process
 from sora_jax.models import dit
 from sora_jax.models.dit import DiT, DiTConfig, Reuse
 from sora_jax.models.partition import PARAMS
@@ -20,10 +20,10 @@ class DiTLossConfig:
   """The noise of training, one level a clip; see `diffusion` for the terms.
 
   Attributes:
-    process, target: one of diffusion.PROCESSES and of diffusion.TARGETS.
-    timesteps: how levels are drawn, one of diffusion.TIMESTEPS, with logit_mean and
+    process, target: one of noise_process.PROCESSES and of noise_process.TARGETS.
+    timesteps: how levels are drawn, one of noise_process.TIMESTEPS, with logit_mean and
       logit_std, or mode_scale, for the kinds that have them.
-    shift, shift_tokens: moves the drawn levels, see `diffusion.resolution_shift`.
+    shift, shift_tokens: moves the drawn levels, see `noise_process.resolution_shift`.
     min_snr_gamma: limit of the min-SNR weights (arXiv:2303.09556: 5); 0 = no weights.
     bins: parts of [0, 1] for the reported loss by noise level.
   """
@@ -41,9 +41,9 @@ class DiTLossConfig:
 
   def __post_init__(self):
     for name, known in (
-      ("process", diffusion.PROCESSES),
-      ("target", diffusion.TARGETS),
-      ("timesteps", diffusion.TIMESTEPS),
+      ("process", noise_process.PROCESSES),
+      ("target", noise_process.TARGETS),
+      ("timesteps", noise_process.TIMESTEPS),
     ):
       if getattr(self, name) not in known:
         raise ValueError(f"dit {name} {getattr(self, name)!r} is none of {known}")
@@ -99,12 +99,12 @@ def make(
     t_BL = jnp.take_along_axis(t_BG, batch["group_L"], axis=1)
     eps_BLP = jax.random.normal(key, x0_BLP.shape)
     t_BL1 = t_BL[..., None]
-    x_BLP = diffusion.add_noise(x0_BLP, eps_BLP, t_BL1, process)
+    x_BLP = noise_process.add_noise(x0_BLP, eps_BLP, t_BL1, process)
     text_BSE = encode_text(text, params, batch, dtype)
     predicted_BLP = predict(
       model, params, x_BLP, t_BG, batch, text_BSE, dtype, adds_up=adds_up
     )
-    target_BLP = diffusion.make_target(x0_BLP, eps_BLP, t_BL1, target, process)
+    target_BLP = noise_process.make_target(x0_BLP, eps_BLP, t_BL1, target, process)
     error_BLP = jnp.square(predicted_BLP - target_BLP)
     noisy_BL = (batch["segment_L"] > 0) & (batch["group_L"] % 2 == 0)
     return error_BLP.mean(-1), noisy_BL.astype(jnp.float32), t_BL
@@ -113,7 +113,7 @@ def make(
     return jnp.sum(error_BL * noisy_BL) / jnp.maximum(jnp.sum(noisy_BL), 1.0)
 
   def draw_levels(key, segment_BL):
-    t_BN = diffusion.sample_timesteps(
+    t_BN = noise_process.sample_timesteps(
       key,
       (len(segment_BL), segments),
       loss_config.timesteps,
@@ -125,10 +125,10 @@ def make(
       return t_BN
     ids_N = 1 + jnp.arange(segments)
     tokens_BN = jnp.sum(segment_BL[:, :, None] == ids_N, axis=1)
-    shift_BN = diffusion.resolution_shift(
+    shift_BN = noise_process.resolution_shift(
       loss_config.shift, jnp.maximum(tokens_BN, 1), loss_config.shift_tokens
     )
-    return diffusion.shift_timesteps(t_BN, shift_BN)
+    return noise_process.shift_timesteps(t_BN, shift_BN)
 
   def loss(params, batch, key: Array):
     t_key, eps_key = jax.random.split(key)
@@ -138,11 +138,11 @@ def make(
     metrics = {
       "padding": 1.0 - jnp.mean(real_BL),
       "given": 1.0 - jnp.sum(noisy_BL) / jnp.maximum(jnp.sum(real_BL), 1),
-      **diffusion.loss_bins(error_BL, noisy_BL, t_BL, loss_config.bins),
+      **noise_process.loss_bins(error_BL, noisy_BL, t_BL, loss_config.bins),
     }
     gamma = loss_config.min_snr_gamma
     if gamma:
-      error_BL *= diffusion.loss_weight(t_BL, gamma, target, process)
+      error_BL *= noise_process.loss_weight(t_BL, gamma, target, process)
     return mean(error_BL, noisy_BL), metrics
 
   def evaluate(params, batch, key: Array):

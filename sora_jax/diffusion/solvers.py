@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sora_jax import diffusion
+from sora_jax.diffusion import noise_process
 
 METHODS = ("euler", "heun", "ddpm", "ddim", "dpmpp_2m", "unipc")
 
@@ -27,7 +27,7 @@ class Options:
     steps: of the solver.
     method: one of METHODS.
     eta: noise of the method ddim; 0 = none, 1 = about as much as ddpm.
-    shift, shift_tokens: of the levels, see `diffusion.resolution_shift`.
+    shift, shift_tokens: of the levels, see `noise_process.resolution_shift`.
     guidance_scale: of classifier-free guidance (arXiv:2207.12598); 1 = none.
     guidance_interval: (low, high) noise levels where it acts (arXiv:2404.07724).
     guidance_rescale: share of the guided prediction brought back to the standard
@@ -126,7 +126,7 @@ def schedule(steps: int, shift=1.0, start=1.0) -> np.ndarray:
   shift, start = np.broadcast_arrays(np.asarray(shift, np.float64), start)
   levels = np.linspace(1.0, 0.0, steps + 1).reshape(-1, *np.ones(shift.ndim, int))
   # The level before the shift that the shift takes to `start`.
-  return diffusion.shift_timesteps(
+  return noise_process.shift_timesteps(
     levels * start / (shift - (shift - 1) * start), shift
   )
 
@@ -141,7 +141,7 @@ def make_table(method: str, levels, process: str = "flow", eta: float = 0.0) -> 
       DPM-Solver++(2M) (arXiv:2211.01095), "unipc" UniPC-2 with B(h) = e^h - 1
       (arXiv:2302.04867).
     levels: decreasing noise levels [steps + 1, ...].
-    process: one of diffusion.PROCESSES.
+    process: one of noise_process.PROCESSES.
     eta: of ddim.
 
   Raises:
@@ -150,7 +150,7 @@ def make_table(method: str, levels, process: str = "flow", eta: float = 0.0) -> 
   if method not in METHODS:
     raise ValueError(f"sampling method {method!r} is not one of {METHODS}")
   levels = np.asarray(levels, np.float64)
-  alpha, sigma = diffusion.alpha_sigma(process, levels, np)
+  alpha, sigma = noise_process.alpha_sigma(process, levels, np)
   # The ends may have no logarithm: their steps are of first order.
   with np.errstate(divide="ignore", invalid="ignore"):
     log_snr = np.log(alpha) - np.log(sigma)
