@@ -16,7 +16,8 @@ import jax
 from absl import flags, logging
 
 from sora_jax import recipe as recipes
-from sora_jax import sharding, stages, train, train_dit, train_vae
+from sora_jax import stages, train, train_dit, train_vae
+from sora_jax.runtime import sharding
 
 STEPS = flags.DEFINE_integer("steps", 30, "Steps to time.", 2)
 

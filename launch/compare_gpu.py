@@ -43,13 +43,14 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from sora_jax import metrics, sharding, train  # noqa: E402
+from sora_jax import metrics, train  # noqa: E402
 from sora_jax.data import pipeline  # noqa: E402
 from sora_jax.models import attention, by_head, chunked, dit, flash, layers  # noqa: E402
 from sora_jax.packing import (
   patches,  # noqa: E402
   planner,  # noqa: E402
 )
+from sora_jax.runtime import sharding  # noqa: E402
 from sora_jax.tasks import dit as dit_task  # noqa: E402
 
 REMATS = ("none", "full", "attention_saved", "matmuls_saved")

@@ -21,9 +21,9 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from sora_jax import checkpoint, sharding  # noqa: E402
 from sora_jax.autoencoder import Autoencoder  # noqa: E402
 from sora_jax.models.vae import LATENT_STATS, PRESETS, VAE  # noqa: E402
+from sora_jax.runtime import checkpoint, sharding  # noqa: E402
 
 SECONDS = flags.DEFINE_multi_integer("seconds", [2, 5, 15, 30, 60], "Lengths.")
 FPS = flags.DEFINE_integer("fps", 16, "Frames a second.")

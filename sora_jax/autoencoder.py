@@ -9,9 +9,10 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import checkpoint, sharding, tiling
+from sora_jax import tiling
 from sora_jax.models.vae import VAE, VAEConfig
 from sora_jax.models.vae_stream import decode_chunk, encode_chunk
+from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import vae as vae_task
 
 

@@ -17,13 +17,14 @@ import numpy as np
 from absl import flags, logging
 from scipy import ndimage
 
-from sora_jax import attributes, evaluate_prompting, hosts, stages
+from sora_jax import attributes, evaluate_prompting, stages
 from sora_jax import recipe as recipes
 from sora_jax.autoencoder import Autoencoder
 from sora_jax.data import video
 from sora_jax.data.clips import Clip, read_manifest
 from sora_jax.encode import frame_bucket, limit_sizes
 from sora_jax.metrics import psnr
+from sora_jax.runtime import hosts
 from sora_jax.sample import Request, Sampler, sample_share, sampling_mesh, write_samples
 
 

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from sora_jax import checkpoint, finetune, layout, prompting, sharding
-from sora_jax.ahead import ahead
+from sora_jax import finetune, layout, prompting
 from sora_jax.autoencoder import Autoencoder, from_json, in_chunks
 from sora_jax.data import video as video_files
 from sora_jax.denoiser import Denoiser
@@ -31,6 +30,8 @@ from sora_jax.encode import frame_bucket
 from sora_jax.jobs import Job
 from sora_jax.models.dit import DiTConfig
 from sora_jax.prompting import Prompt, Request
+from sora_jax.runtime import checkpoint, sharding
+from sora_jax.runtime.prefetch import ahead
 from sora_jax.tasks import dit as dit_task
 from sora_jax.text_encoder import FrozenTextEncoder
 

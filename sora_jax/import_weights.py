@@ -17,9 +17,10 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from sora_jax import checkpoint, stages
+from sora_jax import stages
 from sora_jax.data.tokenizer import Tokenizer
-from sora_jax.streamed import Streamed
+from sora_jax.runtime import checkpoint
+from sora_jax.runtime.lazy_arrays import Streamed
 from sora_jax.weights import entries, files, folders
 
 NETWORKS = ("vae", "text", "dit")

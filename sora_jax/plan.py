@@ -25,12 +25,12 @@ from sora_jax import (
   plan_report,
   plan_search,
   programs,
-  sharding,
   stages,
   train,
 )
 from sora_jax import recipe as recipes
 from sora_jax.models import dit
+from sora_jax.runtime import sharding
 
 STAGES = ("dit", "vae", "sample")
 TRAIN_STEP = "train step"

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from sora_jax import layout, sharding, stages
+from sora_jax import layout, stages
 from sora_jax import recipe as recipes
 from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
@@ -32,6 +32,7 @@ from sora_jax.diffusion import solvers
 from sora_jax.generate import Sampler
 from sora_jax.jobs import Job
 from sora_jax.prompting import Request
+from sora_jax.runtime import sharding
 
 # --- the stage
 

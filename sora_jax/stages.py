@@ -21,8 +21,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sora_jax import checkpoint, finetune, hosts, metrics, sharding, train
+from sora_jax import finetune, metrics, train
 from sora_jax import recipe as recipes
+from sora_jax.runtime import checkpoint, hosts, sharding
 from sora_jax.weights import lpips
 
 # Stage -> (module with run(recipe, workdir), sections of the config, stages it reads).

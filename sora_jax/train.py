@@ -17,7 +17,8 @@ import optax
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import checkpoint, metrics, optim, profiling, sharding
+from sora_jax import metrics, optim, profiling
+from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import Task
 
 # Purposes of random keys: fold_in(fold_in(key(seed), step), purpose).

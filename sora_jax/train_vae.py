@@ -13,11 +13,12 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import checkpoint, finetune, sharding, stages, train
+from sora_jax import finetune, stages, train
 from sora_jax import recipe as recipes
 from sora_jax.data import pipeline
 from sora_jax.data.clips import read_manifest
 from sora_jax.models.vae import VAE
+from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import vae as vae_task
 from sora_jax.weights import lpips
 

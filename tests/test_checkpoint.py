@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from sora_jax import checkpoint, optim, sharding, train
+from sora_jax import optim, train
+from sora_jax.runtime import checkpoint, sharding
 
 
 def params_of(width=4):

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sora_jax import hlo, sharding
+from sora_jax import hlo
+from sora_jax.runtime import sharding
 
 
 def report_of(function, *args, chips=1, **kwargs):

@@ -8,7 +8,7 @@ import types
 import pytest
 import tiny
 
-from sora_jax import hosts
+from sora_jax.runtime import hosts
 
 # 4 processes, but a batch of 2 rows: pairs of processes feed the same one.
 TENSOR = "--config.mesh.tensor=2"

@@ -16,20 +16,14 @@ from golden.random_weights import random_tensor
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from sora_jax import (
-  checkpoint,
-  export_weights,
-  import_weights,
-  sample,
-  sharding,
-  streamed,
-)
+from sora_jax import export_weights, import_weights, sample
 from sora_jax.autoencoder import from_json
 from sora_jax.data import tokenizer
 from sora_jax.diffusion.solvers import Options
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.t5 import T5Config
 from sora_jax.models.vae_config import VAEConfig
+from sora_jax.runtime import checkpoint, lazy_arrays, sharding
 from sora_jax.tasks import dit as dit_task
 from sora_jax.weights import entries, files, folders, published
 
@@ -291,7 +285,7 @@ def test_text_encoders_of_other_versions(source, imported, tmp_path):
 
 
 def test_a_block_at_a_time(tmp_path, monkeypatch):
-  monkeypatch.setattr(streamed, "_TOGETHER_BYTES", 1)
+  monkeypatch.setattr(lazy_arrays, "_TOGETHER_BYTES", 1)
   made = []
 
   def leaf(name, rows):
@@ -300,7 +294,7 @@ def test_a_block_at_a_time(tmp_path, monkeypatch):
         made.append((name, row))
         yield np.full((rows, 2), row, np.float32)
 
-    return streamed.Streamed((6, 2), np.dtype(np.float32), rows, blocks)
+    return lazy_arrays.Streamed((6, 2), np.dtype(np.float32), rows, blocks)
 
   tree = {"a": leaf("a", 1), "b": {"c": leaf("c", 2)}}
   checkpoint.save_model(tmp_path, tree, {"meta": 1})

@@ -15,10 +15,11 @@ import pytest
 import test_train as toy
 from golden.make_losses import FAST_COMPILE
 
-from sora_jax import sharding, train
+from sora_jax import train
 from sora_jax.models import attention, partition
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.text import TextEncoderConfig
+from sora_jax.runtime import sharding
 from sora_jax.tasks import dit as dit_task
 
 # Heads and remat of a model, and meshes (data, fsdp, context, tensor) for it. With 8

@@ -26,11 +26,11 @@ from sora_jax import (
   plan_search,
   programs,
   recipe,
-  sharding,
   train_dit,
 )
 from sora_jax.data import clips
 from sora_jax.packing import planner
+from sora_jax.runtime import sharding
 
 CUBE = hardware.parse("v5p:4x4x4")
 

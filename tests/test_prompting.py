@@ -12,15 +12,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from sora_jax import (
-  denoiser,
-  evaluate_prompting,
-  generate,
-  layout,
-  prompting,
-  sample,
-  sharding,
-)
+from sora_jax import denoiser, evaluate_prompting, generate, layout, prompting, sample
 from sora_jax.data import video
 from sora_jax.diffusion import solvers as solver
 from sora_jax.diffusion.solvers import Options
@@ -28,6 +20,7 @@ from sora_jax.jobs import Job
 from sora_jax.models import dit
 from sora_jax.packing import patches
 from sora_jax.prompting import Prompt, Request, Timeline, Windows
+from sora_jax.runtime import sharding
 from sora_jax.sampling import batching
 from sora_jax.tasks import dit as dit_task
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sora_jax import finetune, optim, recipe, sharding, train, train_dit
+from sora_jax import finetune, optim, recipe, train, train_dit
 from sora_jax.models import dit, vae
+from sora_jax.runtime import sharding
 from sora_jax.tasks import dit as dit_task
 from sora_jax.tasks import vae as vae_task
 

@@ -12,9 +12,10 @@ from absl import flags
 from absl.testing import flagsaver
 
 from sora_jax import recipe as recipes
-from sora_jax import sample, sharding
+from sora_jax import sample
 from sora_jax.data import video
 from sora_jax.diffusion.solvers import Options
+from sora_jax.runtime import sharding
 from sora_jax.sample import Request
 
 STEPS = 2

@@ -13,7 +13,8 @@ import test_train as toy
 from absl import logging
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from sora_jax import optim, sharding, train
+from sora_jax import optim, train
+from sora_jax.runtime import sharding
 
 MESH = AbstractMesh((1, 4, 1, 2), sharding.AXES)
 

@@ -12,11 +12,12 @@ import pytest
 from golden import make_losses as golden
 from jax.sharding import PartitionSpec
 
-from sora_jax import sharding, train
+from sora_jax import train
 from sora_jax.models import discriminator
 from sora_jax.models.discriminator import Discriminator
 from sora_jax.models.lpips import LPIPS
 from sora_jax.models.vae import VAEConfig
+from sora_jax.runtime import sharding
 from sora_jax.tasks import vae as vae_task
 
 KEY = jax.random.key(3)

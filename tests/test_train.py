@@ -19,7 +19,8 @@ from absl import logging
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
 
-from sora_jax import optim, sharding, train
+from sora_jax import optim, train
+from sora_jax.runtime import sharding
 from sora_jax.tasks import Task
 
 RULES = (

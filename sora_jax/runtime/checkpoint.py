@@ -11,7 +11,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from sora_jax import streamed
+from sora_jax.runtime import lazy_arrays
 
 # Orbax logs dozens of lines for each save, which would bury the lines of the run.
 logging.get_absl_logger().addFilter(
@@ -128,7 +128,7 @@ def save_model(folder, params, meta: dict) -> None:
   Atomic: model.json, which names the params, is replaced last; a model that was there
   stays loadable until then. All processes must call it.
 
-  params: a tree of arrays, or of `streamed.Streamed` that one process saves.
+  params: a tree of arrays, or of `lazy_arrays.Streamed` that one process saves.
   """
   folder = epath.Path(folder).absolute()
   number = 0
@@ -136,8 +136,8 @@ def save_model(folder, params, meta: dict) -> None:
     number = 1 + int(_read_model(folder)["params"].split("-")[1])
   name = f"params-{number}"
   leaves = jax.tree.leaves(params)
-  in_blocks = any(isinstance(leaf, streamed.Streamed) for leaf in leaves)
-  with streamed.checkpointer() if in_blocks else ocp.PyTreeCheckpointer() as saver:
+  in_blocks = any(isinstance(leaf, lazy_arrays.Streamed) for leaf in leaves)
+  with lazy_arrays.checkpointer() if in_blocks else ocp.PyTreeCheckpointer() as saver:
     saver.save(folder / name, params, force=True)
   if jax.process_index() == 0:
     _write_model(folder, {"params": name, "meta": meta})
@@ -204,7 +204,7 @@ def load_model(folder, shardings=None, dtype=None) -> tuple[dict, dict]:
 
 
 def stream_model(folder) -> tuple[dict, dict]:
-  """(params, meta) with each leaf a `streamed.Streamed`, which is read block by block.
+  """(params, meta); each leaf is a `lazy_arrays.Streamed` and is read block by block.
 
   ValueError naming the folder if there is no complete model in it.
   """
@@ -212,9 +212,9 @@ def stream_model(folder) -> tuple[dict, dict]:
   model = _read_model(folder)
   path = folder / model["params"]
   try:
-    with streamed.checkpointer() as checkpointer:
+    with lazy_arrays.checkpointer() as checkpointer:
       saved = checkpointer.metadata(path).item_metadata.tree
-      args = jax.tree.map(lambda _: streamed.restore_args(), saved)
+      args = jax.tree.map(lambda _: lazy_arrays.restore_args(), saved)
       return checkpointer.restore(path, restore_args=args), model["meta"]
   except Exception as error:  # noqa: BLE001
     raise ValueError(
