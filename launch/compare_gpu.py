@@ -45,7 +45,8 @@ from absl import app, flags  # noqa: E402
 
 from sora_jax import metrics, train  # noqa: E402
 from sora_jax.data import pipeline  # noqa: E402
-from sora_jax.models import attention, by_head, chunked, dit, flash, layers  # noqa: E402
+from sora_jax.models import attention, dit, layers  # noqa: E402
+from sora_jax.models.attention import blockwise, flash_gpu, per_head  # noqa: E402
 from sora_jax.packing import (
   patches,  # noqa: E402
   planner,  # noqa: E402
@@ -147,11 +148,11 @@ def check_attention(width: int, dtype) -> None:
   lengths = np.array([90, 40, 110, 16]) * (total // 256)  # and padding
   segments = np.repeat([1, 2, 3, 0], lengths)[None]
   texts = np.repeat([1, 2, 3, 0], (77, 10, 50, 19))[None]
-  forms = {"chunked": chunked.chunked_attention}
+  forms = {"chunked": blockwise.chunked_attention}
   if jax.default_backend() == "cpu":
-    forms["by_head"] = by_head.attention_by_head
+    forms["by_head"] = per_head.attention_by_head
   if attention.form(width, dtype)[0] == "flash":
-    forms["flash"] = flash.flash_attention
+    forms["flash"] = flash_gpu.flash_attention
   limit = 0.02 if dtype == jnp.bfloat16 else 1e-4
   for what, keys in (("clips", segments), ("captions", texts)):
     S = keys.shape[1]

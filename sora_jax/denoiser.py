@@ -19,8 +19,8 @@ from sora_jax import metrics, prompting
 from sora_jax.autoencoder import from_json
 from sora_jax.data import tokenizer
 from sora_jax.diffusion import noise_process, solvers
+from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig, Reuse
-from sora_jax.models.text import TextEncoderConfig
 from sora_jax.packing import patches
 from sora_jax.prompting import Prompt
 from sora_jax.runtime import sharding

@@ -16,11 +16,11 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import lora
 from sora_jax import recipe as recipes
 from sora_jax.autoencoder import from_json
+from sora_jax.models import lora
+from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
-from sora_jax.models.text import TextEncoderConfig
 from sora_jax.models.vae import VAEConfig
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import Task

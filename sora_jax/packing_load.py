@@ -7,7 +7,7 @@ import numpy as np
 from sora_jax import estimate, train_dit
 from sora_jax import recipe as recipes
 from sora_jax.data import clips, records
-from sora_jax.models import splash
+from sora_jax.models.attention import splash_tpu
 from sora_jax.packing import patches, planner
 
 # Rows that are looked at; they are in random order.
@@ -111,7 +111,7 @@ def _visited(ids_L, ids_S):
   """Share of the blocks that the attention kernel visits."""
   blocks, padded = [], []
   for ids in (ids_L, ids_S):
-    length, block = splash.whole_blocks(len(ids))
+    length, block = splash_tpu.whole_blocks(len(ids))
     padded.append(np.pad(ids, (0, length - len(ids))))
     blocks.append(block)
-  return float(np.mean(splash.active_blocks(*padded, *blocks)))
+  return float(np.mean(splash_tpu.active_blocks(*padded, *blocks)))

@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 
 from sora_jax import optim
 from sora_jax.diffusion import solvers
-from sora_jax.lora import LoRAConfig
+from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
-from sora_jax.models.text import TextEncoderConfig
+from sora_jax.models.lora import LoRAConfig
 from sora_jax.models.vae import VAEConfig
 from sora_jax.profiling import Profile
 from sora_jax.tasks.dit import DiTLossConfig

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from golden.make_losses import FAST_COMPILE
 
-from sora_jax.models import attention, by_head, chunked, layers
+from sora_jax.models import attention, layers
+from sora_jax.models.attention import blockwise, per_head
 
 fast_jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
 SEGMENTS_Q = np.array([[1, 1, 2, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]], np.int32)
@@ -38,10 +39,10 @@ def naive(q, k, v, segments_q, segments_k):
 
 
 def by_chunks(*inputs):
-  return chunked.chunked_attention(*inputs, 3)
+  return blockwise.chunked_attention(*inputs, 3)
 
 
-FORMS = [attention.reference_attention, by_head.attention_by_head, by_chunks]
+FORMS = [attention.reference_attention, per_head.attention_by_head, by_chunks]
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -131,7 +132,7 @@ def test_chunks_keep_no_scores_for_the_backward_pass():
   def loss(scale_D, segments):
     @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
     def layer(x, scale):
-      return chunked.chunked_attention(x * scale, x, x, segments, segments, 32), None
+      return blockwise.chunked_attention(x * scale, x, x, segments, segments, 32), None
 
     return jnp.sum(jax.lax.scan(layer, x_BLNK, scale_D)[0])
 

@@ -10,8 +10,8 @@ import pytest
 from golden.make_losses import FAST_COMPILE
 
 from sora_jax.models import dit
+from sora_jax.models.caption_encoder import TextEncoder, TextEncoderConfig
 from sora_jax.models.dit import REMAT_POLICIES, DiT, DiTConfig, Reuse, num_flops
-from sora_jax.models.text import TextEncoder, TextEncoderConfig
 from sora_jax.packing import patches
 
 CONFIG = DiTConfig(

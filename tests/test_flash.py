@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from golden.make_losses import FAST_COMPILE
 
-from sora_jax.models import attention, chunked, flash, partition
+from sora_jax.models import attention, partition
+from sora_jax.models.attention import blockwise, flash_gpu
 
 fast_jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
-LENGTH = 2 * flash.KEPT
+LENGTH = 2 * flash_gpu.KEPT
 
 
 def ids(lengths, total):
@@ -28,7 +29,7 @@ CAPTIONS = np.stack([ids((40, 0, 20), 77), ids((50, 27), 77)])
 PIECES = np.stack([np.resize(np.repeat([2, 3, 1, 0], 9), 200), ids((1, 199), 200)])
 
 
-kernel = functools.partial(flash.flash_attention, interpret=True)
+kernel = functools.partial(flash_gpu.flash_attention, interpret=True)
 
 
 def draw(queries, keys, width=32, dtype=jnp.float32):
@@ -92,7 +93,7 @@ def test_padding_and_queries_without_keys_are_zero_and_reach_nobody():
 
 def test_blocks_of_other_clips_are_never_read():
   """Masked alone, a NaN of another clip would still reach the sums: 0 * NaN."""
-  block = flash.KEPT
+  block = flash_gpu.KEPT
   segments = np.tile(ids((block, block, block), 3 * block), (2, 1))
   other = (segments == 2)[..., None, None]
   qkv, dout = draw(segments, segments)
@@ -106,10 +107,10 @@ def test_blocks_of_other_clips_are_never_read():
 
 def test_ranges():
   """Padding visits nothing, and is not visited."""
-  block = flash.KEPT
+  block = flash_gpu.KEPT
   queries = np.stack([np.repeat([1, 2, -1], block), np.repeat([1, 1, 3], block)])
   keys = np.array([[1] * 128 + [2] * 64 + [-2] * 64, [-2] * 64 + [3] * 128 + [-2] * 64])
-  first, last = flash.ranges(jnp.asarray(queries), jnp.asarray(keys))
+  first, last = flash_gpu.ranges(jnp.asarray(queries), jnp.asarray(keys))
   visits = [[set(range(*x)) for x in zip(*row, strict=True)]
             for row in zip(first.tolist(), last.tolist(), strict=True)]  # fmt: skip
   assert visits == [[{0, 1}, {2}, set()], [set(), set(), {1, 2}]]
@@ -128,8 +129,8 @@ def test_the_parts_of_a_ring():
     of_all = jnp.logaddexp(lse, 3.0)
     return out, lse, form.backward(*inputs, out, of_all, dout, **options)
 
-  out, lse, found = run(flash, (("interpret", True),))
-  other, other_lse, expected = run(chunked, ())
+  out, lse, found = run(flash_gpu, (("interpret", True),))
+  other, other_lse, expected = run(blockwise, ())
   meet = seen(CLIPS, CAPTIONS)[..., 0, 0]
   np.testing.assert_allclose(out[meet], other[meet], atol=1e-5)
   np.testing.assert_allclose(lse[meet], other_lse[meet], atol=1e-5)
@@ -142,7 +143,7 @@ def test_the_parts_of_a_ring():
 
 def test_gpus_use_them_and_else_chunks(monkeypatch):
   monkeypatch.setattr(attention.partition, "platform", lambda: "gpu")
-  monkeypatch.setattr(flash, "flash_attention", kernel)
+  monkeypatch.setattr(flash_gpu, "flash_attention", kernel)
   qkv, _ = draw(CLIPS, CAPTIONS)
   inputs = (*(x[:1] for x in qkv), CLIPS[:1], CAPTIONS[:1])
 
@@ -154,7 +155,7 @@ def test_gpus_use_them_and_else_chunks(monkeypatch):
 
   assert not packed()  # this machine has no GPU, and these are float32
   assert attention.form(32, jnp.float32)[0] == "chunked"
-  monkeypatch.setattr(flash, "refusal", lambda *_: None)
+  monkeypatch.setattr(flash_gpu, "refusal", lambda *_: None)
   assert packed() and attention.form(32, jnp.float32) == ("flash", "")
 
 
@@ -169,7 +170,7 @@ def test_gpus_use_them_and_else_chunks(monkeypatch):
 )
 def test_refusals(kind, width, dtype, refused, monkeypatch):
   monkeypatch.setattr(partition, "device_kind", lambda: kind)
-  reason = flash.refusal(width, dtype)
+  reason = flash_gpu.refusal(width, dtype)
   assert reason is None if refused is None else refused in reason
 
 
@@ -178,7 +179,7 @@ def test_they_lower_for_gpus_and_what_they_keep_is_named():
   qkv, _ = draw(CLIPS, CAPTIONS, 72, jnp.bfloat16)
 
   def loss(*qkv):
-    out = flash.flash_attention(*qkv, CLIPS, CAPTIONS)
+    out = flash_gpu.flash_attention(*qkv, CLIPS, CAPTIONS)
     return jnp.sum(out.astype(jnp.float32) ** 2)
 
   traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*qkv)

@@ -16,9 +16,10 @@ from golden import make_losses
 from golden.make_losses import FAST_COMPILE
 from jax.sharding import PartitionSpec as P
 
-from sora_jax import finetune, lora, optim, train
+from sora_jax import finetune, optim, train
 from sora_jax import recipe as recipes
 from sora_jax.data import video
+from sora_jax.models import lora
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import dit as dit_task
 

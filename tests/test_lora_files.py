@@ -9,7 +9,7 @@ import pytest
 import test_wan_dit
 from golden.make_losses import FAST_COMPILE
 
-from sora_jax import lora
+from sora_jax.models import lora
 from sora_jax.models.dit import DiT
 from sora_jax.weights import files
 from sora_jax.weights import lora as lora_files

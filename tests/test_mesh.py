@@ -17,8 +17,8 @@ from golden.make_losses import FAST_COMPILE
 
 from sora_jax import train
 from sora_jax.models import attention, partition
+from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
-from sora_jax.models.text import TextEncoderConfig
 from sora_jax.runtime import sharding
 from sora_jax.tasks import dit as dit_task
 

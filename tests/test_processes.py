@@ -11,8 +11,8 @@ from golden.make_losses import FAST_COMPILE
 
 from sora_jax import denoiser
 from sora_jax.diffusion import noise_process, solvers
+from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
-from sora_jax.models.text import TextEncoderConfig
 from sora_jax.tasks import dit as dit_task
 
 MODEL = DiTConfig(

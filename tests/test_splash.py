@@ -9,7 +9,8 @@ import pytest
 from golden.make_losses import FAST_COMPILE
 from jax.experimental.pallas import tpu as pltpu
 
-from sora_jax.models import attention, chunked, splash
+from sora_jax.models import attention
+from sora_jax.models.attention import blockwise, splash_tpu
 
 fast_jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
 BLOCK, LENGTH, WIDTH = 128, 384, 128
@@ -34,12 +35,12 @@ SCALE = WIDTH**-0.5  # of queries, which the kernel wants done
 
 
 def kernel(q, *others):
-  return splash.splash_attention(q * SCALE, *others, *INTERPRET.values())
+  return splash_tpu.splash_attention(q * SCALE, *others, *INTERPRET.values())
 
 
 @pytest.fixture(autouse=True)
 def blocks(monkeypatch):
-  monkeypatch.setattr(splash, "BLOCK", BLOCK)
+  monkeypatch.setattr(splash_tpu, "BLOCK", BLOCK)
 
 
 def draw(keys, dtype=jnp.float32):
@@ -106,13 +107,13 @@ def test_the_parts_of_a_ring(keys):
 
   class Splash:
     def forward(q, *others):
-      return splash.forward(q * SCALE, *others, **INTERPRET)
+      return splash_tpu.forward(q * SCALE, *others, **INTERPRET)
 
     def backward(q, *others):
-      dq, *gradients = splash.backward(q * SCALE, *others, **INTERPRET)
+      dq, *gradients = splash_tpu.backward(q * SCALE, *others, **INTERPRET)
       return dq * SCALE, *gradients
 
-  (out, lse, found), (other, other_lse, expected) = run(Splash), run(chunked)
+  (out, lse, found), (other, other_lse, expected) = run(Splash), run(blockwise)
   meet = np.stack([np.isin(q, k) for q, k in zip(QUERIES, keys, strict=True)])
   meet, alone = meet & (QUERIES > 0), ~meet & (QUERIES > 0)
   assert meet.any() and alone.any()
@@ -135,8 +136,8 @@ def test_rows_are_filled_up_to_blocks(monkeypatch):
     (184_320, 184_320, 1024),
     (102_401, 103_424, 1024),
   ):
-    assert splash.whole_blocks(length) == (filled, block)
-    assert splash.whole_blocks(filled) == (filled, block)
+    assert splash_tpu.whole_blocks(length) == (filled, block)
+    assert splash_tpu.whole_blocks(filled) == (filled, block)
   row = jax.ShapeDtypeStruct((1, 300_000, 1, WIDTH), jnp.bfloat16)
   segments = jax.ShapeDtypeStruct((1, 300_000), jnp.int32)
   with pytest.raises(ValueError, match="300032 to 300032 tokens .*context must be"):

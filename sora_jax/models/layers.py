@@ -11,8 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from sora_jax import lora
-from sora_jax.models import partition
+from sora_jax.models import lora, partition
 
 
 class RMSNorm(nn.Module):

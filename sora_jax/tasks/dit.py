@@ -9,9 +9,9 @@ from jax.sharding import PartitionSpec as P
 
 from sora_jax.diffusion import noise_process
 from sora_jax.models import dit
+from sora_jax.models.caption_encoder import TextEncoder, TextEncoderConfig
 from sora_jax.models.dit import DiT, DiTConfig, Reuse
 from sora_jax.models.partition import PARAMS
-from sora_jax.models.text import TextEncoder, TextEncoderConfig
 from sora_jax.tasks import Task
 
 

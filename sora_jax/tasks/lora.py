@@ -2,7 +2,7 @@
 
 import jax
 
-from sora_jax import lora
+from sora_jax.models import lora
 from sora_jax.tasks import Task
 
 

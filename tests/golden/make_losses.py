@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from sora_jax import train
+from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
-from sora_jax.models.text import TextEncoderConfig
 from sora_jax.models.vae import VAEConfig
 from sora_jax.runtime import sharding
 from sora_jax.tasks import dit as dit_task

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sora_jax.models import passes
-from sora_jax.models.chunked import MASKED
+from sora_jax.models.attention import custom_vjp
+from sora_jax.models.attention.blockwise import MASKED
 
 
 def attention_by_head(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS) -> Array:
   """`attention` of one head at a time."""
-  attend = passes.differentiable(_forward, _backward)
+  attend = custom_vjp.differentiable(_forward, _backward)
   return attend(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
 
 

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from sora_jax.models import partition, passes
+from sora_jax.models import partition
+from sora_jax.models.attention import custom_vjp
 
 # Tokens that a program keeps, and those that it visits at a time. Not tuned: they are
 # what fits registers and shared memory of the GPUs below, without spilling.
@@ -66,7 +67,7 @@ def flash_attention(
     q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS: as for `attention`.
     interpret: run without a GPU, for tests.
   """
-  attend = passes.differentiable(
+  attend = custom_vjp.differentiable(
     functools.partial(forward, interpret=interpret),
     functools.partial(backward, interpret=interpret),
   )

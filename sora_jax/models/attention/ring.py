@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sora_jax.models import passes
+from sora_jax.models.attention import custom_vjp
 
 
 class Ring(NamedTuple):
@@ -41,7 +41,7 @@ def ring_attention(
   q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, ring: Ring
 ) -> Array:
   """`attention` of local queries to the keys of all chips of the ring."""
-  attend = passes.differentiable(
+  attend = custom_vjp.differentiable(
     functools.partial(_forward, ring), functools.partial(_backward, ring)
   )
   return attend(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)

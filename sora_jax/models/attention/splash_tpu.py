@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sora_jax.models import passes, splash_backward
-from sora_jax.models.splash_backward import LANES, MASKED
+from sora_jax.models.attention import custom_vjp, splash_tpu_backward
+from sora_jax.models.attention.splash_tpu_backward import LANES, MASKED
 
 # Queries, and keys, that the kernel takes at once: few waste little where a block holds
 # the end of a clip and the start of the next. The list of pairs of blocks has to fit
@@ -41,7 +41,7 @@ def splash_attention(
   Raises:
     ValueError: for rows that are too long for one chip.
   """
-  attend = passes.differentiable(
+  attend = custom_vjp.differentiable(
     functools.partial(forward, interpret=interpret),
     functools.partial(backward, interpret=interpret),
     functools.partial(_forward, interpret=interpret, keep=False),
@@ -103,11 +103,11 @@ def backward(
   def one_row(q_NLK, k_NSK, v_NSK, segments_L, segments_S, out_NLK, lse_NL, dout_NLK):
     config = _sizes(segments_L, segments_S, interpret)
     active = active_blocks(segments_S, segments_L, config.block_kv, config.block_q)
-    return splash_backward.gradients(
+    return splash_tpu_backward.gradients(
       *(q_NLK, k_NSK, v_NSK, segments_L, segments_S, lse_NL / math.log(2.0), dout_NLK),
       delta_NL=jnp.einsum("nlk,nlk->nl", out_NLK.astype(jnp.float32), dout_NLK),
       active=active,
-      visits=_visits(active, splash_backward.first_visits(active)),
+      visits=_visits(active, splash_tpu_backward.first_visits(active)),
       config=config,
       kernel=_kernel(),
     )
@@ -195,7 +195,7 @@ def _kernel():
 def _visits(active, first=False):
   """The kernel's list of blocks to visit, row by row; only its first n count.
 
-  first: as of `splash_backward.first_visits`.
+  first: as of `splash_tpu_backward.first_visits`.
   """
   from tokamax._src.ops.experimental.tpu.splash_attention import (
     splash_attention_mask_info as mask_info,
@@ -205,12 +205,12 @@ def _visits(active, first=False):
   visits = jnp.argwhere(active, size=active.size, fill_value=-1).astype(jnp.int32)
   real = jnp.arange(active.size) < count
   first = jnp.broadcast_to(first, active.shape)[tuple(visits.T)]
-  kind = jnp.where(first, splash_backward.FIRST, splash_backward.PAIR)
+  kind = jnp.where(first, splash_tpu_backward.FIRST, splash_tpu_backward.PAIR)
   return mask_info.MaskInfo(
     mask_next=None,
     active_rows=visits[:, 0],
     active_cols=visits[:, 1],
-    block_mask=jnp.where(real, kind, splash_backward.NONE).astype(jnp.int8),
+    block_mask=jnp.where(real, kind, splash_tpu_backward.NONE).astype(jnp.int8),
     num_active_blocks=count,
     partial_mask_blocks=None,
     q_sequence=None,

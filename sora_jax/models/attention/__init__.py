@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from sora_jax.models import by_head, chunked, flash, partition, splash
-from sora_jax.models.ring import Ring, ring_attention
+from sora_jax.models import partition
+from sora_jax.models.attention import blockwise, flash_gpu, per_head, splash_tpu
+from sora_jax.models.attention.ring import Ring, ring_attention
 
 # Bytes of keys and values that a chip may gather; more of them go around a ring.
 GATHERED = 2**30
@@ -96,7 +97,7 @@ def _sharded(q, k, v, segments_q, segments_k, *, ulysses: int, others: int):
     k, v, segments_k = (_gather(x, rings, ulysses > 1) for x in (k, v, segments_k))
     out = _local(q, k, v, segments_q, segments_k)
   else:
-    parts = {"splash": splash, "flash": flash}.get(_form_of(q), chunked)
+    parts = {"splash": splash_tpu, "flash": flash_gpu}.get(_form_of(q), blockwise)
     ring = Ring("context", others, ulysses, parts.forward, parts.backward)
     out = ring_attention(q, k, v, segments_q, segments_k, ring)
   if ulysses > 1:
@@ -133,17 +134,17 @@ def form(width: int, dtype) -> tuple[str, str]:
   platform = partition.platform()
   if platform != "gpu":
     return {"tpu": "splash", "cpu": "by_head"}.get(platform, "chunked"), ""
-  refusal = flash.refusal(width, dtype)
+  refusal = flash_gpu.refusal(width, dtype)
   return ("chunked", refusal) if refusal else ("flash", "")
 
 
 def _local(*inputs):
   """Attention on one chip."""
   forms = {
-    "splash": splash.splash_attention,
-    "flash": flash.flash_attention,
-    "by_head": by_head.attention_by_head,
-    "chunked": chunked.chunked_attention,
+    "splash": splash_tpu.splash_attention,
+    "flash": flash_gpu.flash_attention,
+    "by_head": per_head.attention_by_head,
+    "chunked": blockwise.chunked_attention,
   }
   return forms[_form_of(inputs[0])](*inputs)
 
@@ -159,6 +160,6 @@ def reference_attention(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS):
   score = jnp.einsum(
     "blnk,bsnk->bnls", q_BLNK * scale, k_BSNK, preferred_element_type=jnp.float32
   )
-  score = jnp.where(mask_BLS[:, None], score, chunked.MASKED)
+  score = jnp.where(mask_BLS[:, None], score, blockwise.MASKED)
   weight = jax.nn.softmax(score, axis=-1).astype(v_BSNK.dtype)
   return jnp.einsum("bnls,bsnk->blnk", weight, v_BSNK)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sora_jax.models import passes
+from sora_jax.models.attention import custom_vjp
 
 BLOCK = 512
 # A score: finite, so that a row whose keys are all masked gives a mean, not NaN.
@@ -22,7 +22,7 @@ def chunked_attention(
   q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, block: int = BLOCK
 ) -> Array:
   """`attention` of at most block x block scores at a time."""
-  attend = passes.differentiable(
+  attend = custom_vjp.differentiable(
     functools.partial(forward, block=block), functools.partial(backward, block=block)
   )
   return attend(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
