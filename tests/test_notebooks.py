@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sora_jax.data import embed
+from sora_jax.data import html
 
 FOLDER = tiny.ROOT / "notebooks"
 NAMES = ("packing", "sampling", "training")
@@ -172,7 +172,7 @@ assert [len(video) for video in videos.values()] == [17, 1]
 def test_html_holds_the_videos(tmp_path):
   frames = np.zeros((9, 32, 48, 3), np.uint8)
   frames[:, :, :24] = 200
-  text = embed.videos_html({"a < b": frames, "one": frames[:1]}, fps=8.0)
+  text = html.videos_html({"a < b": frames, "one": frames[:1]}, fps=8.0)
   assert "<figcaption>a &lt; b</figcaption>" in text
   (data,) = re.findall('src="data:video/mp4;base64,([^"]+)"', text)
   path = tmp_path / "x.mp4"
