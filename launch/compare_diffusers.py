@@ -40,7 +40,7 @@ from sora_jax.models.vae import VAE  # noqa: E402
 from sora_jax.packing import patches  # noqa: E402
 from sora_jax.weights import dit as dit_names  # noqa: E402
 from sora_jax.weights import vae as vae_names  # noqa: E402
-from sora_jax.weights.entries import assemble  # noqa: E402
+from sora_jax.weights.mapping import assemble  # noqa: E402
 
 ONLY = flags.DEFINE_enum("only", None, ["dit", "vae"], "Compare one of them.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns that each side takes.", 1)

@@ -22,7 +22,7 @@ import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
 from sora_jax import import_weights  # noqa: E402
-from sora_jax.weights import files, published  # noqa: E402
+from sora_jax.weights import hf_config, safetensors_io  # noqa: E402
 
 PRESET = flags.DEFINE_string("preset", "wan2.1-t2v-1.3b", "Sizes of the model.")
 FOLDER = flags.DEFINE_string("folder", None, "For the files; emptied by you.")
@@ -31,18 +31,20 @@ flags.mark_flag_as_required("folder")
 _STEMS = {"text": "model"}
 
 
-def make(folder: pathlib.Path, model: published.Published) -> int:
+def make(folder: pathlib.Path, model: hf_config.Published) -> int:
   """Writes random tensors and config.json; the bytes of the tensors."""
   rng = np.random.default_rng(0)
-  plans = [files.Plan(e.name, e.shape, np.dtype(np.float32)) for e in model.entries()]
+  plans = [
+    safetensors_io.Plan(e.name, e.shape, np.dtype(np.float32)) for e in model.entries()
+  ]
 
   def values():
     for plan in plans:
       yield rng.standard_normal(plan.shape, np.float32) * np.float32(0.02)
 
   stem = _STEMS.get(model.network, "diffusion_pytorch_model")
-  files.write(folder, stem, plans, values())
-  (folder / "config.json").write_text(json.dumps(published.to_json(model)))
+  safetensors_io.write(folder, stem, plans, values())
+  (folder / "config.json").write_text(json.dumps(hf_config.to_json(model)))
   return sum(plan.nbytes for plan in plans)
 
 
@@ -66,7 +68,7 @@ def main(_):
     return
   if out.exists() or source.exists():
     raise ValueError(f"{folder} has an earlier run's files; delete them")
-  size = make(source, published.preset(PRESET.value, "diffusers")) / 2**20
+  size = make(source, hf_config.preset(PRESET.value, "diffusers")) / 2**20
   child = subprocess.run(
     [sys.executable, __file__, *sys.argv[1:], "--child"],
     check=True,

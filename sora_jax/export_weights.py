@@ -22,8 +22,8 @@ from sora_jax.models.dit import DiTConfig
 from sora_jax.models.t5 import T5Config
 from sora_jax.models.vae_config import VAEConfig
 from sora_jax.runtime import checkpoint, sharding
-from sora_jax.weights import entries, files
-from sora_jax.weights.published import Published, to_json
+from sora_jax.weights import mapping, safetensors_io
+from sora_jax.weights.hf_config import Published, to_json
 
 # Network -> folder and stem of its files, and our config.
 _PLACES = {
@@ -89,12 +89,12 @@ def _open(name, folder):
     sharding.path_name(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
-  parts = entries.by_leaf(published.entries())
-  wanted = {path: entries.leaf_shape(part) for path, part in parts.items()}
+  parts = mapping.by_leaf(published.entries())
+  wanted = {path: mapping.leaf_shape(part) for path, part in parts.items()}
   have = {path: leaf.shape for path, leaf in leaves.items()}
   if wrong := [p for p in sorted(wanted | have) if wanted.get(p) != have.get(p)]:
     lines = [f"{p} has {have.get(p)} instead of {wanted.get(p)}" for p in wrong]
-    raise ValueError(f"{folder}: params do not fit: {files.listed(lines)}")
+    raise ValueError(f"{folder}: params do not fit: {safetensors_io.listed(lines)}")
   return published, leaves
 
 
@@ -113,7 +113,7 @@ def _check(name, folder, meta):
 
 def _write(out, name, published, leaves, dtype, shard_bytes):
   place, stem, _ = _PLACES[name]
-  parts = entries.by_leaf(published.entries())
+  parts = mapping.by_leaf(published.entries())
 
   def dtype_of(path):
     return DTYPES[dtype] if dtype else np.dtype(leaves[path].dtype)
@@ -126,11 +126,11 @@ def _write(out, name, published, leaves, dtype, shard_bytes):
         yield entry.save(value).astype(dtype_of(path), copy=False)
 
   planned = [
-    files.Plan(entry.name, entry.shape, dtype_of(path))
+    safetensors_io.Plan(entry.name, entry.shape, dtype_of(path))
     for path, part in parts.items()
     for entry in part
   ]
-  made = files.write(out / place, stem, planned, values(), shard_bytes)
+  made = safetensors_io.write(out / place, stem, planned, values(), shard_bytes)
   names = {str(tensor.dtype) for tensor in planned}
   config = to_json(published, names.pop() if len(names) == 1 else "float32")
   _write_json(out / place / "config.json", config)

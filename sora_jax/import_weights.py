@@ -21,10 +21,10 @@ from sora_jax import stages
 from sora_jax.data.tokenizer import Tokenizer
 from sora_jax.runtime import checkpoint
 from sora_jax.runtime.lazy_arrays import Streamed
-from sora_jax.weights import entries, files, folders
+from sora_jax.weights import discover, mapping, safetensors_io
 
 NETWORKS = ("vae", "text", "dit")
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": files.DTYPES["BF16"]}
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": safetensors_io.DTYPES["BF16"]}
 _TEXT_TOKENS = 512  # that Wan pads each caption to
 # Of a packed row: captions of some clips, and tokens that sampling doubles until the
 # longest clip fits. 8 x 4096 holds Wan's 81 frames of 832x480, which are 32760.
@@ -44,7 +44,7 @@ def run(
   """Imports the networks of a folder.
 
   Args:
-    source: the folder, see `folders.find`.
+    source: the folder, see `discover.find`.
     out: folder of the checkpoint; imported models of these networks are replaced.
     presets: sizes of networks without a config.json.
     networks: only these of NETWORKS; all if empty.
@@ -54,11 +54,11 @@ def run(
       for the 48 latent channels of Wan 2.2, else 16.
 
   Raises:
-    ValueError: before anything is written: see `folders.find`; if the networks do not
+    ValueError: before anything is written: see `discover.find`; if the networks do not
       fit each other; if out is the folder of a training run.
   """
   out = pathlib.Path(out).absolute()
-  components = folders.find(source, presets, networks)
+  components = discover.find(source, presets, networks)
   for component in components:
     _check(component, out)
   _check_fit(components, out)
@@ -118,7 +118,7 @@ def _meta_of(out, name) -> dict:
 def _params(component, dtype) -> dict:
   """Params whose leaves read their tensors when they are written."""
   params = {}
-  for path, parts in entries.by_leaf(component.published.entries()).items():
+  for path, parts in mapping.by_leaf(component.published.entries()).items():
     # The DiT's params are as its task has them.
     prefix = ["dit"] if component.published.network == "dit" else []
     *outer, last = prefix + path.split("/")
@@ -130,14 +130,14 @@ def _params(component, dtype) -> dict:
 
 
 def _leaf(parts, tensors, dtype) -> Streamed:
-  shape, layered = entries.leaf_shape(parts), parts[0].layer is not None
+  shape, layered = mapping.leaf_shape(parts), parts[0].layer is not None
   if dtype is None:
     dtypes = [tensors[entry.name].dtype for entry in parts]
     dtype = np.dtype(jax.numpy.result_type(*dtypes))
 
   def blocks():
     for entry in parts:
-      value = entry.load(files.read(tensors[entry.name]))
+      value = entry.load(safetensors_io.read(tensors[entry.name]))
       value = np.ascontiguousarray(value.astype(dtype, copy=False))
       yield value[None] if layered else value
 

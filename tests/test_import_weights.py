@@ -25,7 +25,7 @@ from sora_jax.models.t5 import T5Config
 from sora_jax.models.vae_config import VAEConfig
 from sora_jax.runtime import checkpoint, lazy_arrays, sharding
 from sora_jax.tasks import dit as dit_task
-from sora_jax.weights import entries, files, folders, published
+from sora_jax.weights import discover, hf_config, mapping, safetensors_io
 
 VAE = VAEConfig(
   width=4,
@@ -70,7 +70,7 @@ def fast_compile():
 
 def model_of(network, layout="diffusers"):
   stats = STATS if network == "vae" else None
-  return published.Published(network, layout, CONFIGS[network], stats)
+  return hf_config.Published(network, layout, CONFIGS[network], stats)
 
 
 def tensors_of(network, layout="diffusers"):
@@ -85,13 +85,13 @@ def tensors_of(network, layout="diffusers"):
 
 def params_of(network):
   tensors = tensors_of(network)
-  params = entries.assemble(model_of(network).entries(), tensors.__getitem__)
+  params = mapping.assemble(model_of(network).entries(), tensors.__getitem__)
   return {"dit": params} if network == "dit" else params
 
 
 def write_component(folder, network):
   folder.mkdir(parents=True)
-  config, tensors = published.to_json(model_of(network)), tensors_of(network)
+  config, tensors = hf_config.to_json(model_of(network)), tensors_of(network)
   (folder / "config.json").write_text(json.dumps(config))
   stem = STEMS[network]
   if network != "dit":
@@ -197,9 +197,9 @@ def test_samples_from_an_imported_checkpoint(imported):
 
 def test_original_release(imported, tmp_path, monkeypatch):
   """Wan's own names, a file for each network, sizes from the files' names."""
-  monkeypatch.setitem(published.PRESETS["vae"], "wan2.1", VAE)
-  monkeypatch.setitem(published.PRESETS["text"], "umt5-xxl", TEXT)
-  monkeypatch.setitem(published.vae_model.LATENT_STATS, "wan2.1", STATS)
+  monkeypatch.setitem(hf_config.PRESETS["vae"], "wan2.1", VAE)
+  monkeypatch.setitem(hf_config.PRESETS["text"], "umt5-xxl", TEXT)
+  monkeypatch.setitem(hf_config.vae_model.LATENT_STATS, "wan2.1", STATS)
   source = tmp_path / "Wan2.1-T2V-1.3B"
   source.mkdir()
   for network, stem in (
@@ -234,7 +234,7 @@ def test_original_release(imported, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
 def test_sizes_from_a_preset(tmp_path, monkeypatch, layout):
-  monkeypatch.setitem(published.PRESETS["dit"], "S", DIT)
+  monkeypatch.setitem(hf_config.PRESETS["dit"], "S", DIT)
   source, out = tmp_path / "source", tmp_path / "out"
   source.mkdir()
   save_file(tensors_of("dit", layout), source / f"{STEMS['dit']}.safetensors")
@@ -310,10 +310,12 @@ def test_a_block_at_a_time(tmp_path, monkeypatch):
 
 def test_params_of_published_sizes_are_read_by_layer():
   """Of the 14B, which is 57 GB, no block is more than a layer of one leaf."""
-  model = published.preset("wan2.1-t2v-14b", "diffusers")
+  model = hf_config.preset("wan2.1-t2v-14b", "diffusers")
   shapes = {e.name: e.shape for e in model.entries()}
-  tensors = {n: files.Tensor(None, 0, s, np.dtype("f4")) for n, s in shapes.items()}
-  component = folders.Component(model, None, tensors)
+  tensors = {
+    n: safetensors_io.Tensor(None, 0, s, np.dtype("f4")) for n, s in shapes.items()
+  }
+  component = discover.Component(model, None, tensors)
   leaves = jax.tree.leaves(import_weights._params(component, np.dtype("f4")))
   assert sum(leaf.nbytes for leaf in leaves) == 4 * 14_288_491_584
   # That of time_projection, which no other layer has.
@@ -346,7 +348,7 @@ def test_round_trip_is_bit_identical(pipeline, exported, network):
   assert_same(made, tensors_of(network), strict=True)
   config = json.loads((folder / "config.json").read_text())
   dtype = "bfloat16" if network == "text" else "float32"
-  assert config == published.to_json(model_of(network), dtype)
+  assert config == hf_config.to_json(model_of(network), dtype)
   index = folder / f"{STEMS[network]}.safetensors.index.json"
   names = json.loads(index.read_text())["weight_map"]
   assert set(names) == set(made) and set(names.values()) == {p.name for p in shards}
@@ -497,9 +499,9 @@ def test_networks_that_do_not_fit(source, tmp_path):
   path = source / "vae"
   shutil.rmtree(path)
   other = dataclasses.replace(VAE, latent_channels=8)
-  model = published.Published("vae", "diffusers", other, (STATS[0] * 2, STATS[1] * 2))
+  model = hf_config.Published("vae", "diffusers", other, (STATS[0] * 2, STATS[1] * 2))
   path.mkdir()
-  (path / "config.json").write_text(json.dumps(published.to_json(model)))
+  (path / "config.json").write_text(json.dumps(hf_config.to_json(model)))
   tensors = {e.name: np.zeros(e.shape, np.float32) for e in model.entries()}
   save_file(tensors, source / VAE_FILE)
   fails(source, tmp_path, "vae's latent_channels 8 is not the dit's channels 4")

@@ -11,20 +11,22 @@ from golden.make_losses import FAST_COMPILE
 
 from sora_jax.models import lora
 from sora_jax.models.dit import DiT
-from sora_jax.weights import files
 from sora_jax.weights import lora as lora_files
+from sora_jax.weights import safetensors_io
 
 GOLDEN = test_wan_dit.GOLDEN / "wan_lora.safetensors"
 IMAGE = test_wan_dit.CONFIGS["2.1"]
 
 
 def read_file(path):
-  return {name: files.read(t) for name, t in files.read_header(path).items()}
+  return {
+    name: safetensors_io.read(t) for name, t in safetensors_io.read_header(path).items()
+  }
 
 
 def write_file(path, tensors, metadata=None):
-  planned = [files.Plan(name, x.shape, x.dtype) for name, x in tensors.items()]
-  files.write_file(path, planned, iter(tensors.values()), metadata)
+  planned = [safetensors_io.Plan(name, x.shape, x.dtype) for name, x in tensors.items()]
+  safetensors_io.write_file(path, planned, iter(tensors.values()), metadata)
   return path
 
 
@@ -68,7 +70,8 @@ def test_our_file_is_that_of_diffusers(tmp_path):
   for name, value in ours.items():
     np.testing.assert_allclose(value, theirs[name], rtol=1e-6, err_msg=name)
   settings, wanted = (
-    json.loads(files.read_metadata(p)["lora_adapter_metadata"]) for p in (path, GOLDEN)
+    json.loads(safetensors_io.read_metadata(p)["lora_adapter_metadata"])
+    for p in (path, GOLDEN)
   )
   for key in ("r", "lora_alpha", "target_modules"):
     value, other = settings[f"transformer.{key}"], wanted[f"transformer.{key}"]

@@ -3,7 +3,7 @@
 import pytest
 
 from sora_jax.models.vae_config import LATENT_STATS
-from sora_jax.weights import published
+from sora_jax.weights import hf_config
 
 WAN_DIFFUSERS = {
   "_class_name": "WanTransformer3DModel",
@@ -113,7 +113,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_published_configs_are_our_presets(name):
   config, layout = CASES[name]
-  assert published.from_json(config, name) == published.preset(name, layout)
+  assert hf_config.from_json(config, name) == hf_config.preset(name, layout)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +121,9 @@ def test_published_configs_are_our_presets(name):
   ["wan2.1-t2v-14b", "wan2.2-ti2v-5b", "wan2.1", "wan2.2", "umt5-xxl", "t5-v1.1-small"],
 )
 def test_to_json_and_back(name):
-  model = published.preset(name, "diffusers")
-  config = published.to_json(model, "bfloat16")
-  assert published.from_json(config, name) == model
+  model = hf_config.preset(name, "diffusers")
+  config = hf_config.to_json(model, "bfloat16")
+  assert hf_config.from_json(config, name) == model
   if model.network == "text":
     assert config["torch_dtype"] == "bfloat16"
 
@@ -150,16 +150,16 @@ def test_to_json_and_back(name):
 )
 def test_what_our_networks_cannot_express(config, changes, message):
   with pytest.raises(ValueError, match=message):
-    published.from_json({**config, **changes}, "x.json")
+    hf_config.from_json({**config, **changes}, "x.json")
 
 
 @pytest.mark.parametrize("key", ["num_layers", "text_dim"])
 def test_missing_keys(key):
   config = {k: v for k, v in WAN_DIFFUSERS.items() if k != key}
   with pytest.raises(ValueError, match=f"x.json: {key} is missing"):
-    published.from_json(config, "x.json")
+    hf_config.from_json(config, "x.json")
 
 
 def test_unknown_preset():
   with pytest.raises(ValueError, match="no preset 'wan3'; there are wan2.1, wan2.2, S"):
-    published.preset("wan3", "original")
+    hf_config.preset("wan3", "original")

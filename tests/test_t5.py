@@ -13,7 +13,7 @@ from golden.random_weights import random_tensor
 
 from sora_jax.models.t5 import PRESETS, T5Config, T5Encoder
 from sora_jax.weights import text as names
-from sora_jax.weights.entries import assemble, by_leaf, leaf_shape
+from sora_jax.weights.mapping import assemble, by_leaf, leaf_shape
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SMALL = T5Config(vocab_size=120, width=24, depth=3, heads=4, head_dim=10, mlp_width=40)

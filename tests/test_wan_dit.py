@@ -13,7 +13,7 @@ from golden.random_weights import random_tensor
 from sora_jax.models.dit import PRESETS, DiT, DiTConfig
 from sora_jax.packing import patches
 from sora_jax.weights import dit as names
-from sora_jax.weights.entries import assemble, by_leaf, leaf_shape
+from sora_jax.weights.mapping import assemble, by_leaf, leaf_shape
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SMALL = DiTConfig(text_width=24, frequency_width=32, remat="full")

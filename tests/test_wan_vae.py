@@ -14,7 +14,7 @@ from golden.random_weights import random_tensor
 
 from sora_jax.models.vae import LATENT_STATS, PRESETS, VAE, VAEConfig
 from sora_jax.weights import vae as names
-from sora_jax.weights.entries import assemble, by_leaf, leaf_shape
+from sora_jax.weights.mapping import assemble, by_leaf, leaf_shape
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CONFIGS = {

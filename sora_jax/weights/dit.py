@@ -1,7 +1,7 @@
 """Names of Wan's transformer (arXiv:2503.20314), in its own and diffusers' files."""
 
 from sora_jax.models.dit import DiTConfig
-from sora_jax.weights.entries import Entry, linear, plain
+from sora_jax.weights.mapping import Entry, linear, plain
 
 LAYOUTS = ("diffusers", "original")
 

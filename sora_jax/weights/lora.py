@@ -14,8 +14,8 @@ import re
 import numpy as np
 
 from sora_jax.models.dit import DiTConfig
-from sora_jax.weights import dit, files
-from sora_jax.weights.entries import Entry
+from sora_jax.weights import dit, safetensors_io
+from sora_jax.weights.mapping import Entry
 
 _METADATA = "lora_adapter_metadata"
 _NAME = re.compile(
@@ -50,13 +50,13 @@ def write(path, adapters: dict, config: DiTConfig, alpha: float) -> None:
     for kind, part, value in zip(("A", "B"), _parts(entry, rank), pair, strict=True):
       value = part.save(value if entry.layer is None else value[entry.layer])
       tensor = f"transformer.{name}.lora_{kind}.weight"
-      planned.append(files.Plan(tensor, value.shape, value.dtype))
+      planned.append(safetensors_io.Plan(tensor, value.shape, value.dtype))
       values.append(value)
   settings = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(targets)}
   settings = {f"transformer.{key}": value for key, value in settings.items()}
   text = json.dumps(settings, indent=2, sort_keys=True)
   path.parent.mkdir(parents=True, exist_ok=True)
-  files.write_file(path, planned, iter(values), {_METADATA: text})
+  safetensors_io.write_file(path, planned, iter(values), {_METADATA: text})
 
 
 def read(path, config: DiTConfig) -> dict:
@@ -65,17 +65,20 @@ def read(path, config: DiTConfig) -> dict:
   Layers of a scanned kernel that the file leaves out are zero, lower ranks are padded.
 
   Raises:
-    ValueError: for a file that is not read (see `files.read_header`), or with tensors
-      that are no adapters of this model, or half of one; names them.
+    ValueError: for a file that is not read (see `safetensors_io.read_header`), or with
+      tensors that are no adapters of this model, or half of one; names them.
   """
   path = pathlib.Path(path)
   if not path.is_file():
     raise ValueError(f"{path}: no such adapter file")
-  pairs, alphas = _collect(path, files.read_header(path), config)
+  pairs, alphas = _collect(path, safetensors_io.read_header(path), config)
   default = _alpha(path)
   found = {}
   for (entry, name), pair in pairs.items():
-    a, b = (files.read(pair[kind]).astype(np.float32) for kind in ("lora_A", "lora_B"))
+    a, b = (
+      safetensors_io.read(pair[kind]).astype(np.float32)
+      for kind in ("lora_A", "lora_B")
+    )
     rank = len(a)
     parts = _parts(entry, rank)
     for part, value in zip(parts, (a, b), strict=True):
@@ -138,24 +141,25 @@ def _collect(path, tensors, config):
     if module not in kernels:
       unknown.append(name)
     elif match["scaled"]:
-      alphas[module] = float(files.read(tensor).reshape(-1)[0])
+      alphas[module] = float(safetensors_io.read(tensor).reshape(-1)[0])
     else:
       kind = _KINDS.get(match["kind"], match["kind"])
       pairs.setdefault((kernels[module], module), {})[kind] = tensor
   if unknown:
     raise ValueError(
-      f"{path}: tensors that are no adapters of this model: {files.listed(unknown)}"
+      f"{path}: tensors that are no adapters of this model: "
+      f"{safetensors_io.listed(unknown)}"
     )
   halves = [name for (_, name), pair in pairs.items() if len(pair) < 2]
   if halves or not pairs:
-    what = files.listed(halves) or "all layers"
+    what = safetensors_io.listed(halves) or "all layers"
     raise ValueError(f"{path}: one of lora_A and lora_B is missing of {what}")
   return pairs, alphas
 
 
 def _alpha(path) -> float | None:
   """Of the whole file, by its metadata or adapter_config.json; None if not there."""
-  settings = json.loads(files.read_metadata(path).get(_METADATA, "{}"))
+  settings = json.loads(safetensors_io.read_metadata(path).get(_METADATA, "{}"))
   settings = {k.removeprefix("transformer."): v for k, v in settings.items()}
   beside = path.with_name("adapter_config.json")
   if not settings and beside.exists():

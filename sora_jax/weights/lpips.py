@@ -8,7 +8,7 @@ The file is made once, where torch and lpips are installed:
 import functools
 
 from sora_jax.models import lpips
-from sora_jax.weights import entries, files
+from sora_jax.weights import mapping, safetensors_io
 
 # Index of each convolution in torchvision's `vgg16().features`, by slice.
 _LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
@@ -16,18 +16,18 @@ _LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 _IGNORED = (r"lins\..*", r"scaling_layer\..*")
 
 
-def names(widths=lpips.WIDTHS) -> list[entries.Entry]:
+def names(widths=lpips.WIDTHS) -> list[mapping.Entry]:
   """Every tensor of a file, for `models.lpips.LPIPS(widths)`."""
   made, fan_in = [], 3
   for i, (width, layers) in enumerate(zip(widths, _LAYERS, strict=True)):
     for j, layer in enumerate(layers):
       name, path = f"net.slice{i + 1}.{layer}", f"vgg/conv_{i}_{j}"
       made += [
-        entries.conv(f"{name}.weight", (3, 3), fan_in, width, f"{path}/kernel"),
-        entries.plain(f"{name}.bias", (width,), f"{path}/bias"),
+        mapping.conv(f"{name}.weight", (3, 3), fan_in, width, f"{path}/kernel"),
+        mapping.plain(f"{name}.bias", (width,), f"{path}/bias"),
       ]
       fan_in = width
-    made.append(entries.plain(f"lin{i}.model.1.weight", (1, width, 1, 1), f"head_{i}"))
+    made.append(mapping.plain(f"lin{i}.model.1.weight", (1, width, 1, 1), f"head_{i}"))
   return made
 
 
@@ -39,17 +39,19 @@ def load(file, widths=lpips.WIDTHS) -> dict:
       lists the tensors that are wrong.
   """
   tensors = check(file, widths)
-  return entries.assemble(names(widths), lambda name: files.read(tensors[name]))
+  return mapping.assemble(
+    names(widths), lambda name: safetensors_io.read(tensors[name])
+  )
 
 
 @functools.cache
-def check(file, widths=lpips.WIDTHS) -> dict[str, files.Tensor]:
+def check(file, widths=lpips.WIDTHS) -> dict[str, safetensors_io.Tensor]:
   """The tensors of a file, not read yet; raises as `load`."""
   try:
-    tensors = files.read_header(file)
+    tensors = safetensors_io.read_header(file)
   except OSError as error:
     raise ValueError(f"{file}: {error.strerror or error}") from error
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
-  if wrong := entries.differences(names(widths), shapes, _IGNORED):
-    raise ValueError(f"{file} is not LPIPS on VGG16: {files.listed(wrong)}")
+  if wrong := mapping.differences(names(widths), shapes, _IGNORED):
+    raise ValueError(f"{file} is not LPIPS on VGG16: {safetensors_io.listed(wrong)}")
   return tensors

@@ -1,7 +1,7 @@
 """Names of T5's and UMT5's encoders, in transformers' and in Wan's own checkpoints."""
 
 from sora_jax.models.t5 import T5Config
-from sora_jax.weights.entries import Entry, linear, plain
+from sora_jax.weights.mapping import Entry, linear, plain
 
 LAYOUTS = ("diffusers", "original")
 # The second name of the embedding in transformers' files, and what only a decoder has.

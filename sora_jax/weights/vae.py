@@ -1,7 +1,7 @@
 """Wan's published VAE weights and our params: one entry a tensor."""
 
 from sora_jax.models.vae_config import VAEConfig
-from sora_jax.weights.entries import Entry, conv, plain
+from sora_jax.weights.mapping import Entry, conv, plain
 
 # Our name of a layer -> its name in a layout.
 _BLOCK = {

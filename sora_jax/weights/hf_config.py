@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from sora_jax.models import dit as dit_model
 from sora_jax.models import t5 as text_model
 from sora_jax.models import vae_config as vae_model
-from sora_jax.weights import dit, entries, text, vae
+from sora_jax.weights import dit, mapping, text, vae
 
 Config = vae_model.VAEConfig | dit_model.DiTConfig | text_model.T5Config
 PRESETS = {
@@ -33,7 +33,7 @@ class Published(NamedTuple):
   config: Config
   latent_stats: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
-  def entries(self) -> list[entries.Entry]:
+  def entries(self) -> list[mapping.Entry]:
     """Its tensors. ValueError if the layout cannot express the config."""
     return _ENTRIES[self.network](self.config, self.layout)
 

@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sora_jax.weights import entries, files, text
-from sora_jax.weights.published import IGNORED, Published, from_json, preset
+from sora_jax.weights import mapping, safetensors_io, text
+from sora_jax.weights.hf_config import IGNORED, Published, from_json, preset
 
 # Wan's release: a file for each network but the DiT, as .pth or converted. The dots of
 # their stems are no suffixes.
@@ -24,7 +24,7 @@ class Component(NamedTuple):
 
   published: Published
   source: pathlib.Path
-  tensors: dict[str, files.Tensor]
+  tensors: dict[str, safetensors_io.Tensor]
   tokenizer: pathlib.Path | None = None
 
 
@@ -61,7 +61,7 @@ def find(
     if (place / "config.json").is_file():
       found.append(_of_config(place))
   for stem, name in ORIGINAL_FILES.items():
-    kinds = (".safetensors", *files.PICKLES)
+    kinds = (".safetensors", *safetensors_io.PICKLES)
     there = [f for f in (folder / f"{stem}{kind}" for kind in kinds) if f.is_file()]
     if there:
       published = preset(name, "original")
@@ -113,11 +113,11 @@ def _stem(folder):
 
 def _open(published, source, stem):
   if stem is not None:
-    tensors = files.read_headers(source, stem)
+    tensors = safetensors_io.read_headers(source, stem)
   elif source.suffix == ".safetensors":
-    tensors = files.read_header(source)
+    tensors = safetensors_io.read_header(source)
   else:
-    raise ValueError(files.pickle_message(source))
+    raise ValueError(safetensors_io.pickle_message(source))
   if published.network == "text":
     for name, alias in text.ALIASES.items():
       if name not in tensors and alias in tensors:
@@ -125,9 +125,11 @@ def _open(published, source, stem):
   if not (source / "config.json").is_file():
     published = _of_names(published, tensors)
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
-  wrong = entries.differences(published.entries(), shapes, IGNORED[published.network])
+  wrong = mapping.differences(published.entries(), shapes, IGNORED[published.network])
   if wrong:
-    raise ValueError(f"{source}: {len(wrong)} tensors are wrong: {files.listed(wrong)}")
+    raise ValueError(
+      f"{source}: {len(wrong)} tensors are wrong: {safetensors_io.listed(wrong)}"
+    )
   tokenizer = None
   if published.network == "text":
     tokenizer = _tokenizer(source if source.is_dir() else source.parent)
