@@ -16,15 +16,16 @@ import jax
 from absl import flags, logging
 
 from sora_jax import recipe as recipes
-from sora_jax import stages, train, train_dit, train_vae
+from sora_jax import stages, train_dit, train_vae
 from sora_jax.runtime import sharding
+from sora_jax.training import loop
 
 STEPS = flags.DEFINE_integer("steps", 30, "Steps to time.", 2)
 
 
 def measure(name, setup, stage_train, mesh, seed, steps) -> dict:
   """Times one task; setup is the `Setup` of its stage."""
-  built = train.build(setup.task, stage_train, mesh, setup.rules, seed)
+  built = loop.build(setup.task, stage_train, mesh, setup.rules, seed)
   device_batch = lambda b: sharding.shard_batch(  # noqa: E731
     {k: v for k, v in b.items() if not k.startswith("clip")}, mesh
   )
@@ -53,7 +54,7 @@ def measure(name, setup, stage_train, mesh, seed, steps) -> dict:
       start = time.perf_counter()
       batch = next(setup.data)
       waited += time.perf_counter() - start
-      # As in train.train: a step is waited for when the next one is under way.
+      # As in loop.train: a step is waited for when the next one is under way.
       previous = values
       state, values = built.update(state, device_batch(batch), setup.task.frozen)
       jax.block_until_ready(previous)

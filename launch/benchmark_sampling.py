@@ -29,10 +29,10 @@ from sora_jax.data.clips import read_manifest
 from sora_jax.diffusion.solvers import Options
 from sora_jax.generate import Sampler
 from sora_jax.jobs import Job
-from sora_jax.metrics import psnr
 from sora_jax.packing import patches
 from sora_jax.prompting import Request
 from sora_jax.tasks import dit as dit_task
+from sora_jax.training.metrics import psnr
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.", required=True)
 REUSE = flags.DEFINE_multi_float("reuse", [0.05, 0.1, 0.2, 0.3], "Thresholds.")

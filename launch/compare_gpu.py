@@ -43,7 +43,6 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from sora_jax import metrics, train  # noqa: E402
 from sora_jax.data import pipeline  # noqa: E402
 from sora_jax.models import attention, dit, layers  # noqa: E402
 from sora_jax.models.attention import blockwise, flash_gpu, per_head  # noqa: E402
@@ -53,6 +52,7 @@ from sora_jax.packing import (
 )
 from sora_jax.runtime import sharding  # noqa: E402
 from sora_jax.tasks import dit as dit_task  # noqa: E402
+from sora_jax.training import loop, metrics  # noqa: E402
 
 REMATS = ("none", "full", "attention_saved", "matmuls_saved")
 MODELS = flags.DEFINE_list("models", ["XL", "2b"], "Presets of sora_jax.models.dit.")
@@ -71,7 +71,7 @@ STEPS = flags.DEFINE_integer("steps", 10, "Steps to time.", 1)
 WARMUP = flags.DEFINE_integer("warmup", 3, "Steps before them.", 1)
 SMALL = flags.DEFINE_bool("small", False, "Sizes that a CPU can do, to try the script.")
 EXCHANGE = flags.DEFINE_list("exchange", [], "Set by the script itself.")
-TRAIN = train.TrainConfig(steps=10**6, weight_decay=0.01)
+TRAIN = loop.TrainConfig(steps=10**6, weight_decay=0.01)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +235,7 @@ def measure_ours(sizes: Sizes, path: pathlib.Path) -> dict:
   device = jax.local_devices()[0]
   mesh = sharding.make_mesh(devices=[device])
   task = dit_task.make(sizes.model, None, dit_task.DiTLossConfig(), sizes.clips, dtype)
-  built = train.build(task, TRAIN, mesh, dit_task.DIT_RULES, 0)
+  built = loop.build(task, TRAIN, mesh, dit_task.DIT_RULES, 0)
   with jax.set_mesh(mesh):
     batch = sharding.shard_batch(make_batch(sizes), mesh)
     state = built.init()

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import metrics, prompting
+from sora_jax import prompting
 from sora_jax.autoencoder import from_json
 from sora_jax.data import tokenizer
 from sora_jax.diffusion import noise_process, solvers
@@ -27,6 +27,7 @@ from sora_jax.runtime import sharding
 from sora_jax.sampling import batching
 from sora_jax.sampling.batching import RowClip
 from sora_jax.tasks import dit as dit_task
+from sora_jax.training import metrics
 
 
 class Denoiser:

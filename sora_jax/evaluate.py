@@ -23,9 +23,9 @@ from sora_jax.autoencoder import Autoencoder
 from sora_jax.data import video
 from sora_jax.data.clips import Clip, read_manifest
 from sora_jax.encode import frame_bucket, limit_sizes
-from sora_jax.metrics import psnr
 from sora_jax.runtime import hosts
 from sora_jax.sample import Request, Sampler, sample_share, sampling_mesh, write_samples
+from sora_jax.training.metrics import psnr
 
 
 def run(recipe: recipes.Recipe, workdir) -> None:

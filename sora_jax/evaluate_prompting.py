@@ -30,7 +30,7 @@ from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
 from sora_jax.generate import Sampler
 from sora_jax.jobs import Job
-from sora_jax.metrics import psnr
+from sora_jax.training.metrics import psnr
 
 FRAMES = 17
 # Median differences below this many levels are taken for it: a still video has none.

@@ -26,11 +26,11 @@ from sora_jax import (
   plan_search,
   programs,
   stages,
-  train,
 )
 from sora_jax import recipe as recipes
 from sora_jax.models import dit
 from sora_jax.runtime import sharding
+from sora_jax.training import loop
 
 STAGES = ("dit", "vae", "sample")
 TRAIN_STEP = "train step"
@@ -95,7 +95,7 @@ def _header(recipe, topology, load):
     "chip": dataclasses.asdict(topology.chip),
     "assumptions": estimate.assumptions(topology.chip),
     # init, update and evaluate; packing leaves one shape.
-    "executables": len(train.Built._fields) - 1,
+    "executables": len(loop.Built._fields) - 1,
     "model_flops": model_flops(recipe, load),
     "programs": [],
   }

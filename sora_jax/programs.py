@@ -21,12 +21,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import autoencoder, denoiser, encode, gpu_target, stages, train, train_dit
+from sora_jax import autoencoder, denoiser, encode, gpu_target, stages, train_dit
 from sora_jax import recipe as recipes
 from sora_jax.hardware import Topology
 from sora_jax.runtime import sharding
 from sora_jax.sampling import batching
 from sora_jax.tasks import vae as vae_task
+from sora_jax.training import loop
 
 # Without these libtpu looks for the TPU that it believes to be on.
 _ENVIRONMENT = {
@@ -189,10 +190,10 @@ def dit_batch(recipe: recipes.Recipe, mesh) -> dict:
   return _batch(train_dit.empty_row(recipe), recipe.dit.rows, mesh)
 
 
-def dit_state(recipe: recipes.Recipe, mesh) -> train.Built:
+def dit_state(recipe: recipes.Recipe, mesh) -> loop.Built:
   """The stage's functions, and the shapes and shardings of its state."""
   task, rules = train_dit.make_task(recipe)
-  return train.build(task, recipe.dit.train, mesh, rules, recipe.seed)
+  return loop.build(task, recipe.dit.train, mesh, rules, recipe.seed)
 
 
 def dit_step(recipe: recipes.Recipe, mesh):

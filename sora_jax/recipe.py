@@ -16,16 +16,16 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from sora_jax import optim
 from sora_jax.diffusion import solvers
 from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.lora import LoRAConfig
 from sora_jax.models.vae import VAEConfig
-from sora_jax.profiling import Profile
 from sora_jax.tasks.dit import DiTLossConfig
 from sora_jax.tasks.vae import VAELossConfig
-from sora_jax.train import TrainConfig
+from sora_jax.training import optim
+from sora_jax.training.loop import TrainConfig
+from sora_jax.training.profiling import Profile
 
 # Keys of the DiT that are the VAE's and the text encoder's to decide.
 _DERIVED = {"channels", "text_width"}

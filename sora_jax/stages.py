@@ -21,9 +21,10 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sora_jax import finetune, metrics, train
+from sora_jax import finetune
 from sora_jax import recipe as recipes
 from sora_jax.runtime import checkpoint, hosts, sharding
+from sora_jax.training import loop, metrics
 from sora_jax.weights import lpips
 
 # Stage -> (module with run(recipe, workdir), sections of the config, stages it reads).
@@ -141,7 +142,7 @@ def check_dit(stage: recipes.DiTStage, mesh) -> None:
 def check_rows(key: str, rows: int, config, mesh) -> None:
   """Raises ValueError if a batch of that many rows does not divide by the mesh.
 
-  config: a train.TrainConfig.
+  config: a loop.TrainConfig.
   """
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   if rows % (ways * config.grad_accumulation):
@@ -330,7 +331,7 @@ def run_app(main: Callable) -> None:
   def guarded(argv):
     try:
       return main(argv)
-    except train.Preempted:
+    except loop.Preempted:
       sys.exit(PREEMPTED_CODE.value)
     except ValueError as error:
       if logging.level_debug():

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from sora_jax import autoencoder, encode, finetune, sample, stages, train
+from sora_jax import autoencoder, encode, finetune, sample, stages
 from sora_jax import recipe as recipes
 from sora_jax.data import pipeline, records, tokenizer
 from sora_jax.models import attention, dit
@@ -20,9 +20,10 @@ from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import Task
 from sora_jax.tasks import dit as dit_task
 from sora_jax.text_encoder import FrozenTextEncoder
+from sora_jax.training import loop
 
 
-def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
+def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
   """Task, data and cost of the stage; trains the tokenizer if it is not there yet.
 
   Loads what config.dit.init_from says that training begins with.
@@ -64,7 +65,7 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
     )
 
   training = dataset(recipe.seed, caption_dropout=stage.caption_dropout)
-  return train.Setup(
+  return loop.Setup(
     task=task,
     rules=rules,
     initial=initial,
@@ -171,7 +172,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   if stage.init_from:
     meta["init_from"] = stage.init_from
   preview = _Preview(recipe, workdir, meta, vocabulary, mesh)
-  state = train.train(
+  state = loop.train(
     made.task,
     stage.train,
     made.data,

@@ -13,22 +13,23 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import finetune, stages, train
+from sora_jax import finetune, stages
 from sora_jax import recipe as recipes
 from sora_jax.data import pipeline
 from sora_jax.data.clips import read_manifest
 from sora_jax.models.vae import VAE
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import vae as vae_task
+from sora_jax.training import loop
 from sora_jax.weights import lpips
 
 _STATISTICS_BATCHES = 32
 
 
-def setup(recipe: recipes.Recipe, workdir, mesh) -> train.Setup:
+def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
   """Task, data and cost of the stage."""
   workdir, stage = pathlib.Path(workdir), recipe.vae
-  return train.Setup(
+  return loop.Setup(
     task=vae_task.make(
       stage.model, stage.loss, recipe.dtype, _lpips_params(stage.loss, mesh)
     ),
@@ -97,7 +98,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   workdir, stage = pathlib.Path(workdir), recipe.vae
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
   made = setup(recipe, workdir, mesh)
-  state = train.train(
+  state = loop.train(
     made.task,
     stage.train,
     made.data,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from sora_jax import optim, train
 from sora_jax.runtime import checkpoint, sharding
+from sora_jax.training import loop, optim
 
 
 def params_of(width=4):
@@ -24,10 +24,10 @@ def params_of(width=4):
 
 
 def state_of(params):
-  config = train.TrainConfig(steps=9, learning_rates=(("head/.*", 1.0),))
+  config = loop.TrainConfig(steps=9, learning_rates=(("head/.*", 1.0),))
   optimizer, _ = optim.make(config, params)
   ema = jax.tree.map(lambda leaf: leaf / 3, params)
-  return train.TrainState(jnp.int32(7), params, ema, optimizer.init(params))
+  return loop.TrainState(jnp.int32(7), params, ema, optimizer.init(params))
 
 
 def abstract(state):

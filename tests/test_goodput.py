@@ -6,7 +6,7 @@ import json
 import pytest
 import test_train as toy
 
-from sora_jax import goodput, metrics, profiling
+from sora_jax.training import goodput, metrics, profiling
 
 
 @pytest.fixture

@@ -16,12 +16,13 @@ from golden import make_losses
 from golden.make_losses import FAST_COMPILE
 from jax.sharding import PartitionSpec as P
 
-from sora_jax import finetune, optim, train
+from sora_jax import finetune
 from sora_jax import recipe as recipes
 from sora_jax.data import video
 from sora_jax.models import lora
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import dit as dit_task
+from sora_jax.training import loop, optim
 
 KEY = jax.random.key(0)
 CONFIG = lora.LoRAConfig(rank=4, alpha=6.0)
@@ -134,7 +135,7 @@ def test_sharding_rules_share_all_of_an_adapter():
 
 def test_weight_decay_reaches_adapters():
   adapters = lora.init(KEY, BASE, lora.LoRAConfig(4, 4.0, "dit/blocks/query/kernel"))
-  config = train.TrainConfig(steps=1, learning_rate=1.0, weight_decay=0.5)
+  config = loop.TrainConfig(steps=1, learning_rate=1.0, weight_decay=0.5)
   optimizer, _ = optim.make(config, adapters)
   zero = jax.tree.map(jnp.zeros_like, adapters)
   updates, _ = jax.jit(optimizer.update)(zero, optimizer.init(adapters), adapters)
@@ -178,8 +179,8 @@ def test_training_lowers_the_loss_and_leaves_the_base(tmp_path):
   mesh = sharding.make_mesh(fsdp=4, tensor=2)
   placed = sharding.param_shardings(BASE, RULES, mesh)
   task, rules = finetune.adapt(CONFIG, TASK, RULES, jax.device_put(BASE, placed))
-  config = train.TrainConfig(steps=12, learning_rate=2e-2, ema_decay=0.5)
-  built = train.build(task, config, mesh, rules, seed=0)
+  config = loop.TrainConfig(steps=12, learning_rate=2e-2, ema_decay=0.5)
+  built = loop.build(task, config, mesh, rules, seed=0)
   batches = [sharding.shard_batch(make_batch(i % 2), mesh) for i in range(12)]
   with jax.set_mesh(mesh):
     state = built.init.lower().compile(FAST_COMPILE)()

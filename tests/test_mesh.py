@@ -15,12 +15,12 @@ import pytest
 import test_train as toy
 from golden.make_losses import FAST_COMPILE
 
-from sora_jax import train
 from sora_jax.models import attention, partition
 from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.runtime import sharding
 from sora_jax.tasks import dit as dit_task
+from sora_jax.training import loop
 
 # Heads and remat of a model, and meshes (data, fsdp, context, tensor) for it. With 8
 # heads Ulysses shares the tokens, with 2 over 8 chips keys are gathered as well.
@@ -81,8 +81,8 @@ def losses(mesh, heads, remat):
     ]
     return jax.tree.unflatten(tree, leaves)
 
-  config = train.TrainConfig(steps=STEPS, learning_rate=3e-3, warmup_steps=2)
-  built = train.build(
+  config = loop.TrainConfig(steps=STEPS, learning_rate=3e-3, warmup_steps=2)
+  built = loop.build(
     task._replace(init=init), config, mesh, dit_task.SHARDING_RULES, seed=0
   )
   rows = []

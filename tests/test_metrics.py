@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from sora_jax import metrics
+from sora_jax.training import metrics
 
 
 @pytest.fixture

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sora_jax import finetune, optim, recipe, train, train_dit
+from sora_jax import finetune, recipe, train_dit
 from sora_jax.models import dit, vae
 from sora_jax.runtime import sharding
 from sora_jax.tasks import dit as dit_task
 from sora_jax.tasks import vae as vae_task
+from sora_jax.training import loop, optim
 
 ROOT = pathlib.Path(recipe.__file__).parent.parent
 KEY = jax.random.key(0)
@@ -198,7 +199,7 @@ def test_fine_tuning_is_sharded(variant):
   base, mesh = jax.eval_shape(task.init, KEY), sharding.make_mesh(fsdp=8)
   if built.dit.lora.rank:
     task, rules = finetune.adapt(built.dit.lora, task, rules, base)
-  state = train.build(task, built.dit.train, mesh, rules, built.seed).abstract
+  state = loop.build(task, built.dit.train, mesh, rules, built.seed).abstract
   leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
   shards = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
   assert shards <= 1.05 * sum(leaf.size for leaf in leaves) / 8
@@ -217,7 +218,7 @@ def test_each_size_trains_sharded(name):
   if published:
     assert built.dit.model == dit.PRESETS[name]
   stage = built.dit
-  state = train.build(
+  state = loop.build(
     dit_task.make(
       stage.model, None if published else stage.text, stage.loss, stage.segments
     ),

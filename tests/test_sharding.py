@@ -13,8 +13,8 @@ import test_train as toy
 from absl import logging
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from sora_jax import optim, train
 from sora_jax.runtime import sharding
+from sora_jax.training import loop, optim
 
 MESH = AbstractMesh((1, 4, 1, 2), sharding.AXES)
 
@@ -76,7 +76,7 @@ def test_dim_that_does_not_divide_is_replicated_and_logged(caplog):
 def test_optimizer_state_and_ema_are_placed_like_their_params():
   rules = ((".*", PartitionSpec("fsdp")),)
   params = {"a": shapes(kernel=(8, 2)), "b": shapes(kernel=(4, 2))}
-  config = train.TrainConfig(steps=2, learning_rates=(("b/.*", 1.0),))
+  config = loop.TrainConfig(steps=2, learning_rates=(("b/.*", 1.0),))
   state = jax.eval_shape(optim.make(config, params)[0].init, params)
   placed = sharding.param_shardings(params, rules, MESH)
   placed = sharding.state_shardings(state, params, placed, MESH)

@@ -12,13 +12,13 @@ import pytest
 from golden import make_losses as golden
 from jax.sharding import PartitionSpec
 
-from sora_jax import train
 from sora_jax.models import discriminator
 from sora_jax.models.discriminator import Discriminator
 from sora_jax.models.lpips import LPIPS
 from sora_jax.models.vae import VAEConfig
 from sora_jax.runtime import sharding
 from sora_jax.tasks import vae as vae_task
+from sora_jax.training import loop
 
 KEY = jax.random.key(3)
 fast_jit = functools.partial(jax.jit, compiler_options=golden.FAST_COMPILE)
@@ -410,7 +410,7 @@ def test_step_with_everything_on_two_devices(narrow_lpips):
   task = vae_task.make(SMALL_VAE, EVERYTHING, lpips_params=frozen["lpips"])
   rules = vae_task.sharding_rules(SMALL_VAE, EVERYTHING)
   config = dataclasses.replace(golden.VAE_TRAIN, grad_accumulation=2)
-  built = train.build(task, config, mesh, rules, seed=0)
+  built = loop.build(task, config, mesh, rules, seed=0)
   batch = large_batch(rows=4)
   del batch["step"]
   batch = sharding.shard_batch(batch, mesh)

@@ -19,9 +19,9 @@ from absl import logging
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
 
-from sora_jax import optim, train
 from sora_jax.runtime import sharding
 from sora_jax.tasks import Task
+from sora_jax.training import loop, optim
 
 RULES = (
   (r".*/kernel", PartitionSpec(None, "fsdp")),
@@ -56,7 +56,7 @@ def evaluate(params, batch, key):
 
 
 TASK = Task(init=init, loss=loss, evaluate=evaluate)
-CONFIG = train.TrainConfig(
+CONFIG = loop.TrainConfig(
   steps=12,
   learning_rate=1e-2,
   warmup_steps=3,
@@ -101,7 +101,7 @@ class Batches:
 
 def run(workdir, config=CONFIG, batches=None, mesh=None, **options):
   options = {"seed": 3, "rules": RULES, "name": "toy"} | options
-  return train.train(
+  return loop.train(
     TASK,
     config,
     batches or Batches(),
@@ -193,7 +193,7 @@ def test_non_finite_loss_stops(tmp_path, bad_step):
   config = dataclasses.replace(CONFIG, save_every=1, keep=20)
   clips = ", ".join(f"'c{i}'" for i in sorted({3, bad_step + 1}))
   message = rf"loss is nan at step {bad_step + 1}; clips of its batch: \[{clips}\]"
-  with pytest.raises(train.NonFiniteError, match=message):
+  with pytest.raises(loop.NonFiniteError, match=message):
     run(
       tmp_path,
       config,
@@ -309,7 +309,7 @@ def test_sigint_finishes_the_step(tmp_path, step):
 
   before = signal.getsignal(signal.SIGINT)
   evaluation = {"eval_batches": lambda: [next(Batches())]}
-  with pytest.raises(train.Preempted) as error:
+  with pytest.raises(loop.Preempted) as error:
     run(tmp_path, batches=Interrupted(), **evaluation)
   assert error.value.code == 0
   assert signal.getsignal(signal.SIGINT) is before
@@ -322,7 +322,7 @@ def test_sigint_finishes_the_step(tmp_path, step):
 
 def update_once(config, batch):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  built = train.build(TASK, config, mesh, RULES, seed=3)
+  built = loop.build(TASK, config, mesh, RULES, seed=3)
   state = built.init()
   batch = {k: v for k, v in batch.items() if not k.startswith("clip")}
   return built.update(state, sharding.shard_batch(batch, mesh))
@@ -364,7 +364,7 @@ def test_accumulation_keeps_one_copy_of_the_gradients():
 
   def temporaries(parts):
     config = dataclasses.replace(CONFIG, grad_accumulation=parts)
-    built = train.build(
+    built = loop.build(
       Task(lambda key: {"kernel": jnp.asarray(kernel)}, loss, evaluate),
       config,
       sharding.make_mesh(devices=jax.devices()[:1]),
@@ -380,7 +380,7 @@ def test_accumulation_keeps_one_copy_of_the_gradients():
 
 def test_ema_warms_up():
   state, _ = update_once(CONFIG, next(Batches()))
-  before = init(train.step_key(3, 0, train.INIT))
+  before = init(loop.step_key(3, 0, loop.INIT))
   for old, new, ema in zip(
     *map(jax.tree.leaves, (before, state.params, state.ema)), strict=True
   ):

@@ -14,13 +14,13 @@ import pathlib
 import jax
 import numpy as np
 
-from sora_jax import train
 from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.vae import VAEConfig
 from sora_jax.runtime import sharding
 from sora_jax.tasks import dit as dit_task
 from sora_jax.tasks import vae as vae_task
+from sora_jax.training import loop
 
 PATH = pathlib.Path(__file__).parent / "losses.json"
 STEPS, SEED, ROWS = 20, 5, 8
@@ -44,7 +44,7 @@ GAN_START = 10
 VAE_LOSS = vae_task.VAELossConfig(
   kl_weight=1e-3, gan_weight=0.1, gan_start=GAN_START, discriminator_width=8
 )
-VAE_TRAIN = train.TrainConfig(
+VAE_TRAIN = loop.TrainConfig(
   steps=STEPS,
   learning_rate=1e-3,
   warmup_steps=4,
@@ -66,7 +66,7 @@ DIT = DiTConfig(
   frequency_width=16,
 )
 TEXT = TextEncoderConfig(vocab_size=32, width=16, depth=2, heads=2)
-DIT_TRAIN = train.TrainConfig(
+DIT_TRAIN = loop.TrainConfig(
   steps=STEPS, learning_rate=1e-3, warmup_steps=4, schedule="constant"
 )
 TOKENS, TEXT_TOKENS, SEGMENTS = 24, 12, 3
@@ -149,10 +149,10 @@ CASES = {
 
 
 @functools.cache
-def build(case: str, mesh) -> train.Built:
-  """What train.build gives, compiled quickly."""
+def build(case: str, mesh) -> loop.Built:
+  """What loop.build gives, compiled quickly."""
   task, config, rules, make_batch = CASES[case]
-  built = train.build(task, config, mesh, rules, SEED)
+  built = loop.build(task, config, mesh, rules, SEED)
   batch = sharding.shard_batch(make_batch(0), mesh)
   with jax.set_mesh(mesh):
     return built._replace(
@@ -177,7 +177,7 @@ def host_copy(state):
   return jax.tree.map(np.array, state)
 
 
-def to_device(state, built: train.Built):
+def to_device(state, built: loop.Built):
   """Inverse of `host_copy`."""
   return jax.device_put(state, jax.tree.map(lambda x: x.sharding, built.abstract))
 

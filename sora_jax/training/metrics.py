@@ -14,7 +14,7 @@ from absl import logging
 from PIL import Image
 from tensorboardX.proto import summary_pb2
 
-from sora_jax import goodput
+from sora_jax.training import goodput
 
 # Dense bfloat16 TFLOP/s of one JAX device, by the start of its device_kind.
 PEAK_TFLOPS = {

@@ -17,9 +17,9 @@ import optax
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import metrics, optim, profiling
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import Task
+from sora_jax.training import metrics, optim, profiling
 
 # Purposes of random keys: fold_in(fold_in(key(seed), step), purpose).
 INIT, LOSS, EVALUATE = 0, 1, 2
