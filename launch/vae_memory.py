@@ -21,7 +21,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from sora_jax.autoencoder import Autoencoder  # noqa: E402
+from sora_jax.encoders.autoencoder import Autoencoder  # noqa: E402
 from sora_jax.models.vae import LATENT_STATS, PRESETS, VAE  # noqa: E402
 from sora_jax.runtime import checkpoint, sharding  # noqa: E402
 

@@ -16,9 +16,9 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax import prompting
-from sora_jax.autoencoder import from_json
 from sora_jax.data import tokenizer
 from sora_jax.diffusion import noise_process, solvers
+from sora_jax.encoders.autoencoder import from_json
 from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig, Reuse
 from sora_jax.packing import patches

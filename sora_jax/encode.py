@@ -20,12 +20,12 @@ from absl import logging
 
 from sora_jax import recipe as recipes
 from sora_jax import stages
-from sora_jax.autoencoder import Autoencoder
 from sora_jax.data import pipeline, records, video
 from sora_jax.data.clips import Clip, read_manifest
+from sora_jax.encoders.autoencoder import Autoencoder
+from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.runtime import sharding
 from sora_jax.runtime.prefetch import ahead
-from sora_jax.text_encoder import FrozenTextEncoder
 from sora_jax.training import metrics
 
 EMPTY_TEXT = "empty_text.msgpack"

@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags, logging
 
 from sora_jax import stages
-from sora_jax.autoencoder import from_json
+from sora_jax.encoders.autoencoder import from_json
 from sora_jax.import_weights import DTYPES, NETWORKS, start
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.t5 import T5Config

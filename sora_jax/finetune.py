@@ -17,7 +17,7 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax import recipe as recipes
-from sora_jax.autoencoder import from_json
+from sora_jax.encoders.autoencoder import from_json
 from sora_jax.models import lora
 from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig

@@ -22,18 +22,18 @@ import numpy as np
 from absl import logging
 
 from sora_jax import finetune, layout, prompting
-from sora_jax.autoencoder import Autoencoder, from_json, in_chunks
 from sora_jax.data import video as video_files
 from sora_jax.denoiser import Denoiser
 from sora_jax.diffusion import solvers
 from sora_jax.encode import frame_bucket
+from sora_jax.encoders.autoencoder import Autoencoder, from_json, in_chunks
+from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.jobs import Job
 from sora_jax.models.dit import DiTConfig
 from sora_jax.prompting import Prompt, Request
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.runtime.prefetch import ahead
 from sora_jax.tasks import dit as dit_task
-from sora_jax.text_encoder import FrozenTextEncoder
 
 # Frames that the encoder is given at once, and latent frames that the decoder is: few
 # sizes, for few compilations.

@@ -11,15 +11,16 @@ import jax
 import numpy as np
 from absl import logging
 
-from sora_jax import autoencoder, encode, finetune, sample, stages
+from sora_jax import encode, finetune, sample, stages
 from sora_jax import recipe as recipes
 from sora_jax.data import pipeline, records, tokenizer
+from sora_jax.encoders import autoencoder
+from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.models import attention, dit
 from sora_jax.packing import planner
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import Task
 from sora_jax.tasks import dit as dit_task
-from sora_jax.text_encoder import FrozenTextEncoder
 from sora_jax.training import loop
 
 

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from sora_jax import export_weights, import_weights, sample
-from sora_jax.autoencoder import from_json
 from sora_jax.data import tokenizer
 from sora_jax.diffusion.solvers import Options
+from sora_jax.encoders.autoencoder import from_json
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.t5 import T5Config
 from sora_jax.models.vae_config import VAEConfig

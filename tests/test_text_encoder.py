@@ -17,11 +17,11 @@ from sora_jax import encode, sample
 from sora_jax import recipe as recipes
 from sora_jax.data import pipeline, records, tokenizer
 from sora_jax.diffusion.solvers import Options
+from sora_jax.encoders.text_encoder import FrozenTextEncoder, clean
 from sora_jax.models.t5 import T5Config, T5Encoder
 from sora_jax.packing import planner
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import dit as dit_task
-from sora_jax.text_encoder import FrozenTextEncoder, clean
 
 CONFIG = T5Config(
   vocab_size=320,

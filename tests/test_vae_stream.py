@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from golden.make_losses import FAST_COMPILE
 
-from sora_jax import tiling
-from sora_jax.autoencoder import Autoencoder, in_chunks
+from sora_jax.encoders import tiling
+from sora_jax.encoders.autoencoder import Autoencoder, in_chunks
 from sora_jax.models.vae import PRESETS, VAE, VAEConfig
 from sora_jax.models.vae_stream import decode_chunk, encode_chunk
 from sora_jax.runtime import checkpoint, sharding
