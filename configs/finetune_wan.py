@@ -16,8 +16,8 @@ Metric: eval/loss in dit/metrics.jsonl, of the held-out clips.
 
 from ml_collections import ConfigDict
 
-from sora_jax import recipe
 from sora_jax.models import dit, vae
+from sora_jax.run import recipe
 
 # Variant -> (preset of the DiT, of the VAE, whether only adapters are trained).
 VARIANTS = {

@@ -15,8 +15,8 @@ trained at this size.
 
 from ml_collections import ConfigDict
 
-from sora_jax import recipe
 from sora_jax.models import dit, vae
+from sora_jax.run import recipe
 
 VARIANTS = ("2b", "14b", "wan2.1-14b")
 

@@ -9,7 +9,7 @@ motion 10 % (11 %), count 45 % (62 %).
 
 from ml_collections import ConfigDict
 
-from sora_jax import recipe
+from sora_jax.run import recipe
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -15,8 +15,9 @@ import time
 import jax
 from absl import flags, logging
 
-from sora_jax import recipe as recipes
-from sora_jax import stages, train_dit, train_vae
+from sora_jax import train_dit, train_vae
+from sora_jax.run import recipe as recipes
+from sora_jax.run import stages
 from sora_jax.runtime import sharding
 from sora_jax.training import loop
 

@@ -3,7 +3,7 @@
   python launch/sweep.py --config=configs/quickstart.py --workdir=runs/rates \
     --sweep=configs/sweeps/learning_rate.py --parallel=2
 
-The file has a function `sweep(config)` that yields overrides (see sora_jax.sweeps);
+The file has a function `sweep(config)` that yields overrides (see sora_jax.run.sweeps);
 with FILE:NAME it is another one. Each run is python -m sora_jax.main in a folder of its
 own below --workdir. Typed again, finished runs are skipped and others go on, so that a
 sweep can be stopped, and can grow. --base=RUN links the stages of --shared from that
@@ -30,8 +30,9 @@ import threading
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from sora_jax import curves, stages, sweeps
-from sora_jax import recipe as recipes
+from sora_jax import curves
+from sora_jax.run import recipe as recipes
+from sora_jax.run import stages, sweeps
 
 ROOT = pathlib.Path(__file__).parents[1]
 TRAINED = ("vae", "dit")

@@ -18,12 +18,12 @@ import jax
 import numpy as np
 from absl import logging
 
-from sora_jax import recipe as recipes
-from sora_jax import stages
 from sora_jax.data import pipeline, records, video
 from sora_jax.data.clips import Clip, read_manifest
 from sora_jax.encoders.autoencoder import Autoencoder
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
+from sora_jax.run import recipe as recipes
+from sora_jax.run import stages
 from sora_jax.runtime import sharding
 from sora_jax.runtime.prefetch import ahead
 from sora_jax.training import metrics

@@ -17,12 +17,13 @@ import numpy as np
 from absl import flags, logging
 from scipy import ndimage
 
-from sora_jax import attributes, evaluate_prompting, stages
-from sora_jax import recipe as recipes
+from sora_jax import attributes, evaluate_prompting
 from sora_jax.data import video
 from sora_jax.data.clips import Clip, read_manifest
 from sora_jax.encode import frame_bucket, limit_sizes
 from sora_jax.encoders.autoencoder import Autoencoder
+from sora_jax.run import recipe as recipes
+from sora_jax.run import stages
 from sora_jax.runtime import hosts
 from sora_jax.sample import Request, Sampler, sample_share, sampling_mesh, write_samples
 from sora_jax.training.metrics import psnr

@@ -15,12 +15,12 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from sora_jax import stages
 from sora_jax.encoders.autoencoder import from_json
 from sora_jax.import_weights import DTYPES, NETWORKS, start
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.t5 import T5Config
 from sora_jax.models.vae_config import VAEConfig
+from sora_jax.run import stages
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.weights import mapping, safetensors_io
 from sora_jax.weights.hf_config import Published, to_json

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from sora_jax import finetune, layout, prompting
+from sora_jax import layout, prompting
 from sora_jax.data import video as video_files
 from sora_jax.denoiser import Denoiser
 from sora_jax.diffusion import solvers
@@ -31,6 +31,7 @@ from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.jobs import Job
 from sora_jax.models.dit import DiTConfig
 from sora_jax.prompting import Prompt, Request
+from sora_jax.run import init_from
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.runtime.prefetch import ahead
 from sora_jax.tasks import dit as dit_task
@@ -95,7 +96,7 @@ class Sampler:
       )
     for path, strength in loras:
       config = DiTConfig(**from_json(meta["model"]))
-      params = finetune.merge_file(params, path, config, mesh, strength)
+      params = init_from.merge_file(params, path, config, mesh, strength)
     encode_text = None
     if "features" in text:
       place = folder

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from sora_jax import stages
 from sora_jax.data.tokenizer import Tokenizer
+from sora_jax.run import stages
 from sora_jax.runtime import checkpoint
 from sora_jax.runtime.lazy_arrays import Streamed
 from sora_jax.weights import discover, mapping, safetensors_io

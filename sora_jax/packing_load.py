@@ -5,10 +5,10 @@ import pathlib
 import numpy as np
 
 from sora_jax import estimate, train_dit
-from sora_jax import recipe as recipes
 from sora_jax.data import clips, records
 from sora_jax.models.attention import splash_tpu
 from sora_jax.packing import patches, planner
+from sora_jax.run import recipe as recipes
 
 # Rows that are looked at; they are in random order.
 _ROWS = 32

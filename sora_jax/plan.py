@@ -25,10 +25,10 @@ from sora_jax import (
   plan_report,
   plan_search,
   programs,
-  stages,
 )
-from sora_jax import recipe as recipes
 from sora_jax.models import dit
+from sora_jax.run import recipe as recipes
+from sora_jax.run import stages
 from sora_jax.runtime import sharding
 from sora_jax.training import loop
 

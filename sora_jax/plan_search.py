@@ -9,8 +9,8 @@ import sys
 from absl import logging
 
 from sora_jax import hardware, plan_report
-from sora_jax import recipe as recipes
 from sora_jax.models import dit
+from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding
 
 # Remat policies, those that keep most and repeat least first; and as they are tried.

@@ -9,9 +9,9 @@ import pathlib
 
 from absl import logging
 
-from sora_jax import recipe as recipes
-from sora_jax import stages
 from sora_jax.data import clips, shapes, sources
+from sora_jax.run import recipe as recipes
+from sora_jax.run import stages
 
 
 def run(recipe: recipes.Recipe, workdir) -> None:

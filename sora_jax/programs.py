@@ -21,10 +21,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import denoiser, encode, gpu_target, stages, train_dit
-from sora_jax import recipe as recipes
+from sora_jax import denoiser, encode, gpu_target, train_dit
 from sora_jax.encoders import autoencoder
 from sora_jax.hardware import Topology
+from sora_jax.run import recipe as recipes
+from sora_jax.run import stages
 from sora_jax.runtime import sharding
 from sora_jax.sampling import batching
 from sora_jax.tasks import vae as vae_task

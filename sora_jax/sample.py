@@ -24,14 +24,15 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from sora_jax import layout, stages
-from sora_jax import recipe as recipes
+from sora_jax import layout
 from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
 from sora_jax.diffusion import solvers
 from sora_jax.generate import Sampler
 from sora_jax.jobs import Job
 from sora_jax.prompting import Request
+from sora_jax.run import recipe as recipes
+from sora_jax.run import stages
 from sora_jax.runtime import sharding
 
 # --- the stage

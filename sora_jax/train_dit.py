@@ -11,13 +11,14 @@ import jax
 import numpy as np
 from absl import logging
 
-from sora_jax import encode, finetune, sample, stages
-from sora_jax import recipe as recipes
+from sora_jax import encode, sample
 from sora_jax.data import pipeline, records, tokenizer
 from sora_jax.encoders import autoencoder
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.models import attention, dit
 from sora_jax.packing import planner
+from sora_jax.run import init_from, stages
+from sora_jax.run import recipe as recipes
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import Task
 from sora_jax.tasks import dit as dit_task
@@ -31,7 +32,7 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
   """
   workdir, stage = pathlib.Path(workdir), recipe.dit
   folder = workdir / "dit"
-  task, rules, initial = finetune.begin(recipe, *make_task(recipe), workdir, mesh)
+  task, rules, initial = init_from.begin(recipe, *make_task(recipe), workdir, mesh)
   latents = records.read_latents_manifest(str(workdir / "encode" / "latents.jsonl"))
   frozen = bool(recipe.text.folder)
   if frozen:
@@ -184,7 +185,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     rules=made.rules,
     eval_batches=lambda: made.eval_batches,
     on_eval=lambda step, ema, writer: preview(
-      step, finetune.whole(made.task, recipe, ema), writer
+      step, init_from.whole(made.task, recipe, ema), writer
     ),
     initial=made.initial,
     describe=lambda indices: [made.names[i] for i in indices],
@@ -195,7 +196,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   made.data.close()
   params = state.ema
   if stage.lora.rank:
-    params = finetune.finish(recipe, params, folder, make_task(recipe)[1], mesh)
+    params = init_from.finish(recipe, params, folder, make_task(recipe)[1], mesh)
   checkpoint.save_model(folder / "model", params, meta)
   if jax.process_index() == 0 and not recipe.text.folder:
     shutil.copyfile(vocabulary, folder / "model" / "tokenizer.model")

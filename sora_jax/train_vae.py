@@ -13,11 +13,11 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import finetune, stages
-from sora_jax import recipe as recipes
 from sora_jax.data import pipeline
 from sora_jax.data.clips import read_manifest
 from sora_jax.models.vae import VAE
+from sora_jax.run import init_from, stages
+from sora_jax.run import recipe as recipes
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import vae as vae_task
 from sora_jax.training import loop
@@ -94,7 +94,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   With config.vae.folder, copies the model from there instead.
   """
   if recipe.vae.folder:
-    return finetune.take_vae(recipe, workdir)
+    return init_from.take_vae(recipe, workdir)
   workdir, stage = pathlib.Path(workdir), recipe.vae
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
   made = setup(recipe, workdir, mesh)

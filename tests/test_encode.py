@@ -10,10 +10,10 @@ import pytest
 import tiny
 
 from sora_jax import encode
-from sora_jax import recipe as recipes
 from sora_jax.data import pipeline, records, video
 from sora_jax.data.clips import Clip, write_manifest
 from sora_jax.encoders.autoencoder import Autoencoder
+from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding
 
 

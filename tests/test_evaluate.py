@@ -8,9 +8,9 @@ import pytest
 from golden import make_ssim
 
 from sora_jax import evaluate
-from sora_jax import recipe as recipes
 from sora_jax.data import shapes, sources, video
 from sora_jax.data.clips import Clip, read_rows
+from sora_jax.run import recipe as recipes
 
 
 @pytest.mark.parametrize("name", make_ssim.cases())

@@ -16,10 +16,10 @@ from golden import make_losses
 from golden.make_losses import FAST_COMPILE
 from jax.sharding import PartitionSpec as P
 
-from sora_jax import finetune
-from sora_jax import recipe as recipes
 from sora_jax.data import video
 from sora_jax.models import lora
+from sora_jax.run import init_from
+from sora_jax.run import recipe as recipes
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import dit as dit_task
 from sora_jax.training import loop, optim
@@ -178,7 +178,7 @@ def test_training_lowers_the_loss_and_leaves_the_base(tmp_path):
   """On 8 devices: the state is that of the adapters, and so are its checkpoints."""
   mesh = sharding.make_mesh(fsdp=4, tensor=2)
   placed = sharding.param_shardings(BASE, RULES, mesh)
-  task, rules = finetune.adapt(CONFIG, TASK, RULES, jax.device_put(BASE, placed))
+  task, rules = init_from.adapt(CONFIG, TASK, RULES, jax.device_put(BASE, placed))
   config = loop.TrainConfig(steps=12, learning_rate=2e-2, ema_decay=0.5)
   built = loop.build(task, config, mesh, rules, seed=0)
   batches = [sharding.shard_batch(make_batch(i % 2), mesh) for i in range(12)]
@@ -349,14 +349,14 @@ def test_a_base_that_the_config_does_not_fit(tiny_run, path, value, message):
   recipe.text.max_tokens = 40
   recipe.dit.lora.rank = 4
   recipe.vae.folder = recipe.dit.init_from = str(tiny_run.workdir)
-  finetune.check(recipes.read(recipe))
+  init_from.check(recipes.read(recipe))
   *sections, key = path.split(".")
   inner = recipe
   for section in sections:
     inner = inner[section]
   inner[key] = value
   with pytest.raises(ValueError, match=message):
-    finetune.check(recipes.read(recipe))
+    init_from.check(recipes.read(recipe))
 
 
 def test_adapters_need_a_base():

@@ -12,10 +12,11 @@ import PIL.Image
 import pytest
 import tiny
 
-from sora_jax import recipe as recipes
-from sora_jax import stages, train_dit, train_vae
+from sora_jax import train_dit, train_vae
 from sora_jax.data import records, video
 from sora_jax.data.clips import read_manifest
+from sora_jax.run import recipe as recipes
+from sora_jax.run import stages
 from sora_jax.runtime import checkpoint, sharding
 
 STAGES = recipes.STAGES

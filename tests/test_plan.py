@@ -25,11 +25,11 @@ from sora_jax import (
   plan_report,
   plan_search,
   programs,
-  recipe,
   train_dit,
 )
 from sora_jax.data import clips
 from sora_jax.packing import planner
+from sora_jax.run import recipe
 from sora_jax.runtime import sharding
 
 CUBE = hardware.parse("v5p:4x4x4")

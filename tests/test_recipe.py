@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sora_jax import finetune, recipe, train_dit
+from sora_jax import train_dit
 from sora_jax.models import dit, vae
+from sora_jax.run import init_from, recipe
 from sora_jax.runtime import sharding
 from sora_jax.tasks import dit as dit_task
 from sora_jax.tasks import vae as vae_task
@@ -117,7 +118,7 @@ def test_config_builds(get_config):
   task, rules = train_dit.make_task(built)
   if dit.lora.rank:
     base = jax.eval_shape(task.init, KEY)
-    task, rules = finetune.adapt(dit.lora, task, rules, base)
+    task, rules = init_from.adapt(dit.lora, task, rules, base)
   check_task(task, rules, abstract(dit_batch(built)), dit.train)
 
 
@@ -198,7 +199,7 @@ def test_fine_tuning_is_sharded(variant):
   task, rules = train_dit.make_task(built)
   base, mesh = jax.eval_shape(task.init, KEY), sharding.make_mesh(fsdp=8)
   if built.dit.lora.rank:
-    task, rules = finetune.adapt(built.dit.lora, task, rules, base)
+    task, rules = init_from.adapt(built.dit.lora, task, rules, base)
   state = loop.build(task, built.dit.train, mesh, rules, built.seed).abstract
   leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
   shards = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)

@@ -11,10 +11,10 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from sora_jax import recipe as recipes
 from sora_jax import sample
 from sora_jax.data import video
 from sora_jax.diffusion.solvers import Options
+from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding
 from sora_jax.sample import Request
 

@@ -7,8 +7,8 @@ import types
 
 import pytest
 
-from sora_jax import recipe as recipes
-from sora_jax import stages
+from sora_jax.run import recipe as recipes
+from sora_jax.run import stages
 
 BASE = recipes.read(
   {

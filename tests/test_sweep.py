@@ -10,7 +10,8 @@ import PIL.Image
 import pytest
 import tiny
 
-from sora_jax import curves, sweeps
+from sora_jax import curves
+from sora_jax.run import sweeps
 
 sys.path.insert(0, str(tiny.ROOT / "launch"))
 import sweep as launcher  # noqa: E402

@@ -14,12 +14,12 @@ import pytest
 import tiny
 
 from sora_jax import encode, sample
-from sora_jax import recipe as recipes
 from sora_jax.data import pipeline, records, tokenizer
 from sora_jax.diffusion.solvers import Options
 from sora_jax.encoders.text_encoder import FrozenTextEncoder, clean
 from sora_jax.models.t5 import T5Config, T5Encoder
 from sora_jax.packing import planner
+from sora_jax.run import recipe as recipes
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import dit as dit_task
 

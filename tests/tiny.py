@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from sora_jax import recipe
+from sora_jax.run import recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 8

@@ -6,7 +6,7 @@ Hardware: 2 CPU cores. Time: 11 minutes for each of the 6 runs, after the quicks
 Metric: dit:eval/loss in results.csv, lower is better.
 """
 
-from sora_jax import sweeps
+from sora_jax.run import sweeps
 
 
 def sweep(config):

@@ -16,12 +16,12 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import recipe as recipes
 from sora_jax.encoders.autoencoder import from_json
 from sora_jax.models import lora
 from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.vae import VAEConfig
+from sora_jax.run import recipe as recipes
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import Task
 from sora_jax.tasks import dit as dit_task

@@ -21,8 +21,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sora_jax import finetune
-from sora_jax import recipe as recipes
+from sora_jax.run import init_from
+from sora_jax.run import recipe as recipes
 from sora_jax.runtime import checkpoint, hosts, sharding
 from sora_jax.training import loop, metrics
 from sora_jax.weights import lpips
@@ -69,7 +69,7 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
     _check_mesh(recipe)
   if {"vae", "encode", "dit"} & set(names):
     _check_text(recipe)
-    finetune.check(recipe)
+    init_from.check(recipe)
   if "vae" in names and recipe.vae.loss.lpips_weight and not recipe.vae.folder:
     lpips.check(recipe.vae.loss.lpips_file)
   if "://" in str(workdir):
