@@ -23,14 +23,15 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from sora_jax import attributes, generate
+from sora_jax import attributes
 from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
 from sora_jax.diffusion.solvers import Options
-from sora_jax.generate import Sampler
-from sora_jax.jobs import Job
 from sora_jax.packing import patches
-from sora_jax.prompting import Request
+from sora_jax.sampling import pipeline
+from sora_jax.sampling.conditioning import Request
+from sora_jax.sampling.job import Job
+from sora_jax.sampling.pipeline import Sampler
 from sora_jax.tasks import dit as dit_task
 from sora_jax.training.metrics import psnr
 
@@ -136,10 +137,10 @@ def compare_ahead(model) -> None:
     path = pathlib.Path(folder) / "long.mp4"
 
     def write(ahead):
-      with mock.patch.object(generate, "ahead", ahead):
+      with mock.patch.object(pipeline, "ahead", ahead):
         video.write_chunks(path, model.stream(job, options), 12.0)
 
-    calls = {"ahead": generate.ahead, "in turn": lambda items: items}
+    calls = {"ahead": pipeline.ahead, "in turn": lambda items: items}
     taken = seconds(
       {name: functools.partial(write, ahead) for name, ahead in calls.items()},
       ROUNDS.value,

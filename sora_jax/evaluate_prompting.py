@@ -27,9 +27,9 @@ from absl import logging
 from sora_jax import attributes
 from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
-from sora_jax.generate import Sampler
-from sora_jax.jobs import Job
 from sora_jax.run import recipe as recipes
+from sora_jax.sampling.job import Job
+from sora_jax.sampling.pipeline import Sampler
 from sora_jax.training.metrics import psnr
 
 FRAMES = 17

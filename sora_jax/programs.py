@@ -21,13 +21,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import denoiser, encode, gpu_target, train_dit
+from sora_jax import encode, gpu_target, train_dit
 from sora_jax.encoders import autoencoder
 from sora_jax.hardware import Topology
 from sora_jax.run import recipe as recipes
 from sora_jax.run import stages
 from sora_jax.runtime import sharding
-from sora_jax.sampling import batching
+from sora_jax.sampling import batching, denoise
 from sora_jax.tasks import vae as vae_task
 from sora_jax.training import loop
 
@@ -255,10 +255,10 @@ def sampling(recipe: recipes.Recipe, mesh):
   batch = batching.empty_batch(1, budget, stage.model.patch_width, caption)
   batch = _batch({name: value[0] for name, value in batch.items()}, rows, mesh)
   tokens_BN = np.full((rows, stage.segments), stage.tokens // stage.segments)
-  table = denoiser.solver_table(
+  table = denoise.solver_table(
     tokens_BN, np.ones_like(tokens_BN), options, stage.loss.process
   )
-  program = denoiser.program(
+  program = denoise.program(
     stage.model,
     text,
     recipe.dtype,
@@ -272,7 +272,7 @@ def sampling(recipe: recipes.Recipe, mesh):
       batch,
       table,
       options.guidance_scale,
-      options=denoiser.static_options(options),
+      options=denoise.static_options(options),
     )
 
 

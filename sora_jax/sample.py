@@ -24,16 +24,16 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from sora_jax import layout
 from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
 from sora_jax.diffusion import solvers
-from sora_jax.generate import Sampler
-from sora_jax.jobs import Job
-from sora_jax.prompting import Request
 from sora_jax.run import recipe as recipes
 from sora_jax.run import stages
 from sora_jax.runtime import sharding
+from sora_jax.sampling import job_plan
+from sora_jax.sampling.conditioning import Request
+from sora_jax.sampling.job import Job
+from sora_jax.sampling.pipeline import Sampler
 
 # --- the stage
 
@@ -343,7 +343,7 @@ def _made(model, work, options, tile, paths) -> Iterator[_Part]:
       preview = path.with_name(f"{path.stem}-preview{path.suffix}")
       video.write(preview, small, full.fps, metadata={"comment": job.prompt})
       logging.info("%s: preview", preview)
-    fps = layout.rate(full)
+    fps = job_plan.rate(full)
     for frames in model.stream(full, options, tile):
       yield _Part(path, job, fps, frames)
 

@@ -9,10 +9,10 @@ import optax
 import pytest
 from golden.make_losses import FAST_COMPILE
 
-from sora_jax import denoiser
 from sora_jax.diffusion import noise_process, solvers
 from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
+from sora_jax.sampling import denoise
 from sora_jax.tasks import dit as dit_task
 
 MODEL = DiTConfig(
@@ -118,7 +118,7 @@ def test_trains(process, target):
 def program(process, target):
   return fast_jit(
     functools.partial(
-      denoiser.integrate, MODEL, TEXT, jnp.float32, process=process, target=target
+      denoise.integrate, MODEL, TEXT, jnp.float32, process=process, target=target
     ),
     static_argnames="options",
   )

@@ -12,16 +12,16 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from sora_jax import denoiser, evaluate_prompting, generate, layout, prompting, sample
+from sora_jax import evaluate_prompting, sample
 from sora_jax.data import video
 from sora_jax.diffusion import solvers as solver
 from sora_jax.diffusion.solvers import Options
-from sora_jax.jobs import Job
 from sora_jax.models import dit
 from sora_jax.packing import patches
-from sora_jax.prompting import Prompt, Request, Timeline, Windows
 from sora_jax.runtime import sharding
-from sora_jax.sampling import batching
+from sora_jax.sampling import batching, conditioning, denoise, job_plan, pipeline
+from sora_jax.sampling.conditioning import Prompt, Request, Timeline, Windows
+from sora_jax.sampling.job import Job
 from sora_jax.tasks import dit as dit_task
 
 OPTIONS = Options(steps=2)
@@ -69,7 +69,7 @@ def clip(frames, seed=0, size=(32, 32)):
 def test_bridge_lays_out_what_is_known_as_training_does():
   before, after = latents(2), latents(3, 1)
   image = latents(1, 2)[0]
-  prompt = prompting.bridge(request(), (7, 2, 2), before, after, ((2.5, image),))
+  prompt = conditioning.bridge(request(), (7, 2, 2), before, after, ((2.5, image),))
   assert prompt.given_THW.all(axis=(1, 2)).tolist() == [1, 1, 0, 0, 1, 1, 1]
   np.testing.assert_array_equal(prompt.latent_THWC[:2], before)
   np.testing.assert_array_equal(prompt.latent_THWC[4:], after)
@@ -87,13 +87,13 @@ def test_images_at_whole_times_are_on_the_grid():
     encoded.append(len(video_THWC))
     return np.full((1 + len(video_THWC) // 4, 4, 4, C), len(encoded), np.float32)
 
-  timeline = layout.plan(job, encode, 16).timeline
+  timeline = job_plan.plan(job, encode, 16).timeline
   assert sorted(encoded) == [1, 5, 5]  # a still is the second latent of 5 frames
   assert sorted(index for index, _ in timeline.stills) == [1, 4]
   assert [time for time, _ in timeline.extras] == [1.5]
-  prompt, _, new = prompting.next_window(timeline, Windows(3, 1), 2, latents(1))
+  prompt, _, new = conditioning.next_window(timeline, Windows(3, 1), 2, latents(1))
   assert new == 2 and prompt.given_THW[:, 0, 0].tolist() == [1, 0, 0]
-  prompt, _, new = prompting.next_window(timeline, Windows(3, 1), 4, latents(1))
+  prompt, _, new = conditioning.next_window(timeline, Windows(3, 1), 4, latents(1))
   assert new == 1 and prompt.given_THW[:, 0, 0].tolist() == [1, 1]
   np.testing.assert_array_equal(prompt.latent_THWC[1], dict(timeline.stills)[4])
 
@@ -112,18 +112,18 @@ def test_bridges_that_cannot_be(before, after, extras, message):
   known = [None if n is None else latents(n) for n in (before, after)]
   images = tuple((time, latents(1)[0]) for time in extras)
   with pytest.raises(ValueError, match=message):
-    prompting.bridge(request(), (5, 2, 2), *known, images)
+    conditioning.bridge(request(), (5, 2, 2), *known, images)
 
 
 def test_kept_tokens_have_no_pixel_of_the_mask():
   mask = np.zeros((32, 32), bool)
   mask[3, 17] = True
-  kept = prompting.kept(mask, (2, 2, 2))
+  kept = conditioning.kept(mask, (2, 2, 2))
   assert kept.tolist() == [[[True, False], [True, True]]] * 2
   with pytest.raises(ValueError, match="the mask is empty"):
-    prompting.kept(np.zeros((32, 32), bool), (2, 2, 2))
+    conditioning.kept(np.zeros((32, 32), bool), (2, 2, 2))
   with pytest.raises(ValueError, match="33x32 pixels does not divide into 2x2"):
-    prompting.kept(np.ones((32, 33), bool), (2, 2, 2))
+    conditioning.kept(np.ones((32, 33), bool), (2, 2, 2))
 
 
 def walk(timeline, windows):
@@ -132,7 +132,7 @@ def walk(timeline, windows):
   while len(made) < timeline.end:
     last = np.array(made[-windows.given :]).reshape(-1, 4, 4, C)
     anchor = None if len(last) == len(made) else np.full((4, 4, C), -1.0)
-    prompt, known, new = prompting.next_window(
+    prompt, known, new = conditioning.next_window(
       timeline, windows, len(made), last, anchor
     )
     assert 0 < new and known == len(last) and prompt.start == len(made) - known
@@ -161,7 +161,7 @@ def test_windows_meet_what_follows():
   assert len(made) == 11
   # Also if it is full without it.
   assert walk(timeline, Windows(9, 2))[0] == [(2, 10, 7)]
-  prompt, _, _ = prompting.next_window(
+  prompt, _, _ = conditioning.next_window(
     timeline, Windows(6, 2), 10, latents(2), latents(1)[0]
   )
   assert prompt.grid[0] == 5 and prompt.given_THW[:, 0, 0].tolist() == [1, 1, 0, 1, 1]
@@ -170,8 +170,10 @@ def test_windows_meet_what_follows():
 def test_windows_with_noise_take_it_from_the_second_on():
   timeline = Timeline(request(frames=97), (25, 2, 2), np.zeros((0,)))
   windows = Windows(9, 3, noise=0.2)
-  first, _, _ = prompting.next_window(timeline, windows, 0, np.zeros((0,)))
-  later, _, _ = prompting.next_window(timeline, windows, 9, latents(3), latents(1)[0])
+  first, _, _ = conditioning.next_window(timeline, windows, 0, np.zeros((0,)))
+  later, _, _ = conditioning.next_window(
+    timeline, windows, 9, latents(3), latents(1)[0]
+  )
   assert (first.given_noise, later.given_noise) == (0.0, 0.2)
 
 
@@ -183,17 +185,17 @@ def test_windows_that_cannot_be(length, given, noise):
 
 def test_shots_change_with_time_also_in_later_windows():
   made = request(frames=49, shots=((1.0, "a star"), (2.0, "a square")))
-  texts, shot_T = prompting.texts(Prompt(made, (13, 2, 2)))
+  texts, shot_T = conditioning.texts(Prompt(made, (13, 2, 2)))
   assert [text for text, _ in texts] == ["a red circle", "a star", "a square"]
   # Frames 12 and 24 at 12 fps are latent frames 3 and 6.
   assert shot_T.tolist() == [0] * 3 + [1] * 3 + [2] * 7
-  texts, shot_T = prompting.texts(Prompt(made, (4, 2, 2), start=4))
+  texts, shot_T = conditioning.texts(Prompt(made, (4, 2, 2), start=4))
   assert [text for text, _ in texts] == ["a star", "a square"]
   assert shot_T.tolist() == [0, 0, 1, 1]
 
 
 def test_blend_weights():
-  weights = prompting.blend_weights(Prompt(request(), (5, 2, 2)))
+  weights = conditioning.blend_weights(Prompt(request(), (5, 2, 2)))
   np.testing.assert_allclose(weights, [0, 0.1464, 0.5, 0.8536, 1], atol=1e-4)
 
 
@@ -206,12 +208,14 @@ def whole_prompts():
   region = np.zeros((5, 2, 2), bool)
   region[:, :, 0] = True
   grid = (5, 2, 2)
-  first = prompting.bridge(request(), grid, latents(1))
+  first = conditioning.bridge(request(), grid, latents(1))
   return {
     "text": Prompt(request(), grid),
     "first": first,
-    "ends": prompting.bridge(request(seed=2), grid, latents(2), latents(2, 1)),
-    "keys": prompting.bridge(request(seed=3), grid, latents(1), None, ((1.75, image),)),
+    "ends": conditioning.bridge(request(seed=2), grid, latents(2), latents(2, 1)),
+    "keys": conditioning.bridge(
+      request(seed=3), grid, latents(1), None, ((1.75, image),)
+    ),
     "noisy": dataclasses.replace(first, given_noise=0.3),
     "edit": Prompt(request(seed=4), grid, video_THWC, strength=0.5),
     "region": Prompt(request(seed=5), grid, video_THWC, region),
@@ -430,14 +434,14 @@ def test_a_connection_turns_from_one_video_into_the_other():
     seen.append(video_THWC[:, 0, 0, 0].astype(int))
     return latents(1 + len(video_THWC) // 4)
 
-  made = layout.plan(Job(video=a, connect=b, gap=7 / 12), encode, 16)
+  made = job_plan.plan(Job(video=a, connect=b, gap=7 / 12), encode, 16)
   assert made.frames == 9 + 7 + 9
   (between,) = (x for x in seen if len(set(x)) > 1)
   np.testing.assert_array_equal(between, [10, 12, 16, 22, 30, 38, 44, 48, 50])
   level_T = made.timeline.strength_THW[:, 0, 0]
   np.testing.assert_allclose(level_T, [0, 0, 0, 0.4, 0, 0, 0])
   alone = Job(video=a, connect=b, gap=7 / 12, gap_strength=1.0)
-  assert layout.plan(alone, encode, 16).timeline.start_THWC is None
+  assert job_plan.plan(alone, encode, 16).timeline.start_THWC is None
 
 
 def test_the_decoder_goes_around_a_loop(sampler):
@@ -454,7 +458,7 @@ def test_the_decoder_goes_around_a_loop(sampler):
     begin = 1 + 4 * 3
     if job.video is not None:
       # A video begins with the last frame of a latent, here one of the middle.
-      latent_THWC[0] = layout.still(sampler.encode, job.video)
+      latent_THWC[0] = job_plan.still(sampler.encode, job.video)
       np.testing.assert_array_equal(latent_THWC[1:3], sampler.encode(job.video)[1:])
       begin += 3
     around = np.concatenate([latent_THWC] * 5)[-4 - 2 * len(latent_THWC) :]
@@ -467,7 +471,7 @@ def test_more_frames_a_second(sampler):
   own = clip(9)
   made = sampler.video("", video=own, interpolate=2, fps=8.0, options=OPTIONS)
   assert len(made) == 17
-  assert layout.rate(Job(video=own, interpolate=2, fps=8.0)) == 16.0
+  assert job_plan.rate(Job(video=own, interpolate=2, fps=8.0)) == 16.0
 
 
 def test_a_preview_is_half_the_size(sampler):
@@ -534,7 +538,7 @@ def test_windows_see_what_came_before(sampler):
 
 
 def make_job(kwargs):
-  return layout.plan(Job(**kwargs), lambda v: latents(1 + (len(v) - 1) // 4), 16)
+  return job_plan.plan(Job(**kwargs), lambda v: latents(1 + (len(v) - 1) // 4), 16)
 
 
 @pytest.mark.parametrize(
@@ -670,7 +674,7 @@ def test_the_next_item_is_made_while_one_is_used():
       yield i
     raise ValueError("the end")
 
-  items = generate.ahead(make(), 1)
+  items = pipeline.ahead(make(), 1)
   assert next(items) == 0 and began[1].wait(10)
   assert not began[2].is_set()
   assert [next(items), next(items)] == [1, 2]
@@ -688,7 +692,7 @@ def test_what_nobody_waits_for_is_not_made():
       assert go.wait(10)
       yield i
 
-  items = generate.ahead(make(), 3)
+  items = pipeline.ahead(make(), 3)
   assert next(items) == 0
   threading.Timer(0.2, go.set).start()
   items.close()
@@ -789,13 +793,13 @@ def test_rows_of_a_published_size(size, frames, tokens):
   """Wan 2.1's 14B: prompts of large images and long videos become one row each."""
   model, meta = dit.PRESETS["wan2.1-t2v-14b"], {"tokens": 4096, "text_tokens": 512}
   job = Job("a star", size=size, frames=frames, fps=16.0, window=81, given=9)
-  made = layout.plan(job, None, 16)
+  made = job_plan.plan(job, None, 16)
   windows, timeline = job.windows, made.timeline
   assert made.frames == frames and timeline.grid[0] == 1 + (frames - 1) // 4
-  prompt, _, _ = prompting.next_window(timeline, windows, 0, np.zeros((0,)))
+  prompt, _, _ = conditioning.next_window(timeline, windows, 0, np.zeros((0,)))
   assert np.prod(prompt.grid) == tokens
   features = np.zeros((512, 1), np.float32)
-  texts, shot_T = prompting.texts(prompt)
+  texts, shot_T = conditioning.texts(prompt)
   clip = batching.RowClip(prompt, [(features, features)] * len(texts), shot_T)
   budget = batching.budget_of([clip.size], {**meta, "segments": 1})
   assert tokens <= budget.tokens < max(2 * tokens, 4097)
@@ -817,7 +821,7 @@ def test_rows_of_a_published_size(size, frames, tokens):
   table = solver.make_table("euler", solver.schedule(2, np.ones((1, N))))
   out = jax.eval_shape(
     functools.partial(
-      denoiser.integrate, model, None, np.float32, process="flow", target="velocity",
+      denoise.integrate, model, None, np.float32, process="flow", target="velocity",
       options=Options(steps=1),
     ),
     params, shapes, table, scale_BN,

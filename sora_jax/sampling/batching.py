@@ -9,11 +9,11 @@ import dataclasses
 
 import numpy as np
 
-from sora_jax import prompting
 from sora_jax.diffusion import noise_process
 from sora_jax.models.dit import DiTConfig
 from sora_jax.packing import patches
-from sora_jax.prompting import Prompt
+from sora_jax.sampling import conditioning
+from sora_jax.sampling.conditioning import Prompt
 
 # Where padding costs less than compiling for another length, and what lengths are a
 # multiple of, so that they divide by the chips that share them.
@@ -250,7 +250,7 @@ class RowLayout:
   def _put_twins(self, view, clip, begins):
     """Each noisy token of two clips looks at the other's prediction."""
     t, h, w = clip.prompt.grid
-    weight_L = np.repeat(prompting.blend_weights(clip.prompt), h * w)
+    weight_L = np.repeat(conditioning.blend_weights(clip.prompt), h * w)
     tokens = np.arange(t * h * w)
     for own, other, weights in ((0, 1, weight_L), (1, 0, 1.0 - weight_L)):
       view["twin_L"][begins[own] + tokens] = begins[other] + tokens

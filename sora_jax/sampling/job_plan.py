@@ -1,7 +1,7 @@
 """Lays a job out on the grid of latents: reads its media, encodes, checks times.
 
-The result is a `prompting.Timeline`. What is lost on the way (frames off the grid, the
-sides of an image of another shape) is logged.
+The result is a `conditioning.Timeline`. What is lost on the way (frames off the grid,
+the sides of an image of another shape) is logged.
 """
 
 import dataclasses
@@ -10,10 +10,10 @@ from collections.abc import Callable
 import numpy as np
 from absl import logging
 
-from sora_jax import prompting
 from sora_jax.data import video as video_files
-from sora_jax.jobs import Job
-from sora_jax.prompting import Request, Timeline
+from sora_jax.sampling import conditioning
+from sora_jax.sampling.conditioning import Request, Timeline
+from sora_jax.sampling.job import Job
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,7 +174,7 @@ class _Planner:
     kept = None
     if job.mask is not None:
       mask_HW = _read_mask(job.mask, self.size)
-      kept = prompting.kept(mask_HW, (len(start), *self.grid_hw))
+      kept = conditioning.kept(mask_HW, (len(start), *self.grid_hw))
     images = self._key_frames(frames)
     images += [(0, job.image)] if job.image is not None else []
     images += [(frames - 1, job.last_image)] if job.last_image is not None else []

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from sora_jax import prompting
-from sora_jax.prompting import Windows
+from sora_jax.sampling import conditioning
+from sora_jax.sampling.conditioning import Windows
 
 # A file, or uint8 [T, H, W, 3]; an image may be [H, W, 3].
 Media = Any
@@ -32,7 +32,7 @@ class Job:
 
   Attributes:
     prompt, negative_prompt, guidance_scale, seed, shots, blend: see
-      `prompting.Request`.
+      `conditioning.Request`.
     size: (width, height); that of the first medium, or 64x64. Larger than the grid of
       the model by less than a step, it is cut from the next larger one.
     frames: 17 if there is nothing else to tell. Of a job with `video`, its own.
@@ -92,7 +92,7 @@ class Job:
       raise ValueError(f"fit {self.fit!r} is not crop or pad")
     for name in ("strength", "gap_strength", "given_noise", "preview"):
       if getattr(self, name) is not None:
-        prompting.check_level(name, getattr(self, name))
+        conditioning.check_level(name, getattr(self, name))
     for name in ("extend_before", "extend_after"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name} {getattr(self, name)} s is negative")

@@ -21,19 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from sora_jax import layout, prompting
 from sora_jax.data import video as video_files
-from sora_jax.denoiser import Denoiser
 from sora_jax.diffusion import solvers
 from sora_jax.encode import frame_bucket
 from sora_jax.encoders.autoencoder import Autoencoder, from_json, in_chunks
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
-from sora_jax.jobs import Job
 from sora_jax.models.dit import DiTConfig
-from sora_jax.prompting import Prompt, Request
 from sora_jax.run import init_from
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.runtime.prefetch import ahead
+from sora_jax.sampling import conditioning, job_plan
+from sora_jax.sampling.conditioning import Prompt, Request
+from sora_jax.sampling.denoise import Denoiser
+from sora_jax.sampling.job import Job
 from sora_jax.tasks import dit as dit_task
 
 # Frames that the encoder is given at once, and latent frames that the decoder is: few
@@ -223,14 +223,14 @@ class Sampler:
 
   def preview(self, job: Job, options=None, tile=None) -> Iterator[np.ndarray]:
     """Chunks of the small version of a job that has a preview."""
-    size = layout.plan(job, self.encode, self.size_multiple).size
+    size = job_plan.plan(job, self.encode, self.size_multiple).size
     half = tuple(max(self.size_multiple, n // 2) for n in size[::-1])
     small = dataclasses.replace(job, size=half, preview=0.0)
     return self._stream(small, options or solvers.Options(), tile)
 
   def refined(self, job: Job, small_THWC: np.ndarray) -> Job:
     """The job that makes a preview again at full size, of the same composition."""
-    made = layout.plan(job, self.encode, self.size_multiple)
+    made = job_plan.plan(job, self.encode, self.size_multiple)
     return dataclasses.replace(
       job,
       preview=0.0,
@@ -241,7 +241,7 @@ class Sampler:
     )
 
   def _stream(self, job, options, tile, watch=None):
-    plan = layout.plan(job, self.encode, self.size_multiple)
+    plan = job_plan.plan(job, self.encode, self.size_multiple)
     # Of a latent at least each, as far back as a window looks.
     tail = collections.deque(maxlen=max(job.windows.given, 1))
 
@@ -316,7 +316,9 @@ class Sampler:
         # The frame that the window begins with, as an image.
         frame_HWC = _from_end(tail, 4 * (len(last) - 1))
         anchor = self.encode(frame_HWC[None])[0]
-      prompt, known, new = prompting.next_window(timeline, windows, made, last, anchor)
+      prompt, known, new = conditioning.next_window(
+        timeline, windows, made, last, anchor
+      )
       fresh = make(prompt)[known : known + new]
       last = np.concatenate([last, fresh])[-given:] if len(last) else fresh[-given:]
       made += new
@@ -345,8 +347,8 @@ class Sampler:
           noise = windows.noise
         after = np.array(head)
         image_THWC = self.autoencoder.decode(self._copied(head[:1]))[0]
-        after[0] = layout.still(self.encode, image_THWC)
-        prompt = prompting.bridge(
+        after[0] = job_plan.still(self.encode, image_THWC)
+        prompt = conditioning.bridge(
           timeline.request, (new + known, *hw), after_THWC=after
         )
         prompt = dataclasses.replace(prompt, start=left - new, given_noise=noise)

@@ -15,17 +15,16 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import prompting
 from sora_jax.data import tokenizer
 from sora_jax.diffusion import noise_process, solvers
 from sora_jax.encoders.autoencoder import from_json
 from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig, Reuse
 from sora_jax.packing import patches
-from sora_jax.prompting import Prompt
 from sora_jax.runtime import sharding
-from sora_jax.sampling import batching
+from sora_jax.sampling import batching, conditioning
 from sora_jax.sampling.batching import RowClip
+from sora_jax.sampling.conditioning import Prompt
 from sora_jax.tasks import dit as dit_task
 from sora_jax.training import metrics
 
@@ -129,7 +128,7 @@ class Denoiser:
     """Clips of each prompt: one, or two whose predictions are blended."""
     wanted = []
     for prompt in prompts:
-      pairs, shot_T = prompting.texts(prompt)
+      pairs, shot_T = conditioning.texts(prompt)
       sides = [pairs]
       if prompt.request.blend:
         sides.append([(prompt.request.blend, prompt.request.negative_prompt)])
