@@ -23,10 +23,10 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from sora_jax import attributes
 from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
 from sora_jax.diffusion.solvers import Options
+from sora_jax.evaluation import shape_attributes
 from sora_jax.packing import patches
 from sora_jax.sampling import pipeline
 from sora_jax.sampling.conditioning import Request
@@ -79,7 +79,9 @@ def compare_reuse(model) -> None:
   print("| --: | --: | --: | --: | --: |")
   for limit in limits:
     colour = [
-      attributes.score(attributes.analyse_video(video_THWC), clip.truth)["color"]
+      shape_attributes.score(shape_attributes.analyse_video(video_THWC), clip.truth)[
+        "color"
+      ]
       for video_THWC, clip in zip(made[limit], clips, strict=True)
     ]
     alike = [psnr(a, b) for a, b in zip(made[limit], made[0.0], strict=True)]

@@ -17,11 +17,11 @@ import numpy as np
 from absl import flags, logging
 from scipy import ndimage
 
-from sora_jax import attributes, evaluate_prompting
 from sora_jax.data import video
 from sora_jax.data.clips import Clip, read_manifest
 from sora_jax.encode import frame_bucket, limit_sizes
 from sora_jax.encoders.autoencoder import Autoencoder
+from sora_jax.evaluation import prompting_suite, shape_attributes
 from sora_jax.run import recipe as recipes
 from sora_jax.run import stages
 from sora_jax.runtime import hosts
@@ -179,12 +179,14 @@ def attribute_table(truths, samples, real) -> dict:
   Returns:
     attribute -> {"samples", "chance", "real": shares, "n": number it applies to}.
   """
-  chance = attributes.chance_levels(truths)
+  chance = shape_attributes.chance_levels(truths)
   columns = {}
   for name, paths in (("samples", samples), ("real", real)):
     scores = collections.defaultdict(list)
     for truth, path in zip(truths, paths, strict=True):
-      for attribute, right in attributes.score(attributes.analyse(path), truth).items():
+      for attribute, right in shape_attributes.score(
+        shape_attributes.analyse(path), truth
+      ).items():
         scores[attribute].append(right)
     columns[name] = scores
   return {
@@ -234,7 +236,7 @@ def _main(argv):
     return stages.run_stages(argv, "evaluate")
   stages.start_logging()
   recipe = recipes.read(stages.CONFIG.value)
-  return evaluate_prompting.run(recipe, stages.workdir())
+  return prompting_suite.run(recipe, stages.workdir())
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from sora_jax import evaluate_prompting, sample
+from sora_jax import sample
 from sora_jax.data import video
 from sora_jax.diffusion import solvers as solver
 from sora_jax.diffusion.solvers import Options
+from sora_jax.evaluation import prompting_suite
 from sora_jax.models import dit
 from sora_jax.packing import patches
 from sora_jax.runtime import sharding
@@ -735,19 +736,19 @@ def test_seam_ratio():
   frames = np.arange(8, dtype=np.uint8)[:, None, None, None] * np.ones(
     (1, 4, 4, 3), np.uint8
   )
-  assert evaluate_prompting.seam_ratio(frames, 3) == 1.0
-  assert evaluate_prompting.seam_ratio(frames, 0) == 7.0
+  assert prompting_suite.seam_ratio(frames, 3) == 1.0
+  assert prompting_suite.seam_ratio(frames, 0) == 7.0
   frames[5:] += 4
-  assert evaluate_prompting.seam_ratio(frames, 5) == 5.0
-  assert evaluate_prompting.seam_ratio(frames, 4, [5]) == 0.2
-  assert evaluate_prompting.alike(17, 5) == [1, 9, 13]
-  assert evaluate_prompting.alike(16, 0, (8,)) == [4, 12]
+  assert prompting_suite.seam_ratio(frames, 5) == 5.0
+  assert prompting_suite.seam_ratio(frames, 4, [5]) == 0.2
+  assert prompting_suite.alike(17, 5) == [1, 9, 13]
+  assert prompting_suite.alike(16, 0, (8,)) == [4, 12]
 
 
 def test_histogram_distance():
   black, white = np.zeros((2, 4, 4, 3), np.uint8), np.full((1, 4, 4, 3), 255, np.uint8)
-  assert evaluate_prompting.histogram_distance(black, black) == 0.0
-  assert evaluate_prompting.histogram_distance(black, white) == 1.0
+  assert prompting_suite.histogram_distance(black, black) == 0.0
+  assert prompting_suite.histogram_distance(black, white) == 1.0
 
 
 # --- full size, by shapes alone

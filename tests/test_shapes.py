@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from sora_jax import attributes
 from sora_jax.data import shapes, sources, video
+from sora_jax.evaluation import shape_attributes
 
 _HELDOUT = 200
 
@@ -143,8 +143,8 @@ def _judge(rows, read):
   """Share of clips whose attributes are read rightly, and what was confused."""
   right, confused = collections.defaultdict(list), collections.Counter()
   for row in rows:
-    analysis = attributes.analyse_video(read(row))
-    result = attributes.score(analysis, row["truth"])
+    analysis = shape_attributes.analyse_video(read(row))
+    result = shape_attributes.score(analysis, row["truth"])
     for name, value in result.items():
       right[name].append(value)
     for name in ("color", "shape", "motion"):
@@ -188,7 +188,7 @@ def test_analyser_judges_what_it_sees(folder):
         return video.read(folder / row["path"])
 
   def motion(clip):
-    (item,) = attributes.analyse_video(clip)["objects"]
+    (item,) = shape_attributes.analyse_video(clip)["objects"]
     return item["motion"]
 
   assert motion(first("right")[::-1]) == "left"
@@ -196,10 +196,10 @@ def test_analyser_judges_what_it_sees(folder):
   assert motion(first("up")[:, ::-1]) == "down"
   assert motion(first("grow")[::-1]) == "shrink"
   assert motion(first("turn")[:1].repeat(9, axis=0)) == "still"
-  swapped = attributes.analyse_video(first("right")[..., [2, 1, 0]])
+  swapped = shape_attributes.analyse_video(first("right")[..., [2, 1, 0]])
   assert swapped["count"] == 1
   empty = np.full((9, 64, 64, 3), 90, np.uint8)
-  assert attributes.analyse_video(empty) == {"count": 0, "objects": []}
+  assert shape_attributes.analyse_video(empty) == {"count": 0, "objects": []}
 
 
 def test_score():
@@ -213,23 +213,25 @@ def test_score():
   items = [{**item, "reappears": False} for item in truth["objects"]]
   seen = {"count": 2, "objects": items[::-1]}  # the order does not matter
   right = {"color": True, "shape": True, "motion": True, "count": True}
-  assert attributes.score(seen, truth) == right
+  assert shape_attributes.score(seen, truth) == right
   swapped = [{**items[0], "motion": "turn"}, {**items[1], "motion": "up"}]
-  swapped = attributes.score({"count": 2, "objects": swapped}, truth)
+  swapped = shape_attributes.score({"count": 2, "objects": swapped}, truth)
   assert swapped == {**right, "motion": False}
-  one = attributes.score({"count": 1, "objects": items[:1]}, truth)
+  one = shape_attributes.score({"count": 1, "objects": items[:1]}, truth)
   assert not any(one.values())
   image = {**truth, "frames": 1}
-  assert "motion" not in attributes.score(seen, image)
+  assert "motion" not in shape_attributes.score(seen, image)
   hidden = {**truth, "objects": truth["objects"][:1], "count": 1, "occluder": True}
   shown = {"count": 1, "objects": [{**items[0], "reappears": True}]}
-  assert attributes.score(shown, hidden)["reappear"]
-  assert not attributes.score({"count": 1, "objects": items[:1]}, hidden)["reappear"]
+  assert shape_attributes.score(shown, hidden)["reappear"]
+  assert not shape_attributes.score({"count": 1, "objects": items[:1]}, hidden)[
+    "reappear"
+  ]
 
 
 def test_chance_levels():
   truths = [shapes.describe("heldout", i, 0)["truth"] for i in range(120)]
-  levels = attributes.chance_levels(truths)
+  levels = shape_attributes.chance_levels(truths)
   assert set(levels) == {"color", "shape", "motion", "count", "reappear"}
   assert 0.05 < levels["color"] < 0.25 and 0.1 < levels["shape"] < 0.4
   assert 0.05 < levels["motion"] < 0.25 and 0.5 < levels["count"] < 0.9

@@ -24,9 +24,9 @@ import time
 import numpy as np
 from absl import logging
 
-from sora_jax import attributes
 from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
+from sora_jax.evaluation import shape_attributes
 from sora_jax.run import recipe as recipes
 from sora_jax.sampling.job import Job
 from sora_jax.sampling.pipeline import Sampler
@@ -126,7 +126,9 @@ def measure(model, cases, options) -> tuple[dict, np.ndarray]:
       others = alike(len(made_THWC), case.place or at, case.seams)
       values["step"].append(seam_ratio(made_THWC, at, others))
     if case.truth:
-      right = attributes.score(attributes.analyse_video(made_THWC), case.truth)
+      right = shape_attributes.score(
+        shape_attributes.analyse_video(made_THWC), case.truth
+      )
       for name in ("color", "shape", "count"):
         values[name].append(right[name])
   row = {name: float(np.mean(found)) for name, found in values.items()}
@@ -274,7 +276,7 @@ def _drift(model, clips, options, extensions, noise) -> list[dict]:
     made = np.concatenate(list(model.stream(job, options)))
     for i, row in enumerate(rows):
       part = made[FRAMES + 24 * i : FRAMES + 24 * (i + 1)]
-      right = attributes.score(attributes.analyse_video(part), clip.truth)
+      right = shape_attributes.score(shape_attributes.analyse_video(part), clip.truth)
       row["histogram"].append(histogram_distance(part, made[:FRAMES]))
       row["color"].append(right["color"])
       row["shape"].append(right["shape"])
