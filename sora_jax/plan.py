@@ -17,16 +17,16 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from sora_jax import (
-  estimate,
+from sora_jax.models import dit
+from sora_jax.planning import (
+  cost_model,
   hardware,
   hlo,
-  packing_load,
-  plan_report,
-  plan_search,
-  programs,
+  lowering,
+  report,
+  search,
+  workload,
 )
-from sora_jax.models import dit
 from sora_jax.run import recipe as recipes
 from sora_jax.run import stages
 from sora_jax.runtime import sharding
@@ -39,7 +39,7 @@ TRAIN_STEP = "train step"
 def plan(
   recipe: recipes.Recipe,
   topology: hardware.Topology,
-  load: estimate.Load,
+  load: cost_model.Load,
   names=("dit",),
 ) -> dict:
   """All that is known of the recipe's programs on a topology, for JSON.
@@ -50,16 +50,16 @@ def plan(
     ValueError: without libtpu, for a shape that no slice has, and for a mesh that the
       chips, or the rows of a batch, do not divide by.
   """
-  recipe = programs.on_accelerator(recipe)
-  if not topology.chip.axes and not programs.compiles_for_gpus():
+  recipe = lowering.on_accelerator(recipe)
+  if not topology.chip.axes and not lowering.compiles_for_gpus():
     return gpu_plan(recipe, topology, load)
   made = _header(recipe, topology, load)
-  devices, options = programs.devices(topology), programs.compiler_options(topology)
+  devices, options = lowering.devices(topology), lowering.compiler_options(topology)
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh), devices=devices)
   made["mesh"] = dict(mesh.shape)
   if "dit" in names:
-    lowered = programs.dit_step(recipe, mesh)
-    program = programs.compile_program(TRAIN_STEP, lowered, options)
+    lowered = lowering.dit_step(recipe, mesh)
+    program = lowering.compile_program(TRAIN_STEP, lowered, options)
     step = measure(program, recipe, topology, mesh, load)
     if program.text is None:  # the compiler only says how much all is
       step["arguments"] = state_size(recipe, mesh)[0] * topology.chip.devices
@@ -69,16 +69,16 @@ def plan(
   host = topology.one_host()  # as these stages do: each host by itself
 
   def add(name, lower, local):
-    program = programs.compile_program(name, lower(recipe, local), options)
+    program = lowering.compile_program(name, lower(recipe, local), options)
     made["programs"].append(measure(program, recipe, host, local, load))
 
   if "vae" in names:
-    local = stages.clip_mesh(recipe.encode, programs.devices(host))
-    add("vae", programs.vae_encode, local)
+    local = stages.clip_mesh(recipe.encode, lowering.devices(host))
+    add("vae", lowering.vae_encode, local)
   if "sample" in names:
-    local = sharding.sampling_mesh(recipe.sample.rows, programs.devices(host))
-    add("sample", programs.sampling, local)
-  made["advice"] = plan_report.advice(made, recipe)
+    local = sharding.sampling_mesh(recipe.sample.rows, lowering.devices(host))
+    add("sample", lowering.sampling, local)
+  made["advice"] = report.advice(made, recipe)
   return made
 
 
@@ -93,7 +93,7 @@ def _header(recipe, topology, load):
     "tokens": stage.tokens,
     "load": load._asdict(),
     "chip": dataclasses.asdict(topology.chip),
-    "assumptions": estimate.assumptions(topology.chip),
+    "assumptions": cost_model.assumptions(topology.chip),
     # init, update and evaluate; packing leaves one shape.
     "executables": len(loop.Built._fields) - 1,
     "model_flops": model_flops(recipe, load),
@@ -101,7 +101,7 @@ def _header(recipe, topology, load):
   }
 
 
-def model_flops(recipe: recipes.Recipe, load: estimate.Load) -> float:
+def model_flops(recipe: recipes.Recipe, load: cost_model.Load) -> float:
   """FLOPs of one step that the model needs: of real tokens, and nothing twice."""
   forward = dit.num_flops(recipe.dit.model, load.tokens, load.text_tokens, load.pairs)
   return 3.0 * recipe.dit.rows * forward
@@ -123,7 +123,7 @@ def executed_flops(recipe: recipes.Recipe) -> float:
   return stage.rows * (3.0 * (ends + blocks) + again)
 
 
-def measure(program: programs.Program, recipe, topology, mesh, load) -> dict:
+def measure(program: lowering.Program, recipe, topology, mesh, load) -> dict:
   """Memory, work and time of a compiled program: numbers of one chip."""
   chip, count = topology.chip, topology.chip.devices
   made = {
@@ -138,16 +138,16 @@ def measure(program: programs.Program, recipe, topology, mesh, load) -> dict:
   if program.text is None:
     return made
   stage = recipe.dit
-  kernel_flops = estimate.kernel_flops(load, stage.text_tokens)
-  report = hlo.analyze(program.text, mesh.devices.size, kernel_flops)
+  kernel_flops = cost_model.kernel_flops(load, stage.text_tokens)
+  analysis = hlo.analyze(program.text, mesh.devices.size, kernel_flops)
   units = None
   if program.name == TRAIN_STEP and chip.axes:
-    units = estimate.attention_units(program.text, mesh.devices.size, stage)
+    units = cost_model.attention_units(program.text, mesh.devices.size, stage)
   made |= {
-    "matmul_flops": report.matmul_flops * count,
-    "attention_flops": sum(k.flops for k in report.kernels.values()) * count,
+    "matmul_flops": analysis.matmul_flops * count,
+    "attention_flops": sum(k.flops for k in analysis.kernels.values()) * count,
     "attention_units": units,
-    "kernels": {name: kernel.launches for name, kernel in report.kernels.items()},
+    "kernels": {name: kernel.launches for name, kernel in analysis.kernels.items()},
     "collectives": {
       kind: {
         "runs": traffic.runs,
@@ -155,11 +155,11 @@ def measure(program: programs.Program, recipe, topology, mesh, load) -> dict:
         "hidden": traffic.hidden * count,
         "groups": sorted(traffic.groups),
       }
-      for kind, traffic in report.collectives.items()
+      for kind, traffic in analysis.collectives.items()
     },
   }
   if chip.axes:
-    seconds = estimate.seconds(report, programs.places(mesh, topology), topology)
+    seconds = cost_model.seconds(analysis, lowering.places(mesh, topology), topology)
     made["seconds"] = seconds._asdict() | {"total": seconds.total}
   return made
 
@@ -167,7 +167,7 @@ def measure(program: programs.Program, recipe, topology, mesh, load) -> dict:
 def gpu_speed(recipe, topology, load) -> dict:
   """What a train step makes at published utilisation."""
   flops = model_flops(recipe, load)
-  fast, slow = estimate.gpu_seconds(flops, topology.chips, topology.chip)
+  fast, slow = cost_model.gpu_seconds(flops, topology.chips, topology.chip)
   return _rates(slow, recipe, topology, load) | {"fastest_seconds": fast}
 
 
@@ -203,7 +203,7 @@ def gpu_plan(recipe: recipes.Recipe, topology: hardware.Topology, load) -> dict:
   chip, stage = topology.chip, recipe.dit
   arguments, params = state_size(recipe, mesh)
   tokens = stage.rows * stage.tokens / stage.train.grad_accumulation / topology.chips
-  peak = estimate.gpu_bytes(arguments, params, stage.model, tokens, stage.model.remat)
+  peak = cost_model.gpu_bytes(arguments, params, stage.model, tokens, stage.model.remat)
   made = _header(recipe, topology, load)
   made["mesh"] = dict(mesh.shape)
   made["programs"] = [
@@ -217,13 +217,13 @@ def gpu_plan(recipe: recipes.Recipe, topology: hardware.Topology, load) -> dict:
     }
   ]
   made["speed"] = gpu_speed(recipe, topology, load)
-  made["advice"] = plan_report.advice(made, recipe)
+  made["advice"] = report.advice(made, recipe)
   return made
 
 
 def state_size(recipe: recipes.Recipe, mesh) -> tuple[int, int]:
   """(bytes of the train state, number of params) on one device of a mesh."""
-  state = programs.dit_state(recipe, mesh).abstract
+  state = lowering.dit_state(recipe, mesh).abstract
 
   def shards(tree):
     return [
@@ -273,25 +273,23 @@ def _main(argv) -> None:
   if args.search:
     own = ("search", "nosearch", "trials", "trial_minutes", "out")
     arguments = [a for a in sys.argv[1:] if a.lstrip("-").split("=")[0] not in own]
-    ranked = plan_search.search(
+    ranked = search.search(
       recipe, topology, folder, arguments, args.trials, args.trial_minutes
     )
-    for line in plan_report.ranking(ranked):
+    for line in report.ranking(ranked):
       logging.info("%s", line)
     return
-  load = packing_load.of_recipe(
-    recipe, stages.workdir(), args.manifest, args.clip_tokens
-  )
+  load = workload.of_recipe(recipe, stages.workdir(), args.manifest, args.clip_tokens)
   made = plan(recipe, topology, load, args.stages)
   if made.get("speed"):
     steps = args.steps or recipe.dit.train.steps
     seconds = made["speed"]["step_seconds"]
-    made["run"] = estimate.cost(steps, seconds, topology.chips, args.price)
-  for line in plan_report.table(made):
+    made["run"] = cost_model.cost(steps, seconds, topology.chips, args.price)
+  for line in report.table(made):
     logging.info("%s", line)
-  name = plan_search.file_name(topology)
-  plan_search.write(folder / f"{name}.json", made)
-  plan_report.picture(made).save(folder / f"{name}.png")
+  name = search.file_name(topology)
+  search.write(folder / f"{name}.json", made)
+  report.picture(made).save(folder / f"{name}.png")
   logging.info("%s.json and .png are in %s", name, folder)
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sora_jax import hlo
+from sora_jax.planning import hlo
 from sora_jax.runtime import sharding
 
 

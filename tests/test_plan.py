@@ -15,20 +15,19 @@ import tiny
 from golden.make_losses import FAST_COMPILE
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import (
-  estimate,
+from sora_jax import plan, train_dit
+from sora_jax.data import clips
+from sora_jax.packing import planner
+from sora_jax.planning import (
+  cost_model,
   gpu_target,
   hardware,
   hlo,
-  packing_load,
-  plan,
-  plan_report,
-  plan_search,
-  programs,
-  train_dit,
+  lowering,
+  report,
+  search,
+  workload,
 )
-from sora_jax.data import clips
-from sora_jax.packing import planner
 from sora_jax.run import recipe
 from sora_jax.runtime import sharding
 
@@ -91,7 +90,7 @@ def grid(topology):
   """Places of all devices of a topology, in its order."""
   devices = np.empty(topology.devices, object)
   devices[:] = [types.SimpleNamespace() for _ in devices]
-  return programs.places(types.SimpleNamespace(devices=devices), topology)
+  return lowering.places(types.SimpleNamespace(devices=devices), topology)
 
 
 LINE = tuple(range(4))  # along z
@@ -113,16 +112,16 @@ PLANE = tuple(range(16))
   ],
 )
 def test_seconds_of_collectives(kind, group, seconds):
-  made = estimate.collective_seconds(kind, 180e9, group, grid(CUBE), CUBE)
+  made = cost_model.collective_seconds(kind, 180e9, group, grid(CUBE), CUBE)
   assert made == pytest.approx(seconds / 0.9)
 
 
 def test_slices_talk_over_the_network():
   two = hardware.parse("v5p:4x4x4", slices=2)
-  made = estimate.collective_seconds("all-reduce", 1e9, (0, 64), grid(two), two)
+  made = cost_model.collective_seconds("all-reduce", 1e9, (0, 64), grid(two), two)
   assert made == pytest.approx(1e9 / 6.25e9 / 0.9)
   everywhere = tuple(range(128))
-  made = estimate.collective_seconds("all-reduce", 1e9, everywhere, grid(two), two)
+  made = cost_model.collective_seconds("all-reduce", 1e9, everywhere, grid(two), two)
   # Each chip of a slice carries its 64th over the network.
   assert made == pytest.approx((1e9 / 600e9 + 1e9 / 64 / 6.25e9) / 0.9)
 
@@ -130,56 +129,56 @@ def test_slices_talk_over_the_network():
 def test_sums_over_slices():
   three = hardware.parse("v5p:4x4x4", slices=3)
   where, group = grid(three), tuple(range(192))
-  made = estimate.collective_seconds("network-all-reduce", 3e9, group, where, three)
+  made = cost_model.collective_seconds("network-all-reduce", 3e9, group, where, three)
   assert made == pytest.approx(3e9 * 4 / 3 / 6.25e9 / 0.9)
 
 
 def test_two_dies_share_the_links_of_a_chip():
   pair = hardware.parse("tpu7x:2x2x1")
   assert grid(pair)[:2].tolist() == [[0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
-  between = estimate.collective_seconds("all-gather", 9e9, (0, 1), grid(pair), pair)
+  between = cost_model.collective_seconds("all-gather", 9e9, (0, 1), grid(pair), pair)
   assert between == pytest.approx(9e9 / 600e9 / 0.9)
-  chips = estimate.collective_seconds("all-gather", 9e9, (0, 2), grid(pair), pair)
+  chips = cost_model.collective_seconds("all-gather", 9e9, (0, 2), grid(pair), pair)
   assert chips == pytest.approx(2 * 9e9 / 100e9 / 0.9)
 
 
 def test_seconds_of_a_step():
-  report = hlo.Report(matmul_flops=459e12)
-  report.cycles.update(matmul=3.502e9, other=1.751e9)
-  report.kernels["splash_mha_fwd"] = hlo.Kernel(launches=4, flops=459e12 * 0.53)
-  traffic = report.collectives["all-gather"]
+  analysis = hlo.Report(matmul_flops=459e12)
+  analysis.cycles.update(matmul=3.502e9, other=1.751e9)
+  analysis.kernels["splash_mha_fwd"] = hlo.Kernel(launches=4, flops=459e12 * 0.53)
+  traffic = analysis.collectives["all-gather"]
   traffic.exposed[LINE] += 90e9
   traffic.hidden = 180e9
-  made = estimate.seconds(report, grid(CUBE), CUBE)
+  made = cost_model.seconds(analysis, grid(CUBE), CUBE)
   assert made.matmul == pytest.approx(2.0)  # the compiler's cycles, above the ideal 1 s
   assert made.other == pytest.approx(1.0)
   assert made.attention == pytest.approx(1.0)
   assert made.communication == pytest.approx(0.5)
   assert made.hidden == pytest.approx(1.0)
   assert made.total == pytest.approx(4.5)
-  report.cycles["matmul"] = 0
-  assert estimate.seconds(report, grid(CUBE), CUBE).matmul == pytest.approx(1.0)
+  analysis.cycles["matmul"] = 0
+  assert cost_model.seconds(analysis, grid(CUBE), CUBE).matmul == pytest.approx(1.0)
 
 
 def test_calibration():
   """MaxDiffusion's step: 11 matmuls over all pairs of 16 clips of 75,600 tokens."""
   unit = 2.0 * 16 * 75600**2 * 5120 * 40 / 64
-  report = hlo.Report(matmul_flops=1810e12)
-  report.kernels["splash_mha_fwd"] = hlo.Kernel(launches=1, flops=11 * unit)
-  made = estimate.seconds(report, grid(CUBE), CUBE)
+  analysis = hlo.Report(matmul_flops=1810e12)
+  analysis.kernels["splash_mha_fwd"] = hlo.Kernel(launches=1, flops=11 * unit)
+  made = cost_model.seconds(analysis, grid(CUBE), CUBE)
   assert made.attention == pytest.approx(26.5, abs=0.1)
   # Of the published 36.0 s the rest has to hold all else.
   assert made.total < 36.0
 
 
 def test_cost_of_a_run():
-  made = estimate.cost(steps=7200, step_seconds=2.0, chips=64, price=4.0)
+  made = cost_model.cost(steps=7200, step_seconds=2.0, chips=64, price=4.0)
   assert made == {"steps": 7200, "hours": 4.0, "chip_hours": 256.0, "cost": 1024.0}
 
 
 def test_gpu_estimates():
   h100 = hardware.CHIPS["h100"]
-  fast, slow = estimate.gpu_seconds(989e12 * 8, 8, h100)
+  fast, slow = cost_model.gpu_seconds(989e12 * 8, 8, h100)
   assert (fast, slow) == (pytest.approx(1 / 0.48), pytest.approx(1 / 0.33))
   model = recipe_of().dit.model  # width 32, depth 2, mlp 64
   block = 2 * 100 * (16 * 32 + 2 * 64)
@@ -187,7 +186,7 @@ def test_gpu_estimates():
   sizes["attention_mlp_saved"] = 2 * 4 * 6400
   sizes["matmuls_saved"] = 2 * (10 * 6400 + 2 * 100 * 64)
   for remat, kept in sizes.items():
-    made = estimate.gpu_bytes(1e6, 1000, model, 100, remat)
+    made = cost_model.gpu_bytes(1e6, 1000, model, 100, remat)
     assert made == 1e6 + 4000 + kept + block
 
 
@@ -212,11 +211,11 @@ KERNEL = (
 )  # fmt: skip
 def test_attention_launches(name, results, matmuls):
   rest = KERNEL.format(count="s32[], ", keys=2048)
-  launch = estimate.attention_launch(name, results, rest)
-  assert launch == estimate.Launch(matmuls, 2, 2048, 2048, 128, skips=True)
+  launch = cost_model.attention_launch(name, results, rest)
+  assert launch == cost_model.Launch(matmuls, 2, 2048, 2048, 128, skips=True)
   assert launch.flops == 2 * matmuls * 2 * 2048 * 2048 * 128
-  load = estimate.Load("", 1.0, 4.0, 2048.0, 256.0, 0.0, 0.25, 0.5, 0.2)
-  flops = estimate.kernel_flops(load, text_tokens=256)
+  load = cost_model.Load("", 1.0, 4.0, 2048.0, 256.0, 0.0, 0.25, 0.5, 0.2)
+  flops = cost_model.kernel_flops(load, text_tokens=256)
   assert flops(name, results, rest) == launch.flops / 4
   captions = KERNEL.format(count="s32[], ", keys=256)
   assert flops(name, results, captions) == launch.flops / 8 / 2
@@ -225,7 +224,7 @@ def test_attention_launches(name, results, matmuls):
 
 
 def test_other_kernels_are_no_attention():
-  assert estimate.attention_launch("gather_kernel", "f32[8]", KERNEL) is None
+  assert cost_model.attention_launch("gather_kernel", "f32[8]", KERNEL) is None
 
 
 # --- what rows hold
@@ -233,7 +232,7 @@ def test_other_kernels_are_no_attention():
 
 def test_load_of_rows():
   budget = planner.Budget(4096, 256, 8)
-  made = packing_load.of_rows([[(1024, 32)] * 4, [(2048, 64)]], 0.75, budget, "two")
+  made = workload.of_rows([[(1024, 32)] * 4, [(2048, 64)]], 0.75, budget, "two")
   assert made.fill == 0.75 and made.clips == 2.5
   assert made.tokens == 3072 and made.text_tokens == 96
   assert made.pairs == (4 * 1024 * 1056 + 2048 * 2112) / 2
@@ -241,12 +240,12 @@ def test_load_of_rows():
 
 def test_blocks_between_clips_are_not_visited():
   budget = planner.Budget(8192, 256, 8)
-  whole = packing_load.of_rows([[(8192, 256)]], 1.0, budget, "")
-  parts = packing_load.of_rows([[(2048, 64)] * 4], 1.0, budget, "")
+  whole = workload.of_rows([[(8192, 256)]], 1.0, budget, "")
+  parts = workload.of_rows([[(2048, 64)] * 4], 1.0, budget, "")
   assert whole.self_share == whole.own_share == 1.0
   assert parts.self_share == parts.own_share == 0.25
   # A block across two clips is visited for both.
-  off = packing_load.of_rows([[(2000, 64)] * 4], 1.0, budget, "")
+  off = workload.of_rows([[(2000, 64)] * 4], 1.0, budget, "")
   assert off.own_share == 4 * 2000**2 / 8192**2 < 0.25 < off.self_share
 
 
@@ -254,12 +253,12 @@ def test_load_without_a_manifest(tmp_path):
   built = recipe_of()
   longest = recipe.longest_clip(built)
   assert longest == 5 * 4 * 4
-  load = packing_load.of_recipe(built, str(tmp_path))
+  load = workload.of_recipe(built, str(tmp_path))
   assert (load.clips, load.tokens, load.text_tokens) == (1, 80, 40)
-  load = packing_load.of_recipe(built, str(tmp_path), clip_tokens=48)
+  load = workload.of_recipe(built, str(tmp_path), clip_tokens=48)
   assert (load.clips, load.tokens) == (2, 96)
   with pytest.raises(ValueError, match="--clip_tokens=97 .* config.dit.tokens 96"):
-    packing_load.of_recipe(built, str(tmp_path), clip_tokens=97)
+    workload.of_recipe(built, str(tmp_path), clip_tokens=97)
 
 
 def test_load_of_a_manifest(tmp_path):
@@ -270,20 +269,20 @@ def test_load_of_a_manifest(tmp_path):
   ]
   path = tmp_path / "data" / "manifest.jsonl"
   clips.write_manifest(path, rows)
-  load = packing_load.of_recipe(recipe_of(), str(tmp_path))
+  load = workload.of_recipe(recipe_of(), str(tmp_path))
   assert load.source == str(path)
   assert load.fill == pytest.approx((80 + 16 + 24) / (2 * 96))
   assert load.clips == 1.5
-  assert load == packing_load.of_recipe(recipe_of(), "/none", manifest=str(path))
+  assert load == workload.of_recipe(recipe_of(), "/none", manifest=str(path))
   heldout = [dataclasses.replace(clip, split="heldout") for clip in rows]
   clips.write_manifest(path, heldout)
   with pytest.raises(ValueError, match="no clip of split 'train'"):
-    packing_load.of_recipe(recipe_of(), str(tmp_path))
+    workload.of_recipe(recipe_of(), str(tmp_path))
 
 
 def test_load_of_latents(tiny_run):
   built = recipe_of(rows=2)
-  load = packing_load.of_recipe(built, str(tiny_run.workdir))
+  load = workload.of_recipe(built, str(tiny_run.workdir))
   assert load.source.endswith("latents.jsonl")
   assert 0.3 < load.fill <= 1.0
   assert load.clips * 1 <= built.dit.segments
@@ -299,7 +298,7 @@ def test_shapes_are_those_of_real_batches(tiny_run):
   batch = {k: v for k, v in next(made.data).items() if not k.startswith("clip")}
   made.data.close()
   placed = sharding.shard_batch(batch, mesh)
-  planned = programs.dit_batch(built, mesh)
+  planned = lowering.dit_batch(built, mesh)
   assert planned.keys() == placed.keys()
   for name, shape in planned.items():
     assert (shape.shape, shape.dtype) == (placed[name].shape, placed[name].dtype), name
@@ -310,9 +309,9 @@ def test_shapes_are_those_of_real_batches(tiny_run):
 def simulated(monkeypatch):
   """Plans compile, quickly, for the 8 simulated devices."""
   monkeypatch.setattr(
-    programs, "devices", lambda topology: jax.devices()[: topology.devices]
+    lowering, "devices", lambda topology: jax.devices()[: topology.devices]
   )
-  real = programs.compile_program
+  real = lowering.compile_program
 
   def compile_program(name, lowered, options):
     compiled = functools.partial(lowered.compile)
@@ -322,13 +321,13 @@ def simulated(monkeypatch):
 
     return real(name, types.SimpleNamespace(compile=fast), options)
 
-  monkeypatch.setattr(programs, "compile_program", compile_program)
+  monkeypatch.setattr(lowering, "compile_program", compile_program)
 
 
 def test_plan_of_a_train_step(simulated, tmp_path):
   built = recipe_of()
   topology = hardware.parse("v5p:2x2x2")
-  load = packing_load.of_recipe(built, str(tmp_path))
+  load = workload.of_recipe(built, str(tmp_path))
   made = plan.plan(built, topology, load)
   assert json.loads(json.dumps(made)) == made
   (step,) = made["programs"]
@@ -346,10 +345,10 @@ def test_plan_of_a_train_step(simulated, tmp_path):
     8 * 86400 / made["speed"]["step_seconds"]
   )
   assert any("no kernel" in text for text in made["advice"])
-  lines = "\n".join(plan_report.table(made))
+  lines = "\n".join(report.table(made))
   assert "v5p:2x2x2 = 8 chips" in lines and "all-gather" in lines
   assert "attention kernels at 53% of the peak" in lines
-  assert plan_report.picture(made).size == (900, 260)
+  assert report.picture(made).size == (900, 260)
 
 
 def test_plan_of_the_vae(simulated, tmp_path):
@@ -357,7 +356,7 @@ def test_plan_of_the_vae(simulated, tmp_path):
   built, made = recipe_of(tokens=2048), []
   data = dataclasses.replace(built.data, max_pixels=256 * 256)
   built = dataclasses.replace(built, data=data)
-  load = packing_load.of_recipe(built, str(tmp_path))
+  load = workload.of_recipe(built, str(tmp_path))
   for share in (1, 4):
     encode = dataclasses.replace(built.encode, batch_size=1, devices_per_clip=share)
     changed = dataclasses.replace(built, encode=encode)
@@ -378,13 +377,13 @@ def test_a_step_in_bfloat16_of_several_microbatches():
   config = dataclasses.replace(built.dit.train, grad_accumulation=2)
   stage = dataclasses.replace(built.dit, train=config)
   built = dataclasses.replace(built, dit=stage, precision="bfloat16")
-  lowered = programs.dit_step(built, sharding.make_mesh(fsdp=8))
+  lowered = lowering.dit_step(built, sharding.make_mesh(fsdp=8))
   assert "bf16" in lowered.as_text()
 
 
 def test_plan_of_a_sampler():
   built = recipe_of()
-  sampled = programs.sampling(built, sharding.make_mesh(fsdp=8))
+  sampled = lowering.sampling(built, sharding.make_mesh(fsdp=8))
   rows, tokens = 8, built.dit.tokens
   assert sampled.out_info.shape == (rows, tokens, built.dit.model.patch_width)
 
@@ -399,7 +398,7 @@ def test_plan_of_a_sampler():
 def test_what_does_not_divide(simulated, changes, mesh, message):
   built = recipe_of(**changes)
   built = dataclasses.replace(built, mesh=recipe.Mesh(**mesh))
-  load = packing_load.of_recipe(built, "/none")
+  load = workload.of_recipe(built, "/none")
   with pytest.raises(ValueError, match=message):
     plan.plan(built, hardware.parse("v5p:2x2x2"), load)
 
@@ -407,19 +406,19 @@ def test_what_does_not_divide(simulated, changes, mesh, message):
 def test_without_libtpu(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"pip install 'sora_jax\[plan\]'"):
-    programs.devices(CUBE)
+    lowering.devices(CUBE)
 
 
 def test_plan_for_gpus(tmp_path, monkeypatch):
-  monkeypatch.setattr(programs, "compiles_for_gpus", lambda: False)
+  monkeypatch.setattr(lowering, "compiles_for_gpus", lambda: False)
   built = recipe_of(rows=16)
-  load = packing_load.of_recipe(built, str(tmp_path))
+  load = workload.of_recipe(built, str(tmp_path))
   made = plan.plan(built, hardware.parse("h100:16"), load)
   (step,) = made["programs"]
   assert "ESTIMATE" in step["name"] and step["fits"]
   assert made["speed"]["mfu"] == pytest.approx(0.33)
   assert made["speed"]["fastest_seconds"] < made["speed"]["step_seconds"]
-  assert "ESTIMATE" in "\n".join(plan_report.table(made))
+  assert "ESTIMATE" in "\n".join(report.table(made))
   with pytest.raises(ValueError, match=r"config\.dit\.rows 8 must be a multiple of 16"):
     plan.plan(recipe_of(), hardware.parse("h100:16"), load)
 
@@ -438,7 +437,7 @@ def test_gpus_are_described():
 def test_plan_compiled_for_gpus(tmp_path):
   pytest.importorskip("jax_cuda13_plugin")
   built = dataclasses.replace(recipe_of(rows=16), precision="bfloat16")
-  load = packing_load.of_recipe(built, str(tmp_path))
+  load = workload.of_recipe(built, str(tmp_path))
   made = plan.plan(built, hardware.parse("h100:16"), load)
   (step,) = made["programs"]
   assert step["fits"] and step["kernels"]["packed_attention_dkv"] > 0
@@ -461,9 +460,9 @@ def failing(message):
 
 def test_too_large_is_a_result(monkeypatch):
   built = recipe_of()
-  monkeypatch.setattr(programs, "devices", lambda topology: jax.devices())
-  monkeypatch.setattr(programs, "dit_step", lambda recipe, mesh: failing(TOO_LARGE))
-  load = packing_load.of_recipe(built, "/none")
+  monkeypatch.setattr(lowering, "devices", lambda topology: jax.devices())
+  monkeypatch.setattr(lowering, "dit_step", lambda recipe, mesh: failing(TOO_LARGE))
+  load = workload.of_recipe(built, "/none")
   made = plan.plan(built, hardware.parse("v5p:2x2x2"), load)
   (step,) = made["programs"]
   assert not step["fits"] and not made["speed"]
@@ -472,12 +471,12 @@ def test_too_large_is_a_result(monkeypatch):
   params = plan.state_size(built, sharding.make_mesh(fsdp=1, data=8))[1]
   assert 2 * params <= step["arguments"] <= 4 * 4 * params
   assert step["hbm"] == 95.73 * 2**30
-  assert "DOES NOT FIT" in "\n".join(plan_report.table(made))
+  assert "DOES NOT FIT" in "\n".join(report.table(made))
   assert "remat='full'" in made["advice"][0]
   assert "config.mesh.context=2" in made["advice"][1]
-  assert plan_report.picture(made).size == (900, 160)
+  assert report.picture(made).size == (900, 160)
   with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-    programs.compile_program("x", failing("INTERNAL: other"))
+    lowering.compile_program("x", failing("INTERNAL: other"))
 
 
 # --- search
@@ -485,7 +484,7 @@ def test_too_large_is_a_result(monkeypatch):
 
 def test_candidates_divide():
   built = recipe_of(rows=64, tokens=4096)
-  made = plan_search.candidates(built, CUBE)
+  made = search.candidates(built, CUBE)
   assert len({json.dumps(c) for c in made}) == len(made) > 10
   for c in made:
     sizes = [c[f"mesh.{axis}"] for axis in sharding.AXES]
@@ -496,7 +495,7 @@ def test_candidates_divide():
     assert c["dit.rows"] * c["dit.tokens"] == 64 * 4096
   assert made[0]["mesh.context"] == made[0]["mesh.tensor"] == 1
   assert made[0]["dit.model.remat"] == "attention_mlp_saved"
-  two = plan_search.candidates(built, hardware.parse("v5p:4x4x4", slices=2))
+  two = search.candidates(built, hardware.parse("v5p:4x4x4", slices=2))
   assert {c["mesh.data"] for c in two} == {2}
 
 
@@ -515,17 +514,17 @@ def test_search_resumes_and_ranks(monkeypatch, tmp_path):
       "programs": [{"fits": number != 1, "peak": 9e10}],
       "speed": {"step_seconds": 2.0, "mfu": 0.4, "tokens_per_day": 1e9 * number},
     }
-    plan_search.write(tmp_path / folder / "v5p-4x4x4-1.json", result)
+    search.write(tmp_path / folder / "v5p-4x4x4-1.json", result)
     return types.SimpleNamespace(returncode=0, stderr="")
 
   monkeypatch.setattr(subprocess, "run", run)
-  first = plan_search.search(built, CUBE, tmp_path, ["--topology=v5p:4x4x4"], trials=3)
+  first = search.search(built, CUBE, tmp_path, ["--topology=v5p:4x4x4"], trials=3)
   assert len(calls) == len(first) == 3
   assert "--topology=v5p:4x4x4" in calls[0]
   assert "--config.dit.model.remat=attention_mlp_saved" in calls[0]
-  ranked = plan_search.search(built, CUBE, tmp_path, ["--topology=v5p:4x4x4"], trials=5)
+  ranked = search.search(built, CUBE, tmp_path, ["--topology=v5p:4x4x4"], trials=5)
   assert len(calls) == len(ranked) == 5
-  lines = plan_report.ranking(ranked)
+  lines = report.ranking(ranked)
   assert lines[0].startswith("1. ") and "5e+09 tokens a day" in lines[0]
   assert "4e+09" in lines[1] and "does not fit" in lines[2]
   assert any("E it is too much" in line for line in lines)
@@ -544,22 +543,22 @@ def test_trials_that_others_make_needless():
     ("attention_mlp_saved", True, True),
     ("attention_mlp_saved", False, False),
   ):
-    assert plan_search.needless(wanted, [trial(other, fits)]) is expected
+    assert search.needless(wanted, [trial(other, fits)]) is expected
   elsewhere = trial("full", False, **{"mesh.context": 2})
   failed = {"overrides": {**wanted, "dit.model.remat": "full"}, "error": "x"}
-  assert not plan_search.needless(wanted, [elsewhere, failed])
+  assert not search.needless(wanted, [elsewhere, failed])
 
 
 def test_error_of_a_trial():
   text = "E0000 noise\nValueError: too much\n----\nFor simplicity, JAX has removed\n"
-  assert plan_report.error_line(text) == "ValueError: too much"
-  assert plan_report.error_line("killed\n") == "killed"
-  assert plan_report.error_line("") == "no message"
+  assert report.error_line(text) == "ValueError: too much"
+  assert report.error_line("killed\n") == "killed"
+  assert report.error_line("") == "no message"
 
 
 def test_a_search_without_candidates(tmp_path):
   with pytest.raises(ValueError, match="no mesh of 64 devices .*rows 8 of 96 tokens"):
-    plan_search.search(recipe_of(), CUBE, tmp_path, [])
+    search.search(recipe_of(), CUBE, tmp_path, [])
 
 
 # --- the compiler for TPUs, where it is installed
@@ -568,8 +567,8 @@ def test_a_search_without_candidates(tmp_path):
 def test_a_program_for_a_tpu():
   pytest.importorskip("libtpu")
   topology = hardware.parse("v5p:2x2x1")
-  mesh = sharding.make_mesh(fsdp=4, devices=programs.devices(topology))
-  assert sorted(programs.places(mesh, topology)[:, 1:3].tolist()) == [
+  mesh = sharding.make_mesh(fsdp=4, devices=lowering.devices(topology))
+  assert sorted(lowering.places(mesh, topology)[:, 1:3].tolist()) == [
     [0, 0], [0, 1], [1, 0], [1, 1]
   ]  # fmt: skip
 
@@ -578,10 +577,10 @@ def test_a_program_for_a_tpu():
     return jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=where)
 
   lowered = jax.jit(jnp.matmul).lower(place("fsdp"), place("fsdp"))
-  program = programs.compile_program("matmul", lowered)
-  report = hlo.analyze(program.text, 4)
-  assert report.matmul_flops == 2 * 4096**3 / 4
-  assert report.collectives["all-gather"].wire == 2 * 4096**2 * 3 / 4
-  made = estimate.seconds(report, programs.places(mesh, topology), topology)
+  program = lowering.compile_program("matmul", lowered)
+  analysis = hlo.analyze(program.text, 4)
+  assert analysis.matmul_flops == 2 * 4096**3 / 4
+  assert analysis.collectives["all-gather"].wire == 2 * 4096**2 * 3 / 4
+  made = cost_model.seconds(analysis, lowering.places(mesh, topology), topology)
   # The compiler's own cycles, and no better than the peak.
   assert 1.0 <= made.matmul / (2 * 4096**3 / 4 / 459e12) < 2.0

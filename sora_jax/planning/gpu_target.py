@@ -5,7 +5,7 @@ the H200 has more memory than it; of the B200, cores, caches and memory are thos
 data sheet, and the rest is the H100's.
 """
 
-from sora_jax.hardware import Chip
+from sora_jax.planning.hardware import Chip
 
 _TEXT = """
 gpu_device_info {{

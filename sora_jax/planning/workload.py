@@ -4,10 +4,11 @@ import pathlib
 
 import numpy as np
 
-from sora_jax import estimate, train_dit
+from sora_jax import train_dit
 from sora_jax.data import clips, records
 from sora_jax.models.attention import splash_tpu
 from sora_jax.packing import patches, planner
+from sora_jax.planning import cost_model
 from sora_jax.run import recipe as recipes
 
 # Rows that are looked at; they are in random order.
@@ -19,7 +20,7 @@ def of_recipe(
   workdir: str,
   manifest: str | None = None,
   clip_tokens: int = 0,
-) -> estimate.Load:
+) -> cost_model.Load:
   """Load of the recipe's rows.
 
   Args:
@@ -86,7 +87,7 @@ def _packed(lengths, budget, seed):
   return [[lengths[i] for i in row] for row in rows[:_ROWS]], full
 
 
-def of_rows(rows, fill: float, budget: planner.Budget, source: str) -> estimate.Load:
+def of_rows(rows, fill: float, budget: planner.Budget, source: str) -> cost_model.Load:
   """Load of rows of (tokens, text tokens) of each clip; means over them."""
   sums = np.zeros(7)
   for row in rows:
@@ -96,7 +97,7 @@ def of_rows(rows, fill: float, budget: planner.Budget, source: str) -> estimate.
     pairs = np.sum(tokens * (tokens + texts))
     own = np.sum(tokens.astype(float) ** 2) / budget.tokens**2
     sums += [len(row), tokens.sum(), texts.sum(), pairs, visits, cross, own]
-  return estimate.Load(source, fill, *(sums / len(rows)).tolist())
+  return cost_model.Load(source, fill, *(sums / len(rows)).tolist())
 
 
 def _ids(lengths, total):

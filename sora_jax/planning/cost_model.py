@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sora_jax import hlo
-from sora_jax.hardware import Chip, Topology
+from sora_jax.planning import hlo
+from sora_jax.planning.hardware import Chip, Topology
 
 LINK_EFFICIENCY = 0.9
 # Between the two dies of a tpu7x: six times a link (its documentation).

@@ -8,8 +8,8 @@ import sys
 
 from absl import logging
 
-from sora_jax import hardware, plan_report
 from sora_jax.models import dit
+from sora_jax.planning import hardware, report
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding
 
@@ -75,7 +75,7 @@ def needless(overrides: dict, trials: list[dict]) -> bool:
   for trial in trials:
     other = trial["overrides"]
     if "result" in trial and {**other, key: overrides[key]} == overrides:
-      fits = plan_report.trial_fits(trial)
+      fits = report.trial_fits(trial)
       distance = keeps - _KEEPING.index(other[key])
       if (fits and distance > 0) or (not fits and distance < 0):
         return True
@@ -118,7 +118,7 @@ def search(
       "trial %d of at most %d: %s",
       len(chosen) + 1,
       min(trials, len(wanted)),
-      plan_report.line(overrides),
+      report.line(overrides),
     )
     trial = folder / "trials" / f"{number:03d}"
     changed = [f"--config.{key}={value}" for key, value in overrides.items()]
@@ -135,15 +135,15 @@ def search(
       row["error"] = f"longer than {minutes} minutes"
     else:
       if ran.returncode:
-        row["error"] = plan_report.error_line(ran.stderr)
+        row["error"] = report.error_line(ran.stderr)
       else:
         result = trial / f"{file_name(topology)}.json"
         row["result"] = json.loads(result.read_text())
     done.append(row)
     chosen.append(row)
     write(path, done)
-    logging.info("  %s", plan_report.trial_line(row))
-  return sorted(chosen, key=plan_report.trial_rank)
+    logging.info("  %s", report.trial_line(row))
+  return sorted(chosen, key=report.trial_rank)
 
 
 def file_name(topology: hardware.Topology) -> str:

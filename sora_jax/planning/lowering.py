@@ -21,9 +21,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import encode, gpu_target, train_dit
+from sora_jax import encode, train_dit
 from sora_jax.encoders import autoencoder
-from sora_jax.hardware import Topology
+from sora_jax.planning import gpu_target
+from sora_jax.planning.hardware import Topology
 from sora_jax.run import recipe as recipes
 from sora_jax.run import stages
 from sora_jax.runtime import sharding
