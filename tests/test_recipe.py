@@ -21,7 +21,7 @@ from sora_jax.tasks import dit as dit_task
 from sora_jax.tasks import vae as vae_task
 from sora_jax.training import loop, optim
 
-ROOT = pathlib.Path(recipe.__file__).parent.parent
+ROOT = pathlib.Path(recipe.__file__).parents[2]
 KEY = jax.random.key(0)
 
 

@@ -21,6 +21,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+import sora_jax
 from sora_jax.run import init_from
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import checkpoint, hosts, sharding
@@ -287,7 +288,7 @@ def _store(name, stage, workdir):
 def start_logging() -> None:
   """Shows our own lines at level INFO, and only warnings of the libraries."""
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
-  own = (os.path.dirname(os.path.abspath(__file__)), os.path.abspath(sys.argv[0]))
+  own = (os.path.dirname(sora_jax.__file__), os.path.abspath(sys.argv[0]))
   logging.get_absl_logger().addFilter(
     lambda record: (
       record.levelno >= 30 or os.path.abspath(record.pathname).startswith(own)
