@@ -16,8 +16,8 @@ import jax
 from absl import flags, logging
 
 from sora_jax import train_dit, train_vae
+from sora_jax.run import cli
 from sora_jax.run import recipe as recipes
-from sora_jax.run import stages
 from sora_jax.runtime import sharding
 from sora_jax.training import loop
 
@@ -68,9 +68,9 @@ def measure(name, setup, stage_train, mesh, seed, steps) -> dict:
 
 def main(argv):
   del argv
-  stages.start_logging()
-  recipe = recipes.read(stages.CONFIG.value)
-  workdir = pathlib.Path(stages.workdir())
+  cli.start_logging()
+  recipe = recipes.read(flags.FLAGS.config)
+  workdir = pathlib.Path(cli.workdir())
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
   jobs = (
     ("vae", train_vae.setup(recipe, workdir, mesh), recipe.vae.train, "frames"),
@@ -94,5 +94,6 @@ def main(argv):
 
 
 if __name__ == "__main__":
+  cli.define_flags()
   flags.mark_flag_as_required("config")
-  stages.run_app(main)
+  cli.run_app(main)

@@ -27,13 +27,13 @@ from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
 from sora_jax.diffusion.solvers import Options
 from sora_jax.evaluation import shape_attributes
+from sora_jax.evaluation.quality import psnr
 from sora_jax.packing import patches
 from sora_jax.sampling import pipeline
 from sora_jax.sampling.conditioning import Request
 from sora_jax.sampling.job import Job
 from sora_jax.sampling.pipeline import Sampler
 from sora_jax.tasks import dit as dit_task
-from sora_jax.training.metrics import psnr
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.", required=True)
 REUSE = flags.DEFINE_multi_float("reuse", [0.05, 0.1, 0.2, 0.3], "Thresholds.")

@@ -31,8 +31,8 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from sora_jax import curves
+from sora_jax.run import cli, sweeps
 from sora_jax.run import recipe as recipes
-from sora_jax.run import stages, sweeps
 
 ROOT = pathlib.Path(__file__).parents[1]
 TRAINED = ("vae", "dit")
@@ -227,8 +227,8 @@ def main(argv):
   args = flags.FLAGS
   if len(argv) > 1:
     raise ValueError(f"unexpected arguments {argv[1:]}")
-  stages.start_logging()
-  config, workdir = stages.CONFIG.value, pathlib.Path(stages.workdir())
+  cli.start_logging()
+  config, workdir = flags.FLAGS.config, pathlib.Path(cli.workdir())
   runs = load(args.sweep, config)
   folders = [workdir / name for name in sweeps.names(runs)]
   names = recipes.read(config).stages
@@ -263,5 +263,6 @@ if __name__ == "__main__":
   os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
   )
+  cli.define_flags()
   flags.mark_flag_as_required("config")
-  stages.run_app(main)
+  cli.run_app(main)

@@ -8,9 +8,7 @@ of a clip do not depend on frames behind its end.
 """
 
 import contextlib
-import dataclasses
 import functools
-import math
 import pathlib
 import time
 
@@ -19,16 +17,15 @@ import numpy as np
 from absl import logging
 
 from sora_jax.data import pipeline, records, video
-from sora_jax.data.clips import Clip, read_manifest
+from sora_jax.data.buckets import frame_bucket, limit_sizes, plan_shards
+from sora_jax.data.clips import read_manifest
+from sora_jax.data.records import EMPTY_TEXT
 from sora_jax.encoders.autoencoder import Autoencoder
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
+from sora_jax.run import build, cli
 from sora_jax.run import recipe as recipes
-from sora_jax.run import stages
-from sora_jax.runtime import sharding
+from sora_jax.runtime import sharding, text
 from sora_jax.runtime.prefetch import ahead
-from sora_jax.training import metrics
-
-EMPTY_TEXT = "empty_text.msgpack"
 
 
 def run(recipe: recipes.Recipe, workdir) -> None:
@@ -45,7 +42,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   folder = workdir / "encode"
   clips = read_manifest(workdir / "data" / "manifest.jsonl")
   # Encoding is local to a process: each encodes its own shards on its own devices.
-  mesh = stages.clip_mesh(recipe.encode)
+  mesh = build.clip_mesh(recipe.encode)
   autoencoder = Autoencoder(workdir / "vae" / "model", mesh, recipe.dtype)
   encode_text = _text_encoder(recipe, folder, mesh)
   sized = limit_sizes(clips, recipe.encode.max_sizes)
@@ -73,7 +70,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
       number + 1,
       len(shards),
       rate,
-      metrics.format_seconds(max(left, 0)),
+      text.format_seconds(max(left, 0)),
     )
   sharding.sync("encode")
   if jax.process_index() == 0:
@@ -115,53 +112,6 @@ def _write_manifest(folder, count):
   latents.sort(key=lambda clip: clip.id)
   records.write_latents_manifest(str(folder / "latents.jsonl"), latents)
   logging.info("%s: %d clips", folder / "latents.jsonl", len(latents))
-
-
-def limit_sizes(clips: list[Clip], max_sizes: int) -> list[Clip]:
-  """Gives clips of rare frame sizes the nearest of the `max_sizes` commonest ones."""
-  counts = {}
-  for clip in clips:
-    size = (clip.height, clip.width)
-    counts[size] = counts.get(size, 0) + 1
-  kept = sorted(counts, key=lambda size: (-counts[size], size))[:max_sizes]
-  moved = sum(counts[size] for size in counts if size not in kept)
-  if not moved:
-    return clips
-  logging.info(
-    "%d of %d clips have one of %d rare frame sizes and are fitted to the %d commonest",
-    moved,
-    len(clips),
-    len(counts) - len(kept),
-    max_sizes,
-  )
-
-  def nearest(clip):
-    def distance(size):
-      shape = math.log(size[0] * clip.width / (size[1] * clip.height))
-      area = math.log(size[0] * size[1] / clip.height / clip.width)
-      # Another shape cuts off a part of the picture, another area none.
-      return abs(shape) + 0.5 * abs(area)
-
-    height, width = min(kept, key=distance)
-    return dataclasses.replace(clip, height=height, width=width)
-
-  return [c if (c.height, c.width) in kept else nearest(c) for c in clips]
-
-
-def plan_shards(clips: list[Clip], clips_per_shard: int) -> list[list[Clip]]:
-  """Splits clips, those of one frame size and length side by side, into shards."""
-  ordered = sorted(clips, key=lambda c: (c.height, c.width, c.frames, c.id))
-  return [
-    ordered[i : i + clips_per_shard] for i in range(0, len(ordered), clips_per_shard)
-  ]
-
-
-def frame_bucket(frames: int, buckets: tuple[int, ...] = ()) -> int:
-  """Length that a clip is padded to: the next bucket, else 1 + 4 x a power of two."""
-  fitting = [bucket for bucket in buckets if bucket >= frames]
-  if fitting:
-    return min(fitting)
-  return 1 if frames == 1 else 1 + 4 * 2 ** ((frames - 2) // 4).bit_length()
 
 
 def encode_clips(
@@ -265,4 +215,4 @@ def _pad_rows(x, rows):
 
 
 if __name__ == "__main__":
-  stages.command("encode")
+  cli.command("encode")

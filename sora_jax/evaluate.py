@@ -15,18 +15,18 @@ import pathlib
 import jax
 import numpy as np
 from absl import flags, logging
-from scipy import ndimage
 
 from sora_jax.data import video
+from sora_jax.data.buckets import frame_bucket, limit_sizes
 from sora_jax.data.clips import Clip, read_manifest
-from sora_jax.encode import frame_bucket, limit_sizes
 from sora_jax.encoders.autoencoder import Autoencoder
 from sora_jax.evaluation import prompting_suite, shape_attributes
+from sora_jax.evaluation.quality import psnr, ssim
+from sora_jax.run import build, cli
 from sora_jax.run import recipe as recipes
-from sora_jax.run import stages
 from sora_jax.runtime import hosts
-from sora_jax.sample import Request, Sampler, sample_share, sampling_mesh, write_samples
-from sora_jax.training.metrics import psnr
+from sora_jax.sample import Request, Sampler
+from sora_jax.sampling.requests import sample_share, sampling_mesh, write_samples
 
 
 def run(recipe: recipes.Recipe, workdir) -> None:
@@ -37,7 +37,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   clips = limit_sizes(clips, recipe.encode.max_sizes)  # as they were encoded
   heldout = [clip for clip in clips if clip.split == "heldout"]
   heldout = spread(heldout, recipe.evaluate.clips)
-  mesh = stages.clip_mesh(recipe.encode)
+  mesh = build.clip_mesh(recipe.encode)
   autoencoder = Autoencoder(workdir / "vae" / "model", mesh, recipe.dtype)
   results = {"vae": reconstruction(heldout, autoencoder, recipe.encode)}
   logging.info(
@@ -142,34 +142,6 @@ def read_clip(clip: Clip) -> np.ndarray:
   )
 
 
-def ssim(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
-  """Mean structural similarity of the frames of uint8 videos.
-
-  Wang et al. 2004: Gaussian window, sigma 1.5, 11x11, each channel by itself; the
-  border that the window reaches over is left out.
-
-  Raises:
-    ValueError: if a frame is not larger than the window.
-  """
-  if min(a_THWC.shape[1:3]) < 11:
-    raise ValueError(f"SSIM needs frames of at least 11x11, not {a_THWC.shape[1:3]}")
-  a, b = (x.astype(np.float64) for x in (a_THWC, b_THWC))
-  border = 5
-
-  def blur(x):
-    return ndimage.gaussian_filter(x, (0, 1.5, 1.5, 0), truncate=3.5)
-
-  mean_a, mean_b = blur(a), blur(b)
-  var_a = blur(a * a) - mean_a**2
-  var_b = blur(b * b) - mean_b**2
-  cov = blur(a * b) - mean_a * mean_b
-  c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-  similarity = ((2 * mean_a * mean_b + c1) * (2 * cov + c2)) / (
-    (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
-  )
-  return float(similarity[:, border:-border, border:-border].mean())
-
-
 def attribute_table(truths, samples, real) -> dict:
   """Share of samples, and of real files, with each attribute of the truths.
 
@@ -232,16 +204,15 @@ def _sample(recipe, workdir, clips):
 
 
 def _main(argv):
-  if SUITE.value == "stage":
-    return stages.run_stages(argv, "evaluate")
-  stages.start_logging()
-  recipe = recipes.read(stages.CONFIG.value)
-  return prompting_suite.run(recipe, stages.workdir())
+  if flags.FLAGS.suite == "stage":
+    return cli.run_stages(argv, "evaluate")
+  cli.start_logging()
+  recipe = recipes.read(flags.FLAGS.config)
+  return prompting_suite.run(recipe, cli.workdir())
 
 
 if __name__ == "__main__":
-  SUITE = flags.DEFINE_enum(
-    "suite", "stage", ("stage", "prompting"), "What to evaluate."
-  )
+  cli.define_flags()
+  flags.DEFINE_enum("suite", "stage", ("stage", "prompting"), "What to evaluate.")
   flags.mark_flag_as_required("config")
-  stages.run_app(_main)
+  cli.run_app(_main)

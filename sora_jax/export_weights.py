@@ -15,15 +15,16 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from sora_jax.encoders.autoencoder import from_json
-from sora_jax.import_weights import DTYPES, NETWORKS, start
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.t5 import T5Config
 from sora_jax.models.vae_config import VAEConfig
-from sora_jax.run import stages
+from sora_jax.run import cli
 from sora_jax.runtime import checkpoint, sharding
+from sora_jax.runtime.checkpoint import from_json
 from sora_jax.weights import mapping, safetensors_io
+from sora_jax.weights.discover import NETWORKS
 from sora_jax.weights.hf_config import Published, to_json
+from sora_jax.weights.safetensors_io import PARAM_DTYPES
 
 # Network -> folder and stem of its files, and our config.
 _PLACES = {
@@ -43,7 +44,7 @@ def run(
     source: folder of the checkpoint, or of a run.
     out: folder for the networks' folders, which must not be there.
     networks: only these of NETWORKS; all that the checkpoint has if empty.
-    dtype: of the tensors, a key of DTYPES; as the params are saved if "".
+    dtype: of the tensors, a key of PARAM_DTYPES; as the params are saved if "".
     shard_bytes: of a file.
 
   Raises:
@@ -116,7 +117,7 @@ def _write(out, name, published, leaves, dtype, shard_bytes):
   parts = mapping.by_leaf(published.entries())
 
   def dtype_of(path):
-    return DTYPES[dtype] if dtype else np.dtype(leaves[path].dtype)
+    return PARAM_DTYPES[dtype] if dtype else np.dtype(leaves[path].dtype)
 
   def values():
     for path, part in parts.items():
@@ -192,13 +193,13 @@ def _define_flags():
   flags.DEFINE_string("out", None, "Folder to write.", required=True)
   flags.DEFINE_list("only", [], f"Networks to export, of {','.join(NETWORKS)}.")
   flags.DEFINE_enum(
-    "dtype", None, list(DTYPES), "Of the tensors; as the params are by default."
+    "dtype", None, list(PARAM_DTYPES), "Of the tensors; as the params are by default."
   )
   flags.DEFINE_float("shard_gb", SHARD_BYTES / 1e9, "Gigabytes of a file.", 1e-9)
 
 
 def _main(argv):
-  args = start(argv)
+  args = cli.start_copying(argv)
   run(
     args.checkpoint,
     args.out,
@@ -210,4 +211,4 @@ def _main(argv):
 
 if __name__ == "__main__":
   _define_flags()
-  stages.run_app(_main)
+  cli.run_app(_main)

@@ -18,13 +18,13 @@ import numpy as np
 from absl import flags, logging
 
 from sora_jax.data.tokenizer import Tokenizer
-from sora_jax.run import stages
+from sora_jax.run import cli
 from sora_jax.runtime import checkpoint
 from sora_jax.runtime.lazy_arrays import Streamed
 from sora_jax.weights import discover, mapping, safetensors_io
+from sora_jax.weights.discover import NETWORKS
+from sora_jax.weights.safetensors_io import PARAM_DTYPES
 
-NETWORKS = ("vae", "text", "dit")
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": safetensors_io.DTYPES["BF16"]}
 _TEXT_TOKENS = 512  # that Wan pads each caption to
 # Of a packed row: captions of some clips, and tokens that sampling doubles until the
 # longest clip fits. 8 x 4096 holds Wan's 81 frames of 832x480, which are 32760.
@@ -48,8 +48,8 @@ def run(
     out: folder of the checkpoint; imported models of these networks are replaced.
     presets: sizes of networks without a config.json.
     networks: only these of NETWORKS; all if empty.
-    dtype: of the params, a key of DTYPES. Without it float32, for training, but for the
-      text encoder, which stays as it is in its file.
+    dtype: of the params, a key of PARAM_DTYPES. Without it float32, for training, but
+      for the text encoder, which stays as it is in its file.
     reference_fps: frames a second that the DiT was trained with; if 0 those of Wan: 24
       for the 48 latent channels of Wan 2.2, else 16.
 
@@ -65,7 +65,7 @@ def run(
   for component in components:
     name = component.published.network
     folder = out / name / "model"
-    target = DTYPES[dtype or "float32"]
+    target = PARAM_DTYPES[dtype or "float32"]
     params = _params(component, None if name == "text" and not dtype else target)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     logging.info("%s: %.2f GB of params from %s", name, size / 1e9, component.source)
@@ -204,7 +204,7 @@ def _define_flags():
     "preset", [], "Sizes of networks that have no config.json: wan2.1-t2v-1.3b,umt5-xxl"
   )
   flags.DEFINE_enum(
-    "dtype", None, list(DTYPES),
+    "dtype", None, list(PARAM_DTYPES),
     "Of the params; by default float32, but the text encoder's as they are.",
   )  # fmt: skip
   flags.DEFINE_float(
@@ -212,25 +212,8 @@ def _define_flags():
   )
 
 
-def start(argv):
-  """The checked flags of a command that copies networks; `export_weights` is the other.
-
-  Raises:
-    ValueError: for other arguments, and networks of --only that there are not.
-  """
-  stages.start_logging()
-  args = flags.FLAGS
-  if len(argv) > 1:
-    raise ValueError(f"unexpected arguments {argv[1:]}")
-  if unknown := set(args.only) - set(NETWORKS):
-    raise ValueError(f"--only: {sorted(unknown)} are none of {NETWORKS}")
-  # Files in, files out: an accelerator, and the other hosts of a pod, are not needed.
-  jax.config.update("jax_platforms", "cpu")
-  return args
-
-
 def _main(argv):
-  args = start(argv)
+  args = cli.start_copying(argv)
   run(
     args.source,
     args.out,
@@ -243,4 +226,4 @@ def _main(argv):
 
 if __name__ == "__main__":
   _define_flags()
-  stages.run_app(_main)
+  cli.run_app(_main)

@@ -4,7 +4,7 @@ python -m sora_jax.main --config=configs/quickstart.py [--workdir=DIR]
   [--config.key=value ...]
 """
 
-from sora_jax.run import stages
+from sora_jax.run import cli
 
 if __name__ == "__main__":
-  stages.command()
+  cli.command()

@@ -27,8 +27,8 @@ from sora_jax.planning import (
   search,
   workload,
 )
+from sora_jax.run import build, cli
 from sora_jax.run import recipe as recipes
-from sora_jax.run import stages
 from sora_jax.runtime import sharding
 from sora_jax.training import loop
 
@@ -73,7 +73,7 @@ def plan(
     made["programs"].append(measure(program, recipe, host, local, load))
 
   if "vae" in names:
-    local = stages.clip_mesh(recipe.encode, lowering.devices(host))
+    local = build.clip_mesh(recipe.encode, lowering.devices(host))
     add("vae", lowering.vae_encode, local)
   if "sample" in names:
     local = sharding.sampling_mesh(recipe.sample.rows, lowering.devices(host))
@@ -199,7 +199,7 @@ def gpu_plan(recipe: recipes.Recipe, topology: hardware.Topology, load) -> dict:
   """An estimate for GPUs, by analysis alone: nothing is compiled."""
   sizes = sharding.axis_sizes(topology.chips, **dataclasses.asdict(recipe.mesh))
   mesh = jax.sharding.AbstractMesh(tuple(sizes), sharding.AXES)
-  stages.check_rows("config.dit.rows", recipe.dit.rows, recipe.dit.train, mesh)
+  build.check_rows("config.dit.rows", recipe.dit.rows, recipe.dit.train, mesh)
   chip, stage = topology.chip, recipe.dit
   arguments, params = state_size(recipe, mesh)
   tokens = stage.rows * stage.tokens / stage.train.grad_accumulation / topology.chips
@@ -261,15 +261,15 @@ def _define_flags():
 def _main(argv) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  stages.start_logging()
+  cli.start_logging()
   args = flags.FLAGS
   # The host's own devices only trace; a TPU that is here stays free.
   jax.config.update("jax_platforms", "cpu")
   if unknown := set(args.stages) - set(STAGES):
     raise ValueError(f"--stages: {sorted(unknown)} are none of {STAGES}")
   topology = hardware.parse(args.topology, args.slices)
-  recipe = recipes.read(stages.CONFIG.value)
-  folder = pathlib.Path(args.out or os.path.join(stages.workdir(), "plan"))
+  recipe = recipes.read(flags.FLAGS.config)
+  folder = pathlib.Path(args.out or os.path.join(cli.workdir(), "plan"))
   if args.search:
     own = ("search", "nosearch", "trials", "trial_minutes", "out")
     arguments = [a for a in sys.argv[1:] if a.lstrip("-").split("=")[0] not in own]
@@ -279,7 +279,7 @@ def _main(argv) -> None:
     for line in report.ranking(ranked):
       logging.info("%s", line)
     return
-  load = workload.of_recipe(recipe, stages.workdir(), args.manifest, args.clip_tokens)
+  load = workload.of_recipe(recipe, cli.workdir(), args.manifest, args.clip_tokens)
   made = plan(recipe, topology, load, args.stages)
   if made.get("speed"):
     steps = args.steps or recipe.dit.train.steps
@@ -294,6 +294,7 @@ def _main(argv) -> None:
 
 
 if __name__ == "__main__":
+  cli.define_flags()
   flags.mark_flag_as_required("config")
   _define_flags()
-  stages.run_app(_main)
+  cli.run_app(_main)

@@ -10,8 +10,8 @@ import pathlib
 from absl import logging
 
 from sora_jax.data import clips, shapes, sources
+from sora_jax.run import cli
 from sora_jax.run import recipe as recipes
-from sora_jax.run import stages
 
 
 def run(recipe: recipes.Recipe, workdir) -> None:
@@ -73,4 +73,4 @@ def _with_both_splits(found, source):
 
 
 if __name__ == "__main__":
-  stages.command("data")
+  cli.command("data")

@@ -11,17 +11,16 @@ import jax
 import numpy as np
 from absl import logging
 
-from sora_jax import encode, sample
+from sora_jax import sample
 from sora_jax.data import pipeline, records, tokenizer
 from sora_jax.encoders import autoencoder
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.models import attention, dit
-from sora_jax.packing import planner
-from sora_jax.run import init_from, stages
+from sora_jax.run import cli, init_from
 from sora_jax.run import recipe as recipes
+from sora_jax.run.build import budget, make_task
 from sora_jax.runtime import checkpoint, sharding
-from sora_jax.tasks import Task
-from sora_jax.tasks import dit as dit_task
+from sora_jax.sampling import requests
 from sora_jax.training import loop
 
 
@@ -36,7 +35,7 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
   latents = records.read_latents_manifest(str(workdir / "encode" / "latents.jsonl"))
   frozen = bool(recipe.text.folder)
   if frozen:
-    empty_text = records.read_empty_text(workdir / "encode" / encode.EMPTY_TEXT)
+    empty_text = records.read_empty_text(workdir / "encode" / records.EMPTY_TEXT)
     texts = {
       "tokenizer": None,
       "empty_text": empty_text,
@@ -85,33 +84,6 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
   )
 
 
-def make_task(recipe: recipes.Recipe) -> tuple[Task, sharding.Rules]:
-  """What the stage learns, and where its params go; needs no data."""
-  stage, frozen = recipe.dit, bool(recipe.text.folder)
-  text = None if frozen else stage.text
-  task = dit_task.make(
-    stage.model,
-    text,
-    stage.loss,
-    stage.segments,
-    recipe.dtype,
-    adds_up=stage.train.grad_accumulation > 1,
-  )
-  return task, dit_task.DIT_RULES if frozen else dit_task.SHARDING_RULES
-
-
-def budget(stage: recipes.DiTStage) -> planner.Budget:
-  """Size of a packed row."""
-  return planner.Budget(stage.tokens, stage.text_tokens, stage.segments)
-
-
-def empty_row(recipe: recipes.Recipe) -> dict[str, np.ndarray]:
-  """A row of padding as the stage's data has it, see `pipeline.empty_row`."""
-  text_width = recipe.text.width if recipe.text.folder else None
-  stage = recipe.dit
-  return pipeline.empty_row(budget(stage), stage.model.patch_width, text_width)
-
-
 def _tokenizer(stage, latents, path):
   """That of the small text encoder; trained if it is not there yet."""
   vocab_size = stage.text.vocab_size
@@ -131,7 +103,7 @@ def _text_meta(recipe, workdir) -> dict:
       "text": dataclasses.asdict(stage.text),
       "max_text_tokens": stage.max_text_tokens,
     }
-  empty_text = records.read_empty_text(workdir / "encode" / encode.EMPTY_TEXT)
+  empty_text = records.read_empty_text(workdir / "encode" / records.EMPTY_TEXT)
   return {
     "text": {
       "features": empty_text.encoder,
@@ -209,7 +181,7 @@ class _Preview:
 
   def __init__(self, recipe, workdir, meta, vocabulary, mesh, count=4):
     self._config, self._sampler = recipe.sample, None
-    self._requests = sample.requests_of(recipe, workdir)[:count]
+    self._requests = requests.requests_of(recipe, workdir)[:count]
     encode_text = None
     if recipe.text.folder:
       # Encodes its texts now and lets the encoder go: training needs the memory.
@@ -259,4 +231,4 @@ def _flops_per_row(dataset, stage, rows=64) -> float:
 
 
 if __name__ == "__main__":
-  stages.command("dit")
+  cli.command("dit")

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sora_jax.data import pipeline
 from sora_jax.data.clips import read_manifest
 from sora_jax.models.vae import VAE
-from sora_jax.run import init_from, stages
+from sora_jax.run import cli, init_from, stages
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import vae as vae_task
@@ -195,4 +195,4 @@ def _flops(stage) -> float:
 
 
 if __name__ == "__main__":
-  stages.command("vae")
+  cli.command("vae")

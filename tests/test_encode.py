@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from sora_jax import encode
-from sora_jax.data import pipeline, records, video
+from sora_jax.data import buckets, pipeline, records, video
 from sora_jax.data.clips import Clip, write_manifest
 from sora_jax.encoders.autoencoder import Autoencoder
 from sora_jax.run import recipe as recipes
@@ -204,8 +204,8 @@ def sized(*sizes):
 
 def test_limit_sizes():
   clips = sized((64, 64), (64, 64), (64, 96), (64, 96), (96, 64), (48, 96), (80, 64))
-  assert encode.limit_sizes(clips, 5) is clips
-  made = encode.limit_sizes(clips, 2)
+  assert buckets.limit_sizes(clips, 5) is clips
+  made = buckets.limit_sizes(clips, 2)
   assert [clip.id for clip in made] == [clip.id for clip in clips]
   assert [(clip.height, clip.width) for clip in made] == [
     *[(64, 64)] * 2,
@@ -214,32 +214,32 @@ def test_limit_sizes():
     (64, 96),
     (64, 64),
   ]
-  assert {(c.height, c.width) for c in encode.limit_sizes(clips, 1)} == {(64, 64)}
+  assert {(c.height, c.width) for c in buckets.limit_sizes(clips, 1)} == {(64, 64)}
   # Equally common: always the same ones.
   pair = sized((64, 96), (96, 64))
-  assert encode.limit_sizes(pair, 1)[0].width == (
-    encode.limit_sizes(pair[::-1], 1)[0].width
+  assert buckets.limit_sizes(pair, 1)[0].width == (
+    buckets.limit_sizes(pair[::-1], 1)[0].width
   )
 
 
 def test_frame_bucket():
   frames = [1, 5, 9, 13, 17, 21, 33, 37]
-  assert [encode.frame_bucket(n) for n in frames] == [1, 5, 9, 17, 17, 33, 33, 65]
+  assert [buckets.frame_bucket(n) for n in frames] == [1, 5, 9, 17, 17, 33, 33, 65]
   # Beyond the last bucket, the powers again.
-  buckets = [encode.frame_bucket(n, (25, 1, 9)) for n in frames]
+  buckets = [buckets.frame_bucket(n, (25, 1, 9)) for n in frames]
   assert buckets == [1, 9, 9, 25, 25, 25, 33, 65]
   for n in range(1, 200, 4):
-    bucket = encode.frame_bucket(n)
+    bucket = buckets.frame_bucket(n)
     assert n <= bucket and (n == 1 or bucket < 2 * n) and bucket % 4 == 1
 
 
 def test_plan_shards():
   clips = sized((64, 64), (64, 96), (64, 64), (64, 96), (64, 64))
   clips[0] = dataclasses.replace(clips[0], frames=17)
-  shards = encode.plan_shards(clips, 2)
+  shards = buckets.plan_shards(clips, 2)
   assert [[clip.id for clip in shard] for shard in shards] == [
     ["2", "4"],
     ["0", "1"],
     ["3"],
   ]
-  assert encode.plan_shards(clips[::-1], 2) == shards
+  assert buckets.plan_shards(clips[::-1], 2) == shards

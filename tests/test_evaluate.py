@@ -10,6 +10,7 @@ from golden import make_ssim
 from sora_jax import evaluate
 from sora_jax.data import shapes, sources, video
 from sora_jax.data.clips import Clip, read_rows
+from sora_jax.evaluation import quality
 from sora_jax.run import recipe as recipes
 
 
@@ -17,7 +18,7 @@ from sora_jax.run import recipe as recipes
 def test_ssim_is_that_of_scikit_image(name):
   """See golden/make_ssim.py."""
   expected = json.loads(make_ssim.PATH.read_text())[name]
-  assert evaluate.ssim(*make_ssim.cases()[name]) == pytest.approx(expected, abs=1e-6)
+  assert quality.ssim(*make_ssim.cases()[name]) == pytest.approx(expected, abs=1e-6)
 
 
 def test_psnr():

@@ -19,11 +19,11 @@ from safetensors.numpy import save_file
 from sora_jax import export_weights, import_weights, sample
 from sora_jax.data import tokenizer
 from sora_jax.diffusion.solvers import Options
-from sora_jax.encoders.autoencoder import from_json
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.t5 import T5Config
 from sora_jax.models.vae_config import VAEConfig
 from sora_jax.runtime import checkpoint, lazy_arrays, sharding
+from sora_jax.runtime.checkpoint import from_json
 from sora_jax.tasks import dit as dit_task
 from sora_jax.weights import discover, hf_config, mapping, safetensors_io
 

@@ -250,7 +250,7 @@ def test_a_folder_with_captions(tmp_path):
 # line runs in a fork of that process.
 _FORKS = """
 import json, os, runpy, sys, tempfile, traceback
-import sora_jax.stages, sora_jax.evaluate, sora_jax.train_dit
+import sora_jax.run.stages, sora_jax.evaluate, sora_jax.train_dit
 
 def run(module, *flags):
   with tempfile.TemporaryFile("w+") as log:

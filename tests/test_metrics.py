@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from sora_jax.runtime import text
 from sora_jax.training import metrics
 
 
@@ -91,7 +92,7 @@ def test_console_line():
     "0.5 s/step, MFU 41.0%, data wait 2.0%, goodput 90.0%, ETA 1h05m"
   )
   seconds = [12, 200, 3900, 183600]
-  assert [metrics.format_seconds(s) for s in seconds] == [
+  assert [text.format_seconds(s) for s in seconds] == [
     "12s", "3m20s", "1h05m", "2d03h",
   ]  # fmt: skip
 

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sora_jax import train_dit
 from sora_jax.models import dit, vae
-from sora_jax.run import init_from, recipe
+from sora_jax.run import build, init_from, recipe
 from sora_jax.runtime import sharding
 from sora_jax.tasks import dit as dit_task
 from sora_jax.tasks import vae as vae_task
@@ -61,7 +60,7 @@ def vae_batch(stage):
 def dit_batch(built):
   return {
     name: ((built.dit.rows, *value.shape), value.dtype)
-    for name, value in train_dit.empty_row(built).items()
+    for name, value in build.empty_row(built).items()
     if not name.startswith("clip")
   }
 
@@ -115,7 +114,7 @@ def test_config_builds(get_config):
       abstract(vae_batch(vae)),
       vae.train,
     )
-  task, rules = train_dit.make_task(built)
+  task, rules = build.make_task(built)
   if dit.lora.rank:
     base = jax.eval_shape(task.init, KEY)
     task, rules = init_from.adapt(dit.lora, task, rules, base)
@@ -196,7 +195,7 @@ def test_fine_tuning_is_sharded(variant):
   """Its whole state, and the base, on 8 devices."""
   get_config = next(c.values[0] for c in config_cases() if c.id == "finetune_wan")
   built = recipe.read(get_config(*[variant] * bool(variant)))
-  task, rules = train_dit.make_task(built)
+  task, rules = build.make_task(built)
   base, mesh = jax.eval_shape(task.init, KEY), sharding.make_mesh(fsdp=8)
   if built.dit.lora.rank:
     task, rules = init_from.adapt(built.dit.lora, task, rules, base)

@@ -79,7 +79,7 @@ def film(sampler):
 )
 def test_the_stages_mesh(monkeypatch, rows, requests, hosts, fsdp):
   monkeypatch.setattr(jax, "process_count", lambda: hosts)
-  mesh = sample.sampling_mesh(recipes.Sample(rows=rows), requests)
+  mesh = requests.sampling_mesh(recipes.Sample(rows=rows), requests)
   assert (mesh.shape["fsdp"], mesh.shape["context"]) == (fsdp, 8 // fsdp)
 
 

@@ -64,7 +64,7 @@ def remake(name, recipe, workdir):
 def test_stages_are_those_of_the_recipe():
   assert tuple(stages.STAGES) == recipes.STAGES
   for name, (module, sections, inputs) in stages.STAGES.items():
-    assert (stages.pathlib.Path(stages.__file__).parents[1] / f"{module}.py").exists()
+    assert (stages.pathlib.Path(stages.__file__).parents[1] / f"{module}.py").is_file()
     assert set(sections) <= {field.name for field in dataclasses.fields(BASE)}
     # A stage reads earlier ones only.
     assert all(ALL.index(other) < ALL.index(name) for other in inputs)

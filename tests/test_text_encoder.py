@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sora_jax import encode, sample
+from sora_jax import sample
 from sora_jax.data import pipeline, records, tokenizer
 from sora_jax.diffusion.solvers import Options
 from sora_jax.encoders.text_encoder import FrozenTextEncoder, clean
@@ -320,7 +320,7 @@ def run(tiny_run, commands, folder, tmp_path_factory):
 
 def test_encode_keeps_features(run, folder):
   clips = records.read_latents_manifest(run / "encode" / "latents.jsonl")
-  empty = records.read_empty_text(run / "encode" / encode.EMPTY_TEXT)
+  empty = records.read_empty_text(run / "encode" / records.EMPTY_TEXT)
   encoder = FrozenTextEncoder(folder, one_device())
   assert empty.encoder == encoder.id
   reader = records.LatentReader(run / "encode")

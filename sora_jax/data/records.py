@@ -298,3 +298,6 @@ def _unpack_record(reader, path, index):
   # A damaged chunk is a RuntimeError; damaged msgpack one of many ValueErrors.
   except (RuntimeError, ValueError, IndexError) as e:
     raise RecordError(f"{path}: record {index}: {e}") from e
+
+
+EMPTY_TEXT = "empty_text.msgpack"

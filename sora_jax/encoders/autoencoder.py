@@ -13,6 +13,7 @@ from sora_jax.encoders import tiling
 from sora_jax.models.vae import VAE, VAEConfig
 from sora_jax.models.vae_stream import decode_chunk, encode_chunk
 from sora_jax.runtime import checkpoint, sharding
+from sora_jax.runtime.checkpoint import from_json
 from sora_jax.tasks import vae as vae_task
 
 
@@ -164,8 +165,3 @@ def in_chunks(x_BTHWC: np.ndarray, size: int) -> Iterator[np.ndarray]:
   yield x_BTHWC[:, : 1 + size]
   for start in range(1 + size, x_BTHWC.shape[1], size):
     yield x_BTHWC[:, start : start + size]
-
-
-def from_json(config: dict) -> dict:
-  """JSON's lists back to tuples."""
-  return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}

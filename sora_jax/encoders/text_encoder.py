@@ -10,10 +10,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sora_jax.data.tokenizer import Tokenizer
-from sora_jax.encoders.autoencoder import from_json
 from sora_jax.models.partition import PARAMS
 from sora_jax.models.t5 import T5Config, T5Encoder
 from sora_jax.runtime import checkpoint, sharding
+from sora_jax.runtime.checkpoint import from_json
 
 RULES = (
   (r"token_embed/embedding", P(None, PARAMS)),

@@ -27,10 +27,10 @@ from absl import logging
 from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
 from sora_jax.evaluation import shape_attributes
+from sora_jax.evaluation.quality import psnr
 from sora_jax.run import recipe as recipes
 from sora_jax.sampling.job import Job
 from sora_jax.sampling.pipeline import Sampler
-from sora_jax.training.metrics import psnr
 
 FRAMES = 17
 # Median differences below this many levels are taken for it: a still video has none.

@@ -21,12 +21,12 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import encode, train_dit
+from sora_jax.data import buckets
 from sora_jax.encoders import autoencoder
 from sora_jax.planning import gpu_target
 from sora_jax.planning.hardware import Topology
+from sora_jax.run import build
 from sora_jax.run import recipe as recipes
-from sora_jax.run import stages
 from sora_jax.runtime import sharding
 from sora_jax.sampling import batching, denoise
 from sora_jax.tasks import vae as vae_task
@@ -190,12 +190,12 @@ def _batch(row, rows, mesh):
 
 def dit_batch(recipe: recipes.Recipe, mesh) -> dict:
   """Shapes of the batches of the stage "dit"."""
-  return _batch(train_dit.empty_row(recipe), recipe.dit.rows, mesh)
+  return _batch(build.empty_row(recipe), recipe.dit.rows, mesh)
 
 
 def dit_state(recipe: recipes.Recipe, mesh) -> loop.Built:
   """The stage's functions, and the shapes and shardings of its state."""
-  task, rules = train_dit.make_task(recipe)
+  task, rules = build.make_task(recipe)
   return loop.build(task, recipe.dit.train, mesh, rules, recipe.seed)
 
 
@@ -205,7 +205,7 @@ def dit_step(recipe: recipes.Recipe, mesh):
   Raises:
     ValueError: if its sizes do not divide by the mesh.
   """
-  stages.check_dit(recipe.dit, mesh)
+  build.check_dit(recipe.dit, mesh)
   built = dit_state(recipe, mesh)
   batch = dit_batch(recipe, mesh)
   with jax.set_mesh(mesh):
@@ -223,7 +223,7 @@ def vae_encode(recipe: recipes.Recipe, mesh):
   width = max(edge, data.max_pixels // height // edge * edge)
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   size = -(-recipe.encode.batch_size // ways) * ways
-  frames = encode.frame_bucket(data.max_frames, recipe.encode.frame_buckets)
+  frames = buckets.frame_bucket(data.max_frames, recipe.encode.frame_buckets)
   shape = (frames, height, width, 3)
   video = _batch({"x": jax.ShapeDtypeStruct(shape, jnp.uint8)}, size, mesh)["x"]
   task = vae_task.make(config, recipe.vae.loss)
@@ -244,7 +244,7 @@ def sampling(recipe: recipes.Recipe, mesh):
   stage, options = recipe.dit, recipe.sample
   frozen = bool(recipe.text.folder)
   text = None if frozen else stage.text
-  task, rules = train_dit.make_task(recipe)
+  task, rules = build.make_task(recipe)
   shapes = jax.eval_shape(task.init, jax.random.key(0))
   params = _placed(shapes, sharding.param_shardings(shapes, rules, mesh))
   ways = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -4,11 +4,11 @@ import pathlib
 
 import numpy as np
 
-from sora_jax import train_dit
 from sora_jax.data import clips, records
 from sora_jax.models.attention import splash_tpu
 from sora_jax.packing import patches, planner
 from sora_jax.planning import cost_model
+from sora_jax.run import build
 from sora_jax.run import recipe as recipes
 
 # Rows that are looked at; they are in random order.
@@ -33,7 +33,7 @@ def of_recipe(
     ValueError: if a manifest cannot be read, or a clip is longer than a row.
   """
   paths = [manifest] if manifest else _manifests(workdir)
-  budget = train_dit.budget(recipe.dit)
+  budget = build.budget(recipe.dit)
   if paths:
     lengths = _lengths(recipe, paths[0])
     return of_rows(*_packed(lengths, budget, recipe.seed), budget, paths[0])

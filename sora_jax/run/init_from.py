@@ -12,21 +12,21 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax.encoders.autoencoder import from_json
 from sora_jax.models import lora
 from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.vae import VAEConfig
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import checkpoint, sharding
+from sora_jax.runtime.checkpoint import from_json
 from sora_jax.tasks import Task
 from sora_jax.tasks import dit as dit_task
 from sora_jax.tasks import lora as lora_task
 from sora_jax.weights import lora as lora_files
+from sora_jax.weights.merge import merge
 
 ADAPTER = "adapter.safetensors"
 # Keys that change how a model is computed but not what its params mean.
@@ -200,37 +200,7 @@ def finish(recipe: recipes.Recipe, adapters, folder, rules: sharding.Rules, mesh
     lambda shapes: sharding.param_shardings(shapes, rules, mesh),
     jnp.float32,
   )
-  return _merge(base, host, config.scale, mesh)
-
-
-def merge_file(params, path, config: DiTConfig, mesh, strength: float = 1.0):
-  """Params of a DiT with the adapters of a safetensors file merged in.
-
-  Raises:
-    ValueError: naming the file, for one that is not of this model.
-  """
-  adapters = {}
-  for module, (a, b) in lora_files.read(path, config).items():
-    adapters |= {f"dit/{module}/{lora.A}": a, f"dit/{module}/{lora.B}": b}
-  return _merge(params, lora.nest(adapters), strength, mesh)
-
-
-def _merge(params, adapters, scale, mesh):
-  # B is scaled on the host, as in a file that is read: the same bits both ways.
-  adapters = lora.nest(
-    {
-      path: np.float32(scale) * value if path.endswith(lora.B) else value
-      for path, value in lora.flatten(adapters).items()
-    }
-  )
-  places = jax.tree.map(lambda leaf: leaf.sharding, params)
-  with jax.set_mesh(mesh):
-    merge = jax.jit(
-      lambda params, adapters: lora.merge(params, adapters, 1.0),
-      out_shardings=places,
-      donate_argnums=0,
-    )
-    return merge(params, adapters)
+  return merge(base, host, config.scale, mesh)
 
 
 def _shapes(recipe):

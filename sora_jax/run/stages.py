@@ -13,19 +13,15 @@ import importlib
 import json
 import os
 import pathlib
-import sys
 import time
-from collections.abc import Callable
 
 import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import logging
 
-import sora_jax
 from sora_jax.run import init_from
 from sora_jax.run import recipe as recipes
-from sora_jax.runtime import checkpoint, hosts, sharding
-from sora_jax.training import loop, metrics
+from sora_jax.run.build import check_dit, check_rows
+from sora_jax.runtime import checkpoint, hosts, sharding, text
 from sora_jax.weights import lpips
 
 # Stage -> (module with run(recipe, workdir), sections of the config, stages it reads).
@@ -40,23 +36,6 @@ STAGES = {
 # Keys that change how a stage runs but not what it makes.
 _FREE = {"log_every", "eval_every", "save_every", "keep", "workers", "eval_batches"}
 _FREE |= {"devices_per_clip"}
-
-CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Recipe, such as configs/quickstart.py.", lock_config=True
-)
-WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run; runs/<name of the config> by default."
-)
-DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Run on several hosts: this command on each of them."
-)
-# Where jax finds out itself (TPU, GKE, Slurm), none of these is needed.
-COORDINATOR = flags.DEFINE_string("coordinator", None, "Address:port of process 0.")
-PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.", 1)
-PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", 0)
-PREEMPTED_CODE = flags.DEFINE_integer(
-  "preempted_code", 0, "Exit code once a signal came and the state is saved."
-)
 
 
 def run(names, recipe: recipes.Recipe, workdir) -> None:
@@ -97,7 +76,7 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
       stage["made"] = hashlib.sha256(manifest).hexdigest()[:16]
     _store(name, {**stage, "complete": True}, workdir)
     sharding.sync(f"stage {name}")
-    seconds = metrics.format_seconds(time.monotonic() - begin)
+    seconds = text.format_seconds(time.monotonic() - begin)
     logging.info("stage %s: complete after %s", name, seconds)
 
 
@@ -107,50 +86,6 @@ def _check_mesh(recipe):
   if not recipe.vae.folder:
     check_rows("config.vae.batch_size", recipe.vae.batch_size, recipe.vae.train, mesh)
   check_dit(recipe.dit, mesh)
-
-
-def clip_mesh(config: recipes.Encode, devices=None) -> jax.sharding.Mesh:
-  """A host's devices, or others, as the VAE lies on them outside of its training.
-
-  Raises:
-    ValueError: if the devices do not divide by config.devices_per_clip.
-  """
-  devices = jax.local_devices() if devices is None else devices
-  share = config.devices_per_clip
-  if share < 1 or len(devices) % share:
-    raise ValueError(
-      f"config.encode.devices_per_clip {share} must divide the {len(devices)} devices "
-      "of a host"
-    )
-  return sharding.make_mesh(context=share, devices=devices)
-
-
-def check_dit(stage: recipes.DiTStage, mesh) -> None:
-  """Raises ValueError if the stage's sizes do not divide by the mesh; names the key."""
-  check_rows("config.dit.rows", stage.rows, stage.train, mesh)
-  for axis, key, size in (
-    ("context", "tokens", stage.tokens),
-    ("context", "text_tokens", stage.text_tokens),
-    ("tensor", "model.heads", stage.model.heads),
-  ):
-    if size % mesh.shape[axis]:
-      raise ValueError(
-        f"config.dit.{key} {size} must be a multiple of {mesh.shape[axis]}, the "
-        f"devices along {axis}; set it, or config.mesh.{axis}"
-      )
-
-
-def check_rows(key: str, rows: int, config, mesh) -> None:
-  """Raises ValueError if a batch of that many rows does not divide by the mesh.
-
-  config: a loop.TrainConfig.
-  """
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if rows % (ways * config.grad_accumulation):
-    raise ValueError(
-      f"{key} {rows} must be a multiple of {ways} (devices along data and fsdp) x "
-      f"{config.grad_accumulation} (grad_accumulation); set it, or config.mesh"
-    )
 
 
 def _check_text(recipe):
@@ -283,81 +218,3 @@ def _store(name, stage, workdir):
 
 
 # --- commands
-
-
-def start_logging() -> None:
-  """Shows our own lines at level INFO, and only warnings of the libraries."""
-  logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
-  own = (os.path.dirname(sora_jax.__file__), os.path.abspath(sys.argv[0]))
-  logging.get_absl_logger().addFilter(
-    lambda record: (
-      record.levelno >= 30 or os.path.abspath(record.pathname).startswith(own)
-    )
-  )
-
-
-def command(*names: str) -> None:
-  """Runs stages (those of config.stages if none is named) as a program with flags."""
-
-  flags.mark_flag_as_required("config")
-  run_app(lambda argv: run_stages(argv, *names))
-
-
-def run_stages(argv: list[str], *names: str) -> None:
-  """Runs the stages of the flags' config; what `command` does once they are parsed."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  start_logging()
-  if DISTRIBUTED.value:
-    hosts.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-  recipe = recipes.read(CONFIG.value)
-  hosts.check_alike({**dataclasses.asdict(recipe), "workdir": workdir()})
-  run(names or recipe.stages, recipe, workdir())
-
-
-def workdir() -> str:
-  """The flag, or runs/<name of the config file>[-<variant>]."""
-  if WORKDIR.value:
-    return WORKDIR.value
-  file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(
-    ":"
-  )
-  name = pathlib.Path(file).stem
-  return os.path.join("runs", f"{name}-{variant}" if variant else name)
-
-
-def run_app(main: Callable) -> None:
-  """app.run, with a user's errors as one line and not as a stack trace."""
-
-  def guarded(argv):
-    try:
-      return main(argv)
-    except loop.Preempted:
-      sys.exit(PREEMPTED_CODE.value)
-    except ValueError as error:
-      if logging.level_debug():
-        raise
-      logging.error("%s (--verbosity=1 shows where)", error)
-      sys.exit(1)
-
-  with hosts.leave_on_error():
-    app.run(guarded, flags_parser=_parse_flags)
-
-
-def _parse_flags(argv):
-  """Parses flags; wrong keys and files of a config are one line, too."""
-  try:
-    rest = app.parse_flags_with_usage(argv)
-    getattr(CONFIG.value, "keys", None)  # raises if the file could not be loaded
-    return rest
-  # config_flags lets these through; the first two hold no more than the wrong key.
-  except (AttributeError, KeyError) as error:
-    while isinstance(error.args[0], Exception):
-      error = error.args[0]
-    reason = "; ".join(str(error.args[0]).splitlines())
-    names = [arg.lstrip("-").split("=")[0] for arg in argv]
-    key = reason.split("'")[1] if "'" in reason else ""
-    name = next((name for name in names if key in name.split(".")), "config")
-    sys.exit(f"FATAL Flags parsing error: --{name}: the config has no key {reason}")
-  except OSError as error:
-    sys.exit(f"FATAL Flags parsing error: {' '.join(str(error).split())}")

@@ -17,16 +17,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax.data import tokenizer
 from sora_jax.diffusion import noise_process, solvers
-from sora_jax.encoders.autoencoder import from_json
 from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig, Reuse
 from sora_jax.packing import patches
-from sora_jax.runtime import sharding
+from sora_jax.runtime import sharding, text
+from sora_jax.runtime.checkpoint import from_json
 from sora_jax.sampling import batching, conditioning
 from sora_jax.sampling.batching import RowClip
 from sora_jax.sampling.conditioning import Prompt
 from sora_jax.tasks import dit as dit_task
-from sora_jax.training import metrics
 
 
 class Denoiser:
@@ -99,7 +98,7 @@ class Denoiser:
       done = len(latents)
       eta = (time.monotonic() - begin) / done * (len(prompts) - done)
       logging.info(
-        "sampled %d/%d, ETA %s", done, len(prompts), metrics.format_seconds(eta)
+        "sampled %d/%d, ETA %s", done, len(prompts), text.format_seconds(eta)
       )
     return [latents[i] for i in range(len(prompts))]
 

@@ -22,19 +22,20 @@ import numpy as np
 from absl import logging
 
 from sora_jax.data import video as video_files
+from sora_jax.data.buckets import frame_bucket
 from sora_jax.diffusion import solvers
-from sora_jax.encode import frame_bucket
-from sora_jax.encoders.autoencoder import Autoencoder, from_json, in_chunks
+from sora_jax.encoders.autoencoder import Autoencoder, in_chunks
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.models.dit import DiTConfig
-from sora_jax.run import init_from
 from sora_jax.runtime import checkpoint, sharding
+from sora_jax.runtime.checkpoint import from_json
 from sora_jax.runtime.prefetch import ahead
 from sora_jax.sampling import conditioning, job_plan
 from sora_jax.sampling.conditioning import Prompt, Request
 from sora_jax.sampling.denoise import Denoiser
 from sora_jax.sampling.job import Job
 from sora_jax.tasks import dit as dit_task
+from sora_jax.weights import merge
 
 # Frames that the encoder is given at once, and latent frames that the decoder is: few
 # sizes, for few compilations.
@@ -96,7 +97,7 @@ class Sampler:
       )
     for path, strength in loras:
       config = DiTConfig(**from_json(meta["model"]))
-      params = init_from.merge_file(params, path, config, mesh, strength)
+      params = merge.merge_file(params, path, config, mesh, strength)
     encode_text = None
     if "features" in text:
       place = folder

@@ -14,6 +14,7 @@ from absl import logging
 from PIL import Image
 from tensorboardX.proto import summary_pb2
 
+from sora_jax.runtime.text import format_seconds
 from sora_jax.training import goodput
 
 # Dense bfloat16 TFLOP/s of one JAX device, by the start of its device_kind.
@@ -172,22 +173,6 @@ def format_row(step: int, steps: int, row: dict[str, float]) -> str:
     times.append(f"ETA {format_seconds(row.pop('eta_seconds'))}")
   parts += [f"{name} {value:.4g}" for name, value in row.items()]
   return " ".join(parts) + (" | " + ", ".join(times) if times else "")
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-  """Peak signal-to-noise ratio of uint8 arrays, dB; at most 100."""
-  mse = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-  return float(10 * np.log10(255.0**2 / max(mse, 255.0**2 * 1e-10)))
-
-
-def format_seconds(seconds: float) -> str:
-  """'2d03h', '1h05m', '3m20s' or '12s'."""
-  seconds = round(seconds)
-  for name, size, low, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60),
-                                ("m", 60, "s", 1)):  # fmt: skip
-    if seconds >= size:
-      return f"{seconds // size}{name}{seconds % size // part:02d}{low}"
-  return f"{seconds}s"
 
 
 class Writer:

@@ -158,3 +158,6 @@ def _tokenizer(folder):
     f"{folder}: the text encoder has no tokenizer: no spiece.model in "
     f"{', '.join(str(place.parent) for place in places)}"
   )
+
+
+NETWORKS = ("vae", "text", "dit")

@@ -21,6 +21,11 @@ DTYPES = {
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# What the commands write params as.
+PARAM_DTYPES = {
+  "float32": np.dtype(np.float32),
+  "bfloat16": DTYPES["BF16"],
+}
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _LARGEST_HEADER = 100 << 20  # as in the format's own reader
 

@@ -1,0 +1,55 @@
+"""Few frame sizes and lengths, so that few programs are compiled; shards of clips."""
+
+import dataclasses
+import math
+
+from absl import logging
+
+from sora_jax.data.clips import Clip
+
+
+def limit_sizes(clips: list[Clip], max_sizes: int) -> list[Clip]:
+  """Gives clips of rare frame sizes the nearest of the `max_sizes` commonest ones."""
+  counts = {}
+  for clip in clips:
+    size = (clip.height, clip.width)
+    counts[size] = counts.get(size, 0) + 1
+  kept = sorted(counts, key=lambda size: (-counts[size], size))[:max_sizes]
+  moved = sum(counts[size] for size in counts if size not in kept)
+  if not moved:
+    return clips
+  logging.info(
+    "%d of %d clips have one of %d rare frame sizes and are fitted to the %d commonest",
+    moved,
+    len(clips),
+    len(counts) - len(kept),
+    max_sizes,
+  )
+
+  def nearest(clip):
+    def distance(size):
+      shape = math.log(size[0] * clip.width / (size[1] * clip.height))
+      area = math.log(size[0] * size[1] / clip.height / clip.width)
+      # Another shape cuts off a part of the picture, another area none.
+      return abs(shape) + 0.5 * abs(area)
+
+    height, width = min(kept, key=distance)
+    return dataclasses.replace(clip, height=height, width=width)
+
+  return [c if (c.height, c.width) in kept else nearest(c) for c in clips]
+
+
+def plan_shards(clips: list[Clip], clips_per_shard: int) -> list[list[Clip]]:
+  """Splits clips, those of one frame size and length side by side, into shards."""
+  ordered = sorted(clips, key=lambda c: (c.height, c.width, c.frames, c.id))
+  return [
+    ordered[i : i + clips_per_shard] for i in range(0, len(ordered), clips_per_shard)
+  ]
+
+
+def frame_bucket(frames: int, buckets: tuple[int, ...] = ()) -> int:
+  """Length that a clip is padded to: the next bucket, else 1 + 4 x a power of two."""
+  fitting = [bucket for bucket in buckets if bucket >= frames]
+  if fitting:
+    return min(fitting)
+  return 1 if frames == 1 else 1 + 4 * 2 ** ((frames - 2) // 4).bit_length()
