@@ -15,7 +15,7 @@ from sora_jax.models.t5 import PRESETS, T5Config, T5Encoder
 from sora_jax.weights import text as names
 from sora_jax.weights.mapping import assemble, by_leaf, leaf_shape
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SMALL = T5Config(vocab_size=120, width=24, depth=3, heads=4, head_dim=10, mlp_width=40)
 CONFIGS = {"t5": SMALL, "umt5": dataclasses.replace(SMALL, bias_per_layer=True)}
 # As in make_t5.py: lengths of the captions, what they are padded to.

@@ -15,7 +15,7 @@ from sora_jax.packing import patches
 from sora_jax.weights import dit as names
 from sora_jax.weights.mapping import assemble, by_leaf, leaf_shape
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SMALL = DiTConfig(text_width=24, frequency_width=32, remat="full")
 CONFIGS = {
   "2.1": dataclasses.replace(

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-import test_train as toy
+from training import test_loop as toy
 
 from sora_jax.training import goodput, metrics, profiling
 

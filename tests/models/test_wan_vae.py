@@ -16,7 +16,7 @@ from sora_jax.models.vae import LATENT_STATS, PRESETS, VAE, VAEConfig
 from sora_jax.weights import vae as names
 from sora_jax.weights.mapping import assemble, by_leaf, leaf_shape
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CONFIGS = {
   "2.1": dataclasses.replace(PRESETS["wan2.1"], width=8, latent_channels=4),
   "2.2": dataclasses.replace(

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 sys.path.insert(0, str(LAUNCH))
 import gke  # noqa: E402
@@ -217,7 +217,7 @@ def check(value, schema, where="jobset"):
 
 
 def test_the_jobset_fits_its_schema():
-  schema = json.loads((ROOT / "tests" / "jobset_schema.json").read_text())
+  schema = json.loads((ROOT / "tests" / "launch" / "jobset_schema.json").read_text())
   made = gke.jobset(MAIN, **JOB)
   check(made, schema)
   # The template alone has empty places, which the schema must see.

@@ -1,6 +1,7 @@
 """Packed training on meshes of 8 simulated devices equals that on one device.
 
-python tests/test_mesh.py all    compares every mesh of four axes, in some minutes
+`PYTHONPATH=tests python tests/runtime/test_mesh.py all` compares every mesh of four axes,
+in some minutes.
 """
 
 import itertools
@@ -12,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_train as toy
 from golden.make_losses import FAST_COMPILE
+from training import test_loop as toy
 
 from sora_jax.models import attention, partition
 from sora_jax.models.caption_encoder import TextEncoderConfig

@@ -13,7 +13,7 @@ from golden.random_weights import random_tensor
 from sora_jax.models.lpips import LPIPS, WIDTHS
 from sora_jax.weights import lpips
 
-GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "lpips.npz")
+GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "lpips.npz")
 NARROW = (8, 16, 32, 64, 64)
 
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_wan_dit
 from golden.make_losses import FAST_COMPILE
+from models import test_wan_dit
 
 from sora_jax.models import lora
 from sora_jax.models.dit import DiT

@@ -309,8 +309,8 @@ def run(tiny_run, commands, folder, tmp_path_factory):
     shutil.copytree(tiny_run.workdir / name, workdir / name)
   path = workdir / "config.py"
   path.write_text(
-    f"import sys\nsys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n"
-    "import test_text_encoder\n"
+    f"import sys\nsys.path.insert(0, {str(pathlib.Path(__file__).parents[1])!r})\n"
+    "from encoders import test_text_encoder\n"
     f"def get_config():\n  return test_text_encoder.config_of({str(folder)!r})\n"
   )
   flags = [f"--config={path}", f"--workdir={workdir}"]

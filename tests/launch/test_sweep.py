@@ -78,7 +78,7 @@ def test_files_that_hold_no_sweep(tmp_path):
 
 
 def test_the_example_fits_its_config():
-  from test_recipe import config_cases
+  from run.test_recipe import config_cases
 
   (quickstart,) = [c.values[0] for c in config_cases() if c.id == "quickstart"]
   path = tiny.ROOT / "configs" / "sweeps" / "learning_rate.py"

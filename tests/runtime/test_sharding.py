@@ -9,9 +9,9 @@ import types
 import jax
 import numpy as np
 import pytest
-import test_train as toy
 from absl import logging
 from jax.sharding import AbstractMesh, PartitionSpec
+from training import test_loop as toy
 
 from sora_jax.runtime import sharding
 from sora_jax.training import loop, optim

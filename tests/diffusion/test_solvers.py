@@ -11,7 +11,7 @@ import pytest
 from sora_jax.diffusion import noise_process, solvers
 
 DIM = 6
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "schedulers.npz"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "schedulers.npz"
 
 
 def solve(velocity, x, levels, method="euler", noise=None):

@@ -233,7 +233,7 @@ def cache(tmp_path_factory):
 
 
 def start_process(*arguments, script=__file__, devices=1):
-  tests = pathlib.Path(__file__).parent
+  tests = pathlib.Path(__file__).parents[1]
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
