@@ -10,7 +10,7 @@ VERSION = re.search(
   r'__version__ = "(.+)"', (ROOT / "sora_jax/__init__.py").read_text()
 )[1]
 
-NOTEBOOK = ["ipykernel>=6.29", "matplotlib>=3.9", "nbclient>=0.10"]
+NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10"]
 
 setup(
   name="sora_jax",
@@ -30,6 +30,7 @@ setup(
     "flax>=0.12,<0.13",
     "grain>=0.2.18,<0.3",
     "jax>=0.10.2,<0.12",
+    "matplotlib>=3.9",
     "ml_collections>=1.1,<2",
     "ml_dtypes>=0.5",
     "msgpack>=1.1",

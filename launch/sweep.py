@@ -27,10 +27,10 @@ import subprocess
 import sys
 import threading
 
+import curves
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from sora_jax import curves
 from sora_jax.run import cli, sweeps
 from sora_jax.run import recipe as recipes
 

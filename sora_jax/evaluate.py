@@ -25,7 +25,8 @@ from sora_jax.evaluation.quality import psnr, ssim
 from sora_jax.run import build, cli
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import hosts
-from sora_jax.sample import Request, Sampler
+from sora_jax.sampling.conditioning import Request
+from sora_jax.sampling.pipeline import Sampler
 from sora_jax.sampling.requests import sample_share, sampling_mesh, write_samples
 
 

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from absl import logging
 
-from sora_jax import sample
 from sora_jax.data import pipeline, records, tokenizer
 from sora_jax.encoders import autoencoder
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
@@ -21,6 +20,7 @@ from sora_jax.run import recipe as recipes
 from sora_jax.run.build import budget, make_task
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.sampling import requests
+from sora_jax.sampling.pipeline import Sampler
 from sora_jax.training import loop
 
 
@@ -96,7 +96,7 @@ def _tokenizer(stage, latents, path):
 
 
 def _text_meta(recipe, workdir) -> dict:
-  """What the model's meta says of its captions; see `sample.Sampler`."""
+  """What the model's meta says of its captions; see `pipeline.Sampler`."""
   stage, text = recipe.dit, recipe.text
   if not text.folder:
     return {
@@ -196,7 +196,7 @@ class _Preview:
       def encode_text(texts, max_tokens):
         return [known[text] for text in texts]
 
-    self._make = lambda params: sample.Sampler(
+    self._make = lambda params: Sampler(
       params,
       meta,
       autoencoder.Autoencoder(workdir / "vae" / "model", mesh, recipe.dtype),

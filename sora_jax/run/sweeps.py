@@ -2,7 +2,7 @@
 
 A sweep is a function of the config that yields one dict of overrides for each run:
 
-  from sora_jax import sweeps
+  from sora_jax.run import sweeps
 
   def sweep(config):
     yield from sweeps.grid({

@@ -21,6 +21,10 @@ def merge_file(params, path, config: DiTConfig, mesh, strength: float = 1.0):
 
 
 def merge(params, adapters, scale, mesh):
+  """Params with adapters added, `scale` times; the params are donated.
+
+  adapters: a nested dict like the params, with leaves `lora.A` and `lora.B`.
+  """
   # B is scaled on the host, as in a file that is read: the same bits both ways.
   adapters = lora.nest(
     {

@@ -8,7 +8,7 @@ import sys
 
 from golden.make_losses import FAST_COMPILE
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "compare_gpu.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "benchmarks" / "compare_gpu.py"
 FAST = " ".join(f"--{name}={value}" for name, value in FAST_COMPILE.items())
 
 

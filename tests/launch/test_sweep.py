@@ -10,10 +10,10 @@ import PIL.Image
 import pytest
 import tiny
 
-from sora_jax import curves
 from sora_jax.run import sweeps
 
 sys.path.insert(0, str(tiny.ROOT / "launch"))
+import curves  # noqa: E402
 import sweep as launcher  # noqa: E402
 
 
@@ -51,7 +51,7 @@ def test_names_say_what_is_different():
 
 def sweep_file(folder, body):
   path = folder / "sweep.py"
-  path.write_text(f"from sora_jax import sweeps\ndef sweep(config):\n{body}\n")
+  path.write_text(f"from sora_jax.run import sweeps\ndef sweep(config):\n{body}\n")
   return str(path)
 
 
@@ -101,7 +101,7 @@ def test_curves_are_drawn(tmp_path):
   with PIL.Image.open(tmp_path / "a.png") as image:
     pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
   found = {tuple(int(v) for v in pixel) for pixel in np.unique(pixels, axis=0)}
-  assert (0x1F, 0x77, 0xB4) in found and (0xD6, 0x27, 0x28) in found
+  assert (0x1F, 0x77, 0xB4) in found and (0xFF, 0x7F, 0x0E) in found
   with pytest.raises(ValueError, match="no finite point"):
     curves.draw(tmp_path / "b.png", {"nan": [(3, np.nan)]})
 

@@ -1,7 +1,7 @@
 """Packed training on meshes of 8 simulated devices equals that on one device.
 
-`PYTHONPATH=tests python tests/runtime/test_mesh.py all` compares every mesh of four axes,
-in some minutes.
+`PYTHONPATH=tests python tests/runtime/test_mesh.py all` compares every mesh of
+four axes, in some minutes.
 """
 
 import itertools

@@ -1,10 +1,10 @@
 """Speed of DiT training on one GPU beside the same model in PyTorch.
 
   pip install -e ".[cuda]" torch
-  python launch/compare_gpu.py
-  python launch/compare_gpu.py --models=XL --remat=matmuls_saved
-  python launch/compare_gpu.py --sides=ours --attention=chunked   # needs no torch
-  python launch/compare_gpu.py --sides=ours,torch --small         # a CPU will do
+  python launch/benchmarks/compare_gpu.py
+  python launch/benchmarks/compare_gpu.py --models=XL --remat=matmuls_saved
+  python launch/benchmarks/compare_gpu.py --sides=ours --attention=chunked  # no torch
+  python launch/benchmarks/compare_gpu.py --sides=ours,torch --small  # a CPU will do
 
 Times whole training steps on a packed row of --clips equal clips (--tokens in total,
 --text_tokens for each clip's caption): forward and backward pass, clipping by the

@@ -1,6 +1,6 @@
 """Peak memory of import_weights beside the size of the params it imports.
 
-  python launch/import_memory.py --preset=wan2.1-t2v-1.3b --folder=import_memory
+  python launch/benchmarks/import_memory.py --preset=wan2.1-t2v-1.3b --folder=memory
 
 Writes a random checkpoint in the layout of diffusers, float32 as published, imports it
 in a process of its own and says that process's peak resident memory. Needs twice the

@@ -1,6 +1,6 @@
 """Speed of the train steps and the loaders of a run, on this machine.
 
-  python launch/benchmark.py --config=configs/quickstart.py --workdir=runs/quickstart
+  python launch/benchmarks/training.py --config=configs/quickstart.py
 
 The run needs its stages data, vae and encode. For each of VAE and DiT the table has
 the time of a step with the batch at hand, the time of a step of the real loop (loader

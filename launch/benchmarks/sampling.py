@@ -1,6 +1,6 @@
 """What the ways to sample faster bring, and cost, on a trained run and this machine.
 
-  python launch/benchmark_sampling.py --checkpoint=runs/quickstart
+  python launch/benchmarks/sampling.py --checkpoint=runs/quickstart
 
 Three tables, with medians of calls that take turns:
 

@@ -3,7 +3,7 @@
   pip install torch diffusers
   export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
   export XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=individual_dot  # for the DiT
-  python launch/compare_diffusers.py [--only=dit] [--rounds=5]
+  python launch/benchmarks/compare_diffusers.py [--only=dit] [--rounds=5]
 
 Times a forward and backward pass (gradients of all params of a squared error) in
 float32 on two cores. The two sides take turns in one process, and the table has the

@@ -1,6 +1,6 @@
 """Peak memory of the VAE over the length of a video: streamed, and whole passes.
 
-  python launch/vae_memory.py --seconds=2 --seconds=10 --seconds=60
+  python launch/benchmarks/vae_memory.py --seconds=2 --seconds=10 --seconds=60
 
 A process for each length encodes and decodes made frames with random weights, on CPU,
 and says its peak resident memory. The network is Wan 2.1's (or 2.2's) at a small width.
