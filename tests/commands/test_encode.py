@@ -226,8 +226,8 @@ def test_frame_bucket():
   frames = [1, 5, 9, 13, 17, 21, 33, 37]
   assert [buckets.frame_bucket(n) for n in frames] == [1, 5, 9, 17, 17, 33, 33, 65]
   # Beyond the last bucket, the powers again.
-  buckets = [buckets.frame_bucket(n, (25, 1, 9)) for n in frames]
-  assert buckets == [1, 9, 9, 25, 25, 25, 33, 65]
+  given = [buckets.frame_bucket(n, (25, 1, 9)) for n in frames]
+  assert given == [1, 9, 9, 25, 25, 25, 33, 65]
   for n in range(1, 200, 4):
     bucket = buckets.frame_bucket(n)
     assert n <= bucket and (n == 1 or bucket < 2 * n) and bucket % 4 == 1

@@ -584,7 +584,8 @@ def test_clip_errors(pixels):
 def test_what_workers_need_imports_no_jax():
   code = (
     "import sys\n"
-    "from sora_jax.data import clips, pack, records, tokenizer, video\n"
+    "from sora_jax.data import clips, records, tokenizer, video\n"
+    "from sora_jax.packing import planner\n"
     "sys.exit('jax' in sys.modules)\n"
   )
   assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -19,6 +19,7 @@ from sora_jax.diffusion.solvers import Options
 from sora_jax.evaluation import prompting_suite
 from sora_jax.models import dit
 from sora_jax.packing import patches
+from sora_jax.run import cli
 from sora_jax.runtime import sharding
 from sora_jax.sampling import batching, conditioning, denoise, job_plan, pipeline
 from sora_jax.sampling.conditioning import Prompt, Request, Timeline, Windows
@@ -626,6 +627,7 @@ def command(sampler):
   """Runs the command in this process, with the model that is loaded already."""
   values = flags.FLAGS
   if "checkpoint" not in values:
+    cli.define_flags()
     sample._define_flags()
 
   def run(*arguments):

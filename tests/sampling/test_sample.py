@@ -14,9 +14,11 @@ from absl.testing import flagsaver
 from sora_jax import sample
 from sora_jax.data import video
 from sora_jax.diffusion.solvers import Options
+from sora_jax.run import cli
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding
 from sora_jax.sample import Request
+from sora_jax.sampling.requests import sampling_mesh
 
 STEPS = 2
 
@@ -79,7 +81,7 @@ def film(sampler):
 )
 def test_the_stages_mesh(monkeypatch, rows, requests, hosts, fsdp):
   monkeypatch.setattr(jax, "process_count", lambda: hosts)
-  mesh = requests.sampling_mesh(recipes.Sample(rows=rows), requests)
+  mesh = sampling_mesh(recipes.Sample(rows=rows), requests)
   assert (mesh.shape["fsdp"], mesh.shape["context"]) == (fsdp, 8 // fsdp)
 
 
@@ -241,6 +243,7 @@ def command(sampler):
   """Runs the command in this process, with the model that is loaded already."""
   values = flags.FLAGS
   if "checkpoint" not in values:
+    cli.define_flags()
     sample._define_flags()
 
   def run(*arguments):
