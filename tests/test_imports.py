@@ -69,13 +69,13 @@ ROOMS = {
   "tasks": ("models", "diffusion"),
   "weights": ("models",),
   "training": ("tasks", "runtime"),
-  "encoders": ("models", "tasks", "data.tokenizer", "runtime"),
+  "encoders": ("models", "tasks", "data.tokenizer", "runtime", "packing"),
   "run": BELOW_RUN,
   "sampling": (
     "run.recipe", "encoders", "tasks", "models", "data", "diffusion", "packing",
     "weights", "runtime",
   ),
-  "evaluation": ("sampling", "run", "data"),
+  "evaluation": ("sampling", "run", "data", "packing"),
   "planning": (
     "sampling", "run", "training", "encoders", "tasks", "models", "data", "runtime",
     "packing",
