@@ -19,6 +19,11 @@ from sora_jax.diffusion import noise_process
 METHODS = ("euler", "heun", "ddpm", "ddim", "dpmpp_2m", "unipc")
 
 
+def _field(default, help: str, **more):
+  """A field with the help text that a command shows for it."""
+  return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
   """How to sample.
@@ -38,17 +43,23 @@ class Options:
       them has changed by less than this share since; see `models.dit.Reuse`. 0 = never.
   """
 
-  steps: int = 32
-  method: str = "euler"
-  eta: float = 0.0
-  shift: float = 1.0
-  shift_tokens: int = 0
-  guidance_scale: float = 3.0
-  guidance_interval: tuple[float, float] = (0.0, 1.0)
-  guidance_rescale: float = 0.0
-  cfg_zero: bool = False
-  zero_steps: int = 1
-  reuse: float = 0.0
+  steps: int = _field(32, "Steps of the solver.", least=1)
+  method: str = _field("euler", "Solver.", choices=METHODS)
+  eta: float = _field(0.0, "Noise of ddim, 0 to 1.")
+  shift: float = _field(1.0, "Above 1: more steps at much noise.")
+  shift_tokens: int = _field(
+    0, "Tokens that `shift` is for; others get more or less. 0 = all."
+  )
+  guidance_scale: float = _field(3.0, "Classifier-free guidance; 1 = none.")
+  guidance_interval: tuple[float, float] = _field(
+    (0.0, 1.0), "LOW,HIGH: noise levels where it acts.", form="LOW,HIGH"
+  )
+  guidance_rescale: float = _field(0.0, "Against too much contrast, 0 to 1.")
+  cfg_zero: bool = _field(False, "CFG-Zero* guidance.")
+  zero_steps: int = _field(1, "Its still first steps.")
+  reuse: float = _field(
+    0.0, "Share of change up to which blocks are skipped; 0 = never."
+  )
 
   def __post_init__(self):
     low, high = self.guidance_interval

@@ -1,7 +1,7 @@
 """A trained VAE as other stages use it: pixels to normalised latents and back."""
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -68,35 +68,46 @@ class Autoencoder:
       ValueError: for a chunk off the grid, and a tile that is no multiple of the space
         factor, or of one latent only.
     """
-    return self._stream(self._encode, chunks, tile, self.config.space_factor, 1)
+    return map(self._by_parts(self._encode, tile, self.config.space_factor, 1), chunks)
 
   def decode_stream(
     self, chunks: Iterable[np.ndarray], tile: int | None = None
   ) -> Iterator[Array]:
     """uint8 video of latents that come in chunks of any sizes; see `encode_stream`."""
-    return self._stream(self._decode, chunks, tile, 1, self.config.space_factor)
+    return map(self.decoder(tile), chunks)
+
+  def decoder(self, tile: int | None = None) -> Callable[[np.ndarray], Array]:
+    """A function of the latents of one video, part by part -> uint8 video of each.
+
+    It keeps what the causal decoder needs of the parts before; `tile` as in
+    `encode_stream`. Its result may still be under way: np.asarray waits.
+    """
+    return self._by_parts(self._decode, tile, 1, self.config.space_factor)
 
   def batch_size(self, wanted: int) -> int:
     """Smallest multiple of the mesh's batch shards that is at least `wanted`."""
     ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
     return -(-wanted // ways) * ways
 
-  def _stream(self, step, chunks, tile, scale_in, scale_out):
-    tiles = None
-    for chunk in chunks:
+  def _by_parts(self, step, tile, scale_in, scale_out):
+    tiles, caches = None, []
+
+    def apply(part):
+      nonlocal tiles, caches
       # A copy: it may be read after its result was handed out.
-      chunk = np.array(chunk)
+      part = np.array(part)
       if tiles is None:
-        tiles = self._tiles(chunk.shape, tile, scale_in)
+        tiles = self._tiles(part.shape, tile, scale_in)
         caches = [None] * len(tiles)
-      made = []
-      for i, part in enumerate(tiles.cut(chunk, scale_in)):
-        out, caches[i] = self._apply(step, part, caches[i], keep=True)
-        made.append(out)
-      if len(made) > 1:
-        yield tiles.blend([np.asarray(out) for out in made], scale_out)
-      else:
-        yield made[0]
+      outs = []
+      for i, cut in enumerate(tiles.cut(part, scale_in)):
+        out, caches[i] = self._apply(step, cut, caches[i], keep=True)
+        outs.append(out)
+      if len(outs) == 1:
+        return outs[0]
+      return tiles.blend([np.asarray(out) for out in outs], scale_out)
+
+    return apply
 
   def _tiles(self, shape, tile, scale):
     factor = self.config.space_factor

@@ -25,6 +25,8 @@ import math
 
 import numpy as np
 
+from sora_jax.packing import time_grid
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -177,27 +179,33 @@ def check_times(times, total: int) -> None:
   for time in times:
     if not 0.0 <= time <= total - 1:
       raise ValueError(
-        f"a key frame at frame {4 * time:g} is outside the video of "
-        f"{1 + 4 * (total - 1)} frames"
+        f"a key frame at frame {time_grid.frame_at(time):g} is outside the video of "
+        f"{time_grid.video_frames(total)} frames"
       )
-  if twice := {4 * time for time in times if list(times).count(time) > 1}:
-    raise ValueError(f"two key frames at frame {min(twice):g}")
+  if twice := {time for time in times if list(times).count(time) > 1}:
+    raise ValueError(f"two key frames at frame {time_grid.frame_at(min(twice)):g}")
 
 
-# --- windows of a long video
+# --- a whole video, of any length
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Timeline:
-  """A video of any length, with what is known of it; made window by window.
+  """A video of any length, with what is known of it; it is made window by window.
 
   Attributes:
-    request, grid: of the whole video.
+    request: of the whole video, its size on the grid of the model.
+    grid: tokens (t, h, w); t without the latent frames of `backwards`.
     before_THWC, after_THWC, extras, stills: as in `bridge`; before may have no frames.
     start_THWC: latents that begin with noise of level `strength` on them, or None.
     strength_THW: as in Prompt.
     kept_THW: bool by token; those of start_THWC that stay as they are.
     loop: as in Prompt; such a video is one window.
+    backwards: latent frames before all of these, which are made window by window
+      towards the start.
+    closes: the end leads to the start: `after` is what the video began with, and is
+      not shown again.
+    crop_hw: (height, width) in pixels that frames are cut to; None = all of them.
   """
 
   request: Request
@@ -211,6 +219,9 @@ class Timeline:
   loop: bool = False
   stills: tuple[tuple[int, np.ndarray], ...] = ()
   strength_THW: np.ndarray | None = None
+  backwards: int = 0
+  closes: bool = False
+  crop_hw: tuple[int, int] | None = None
 
   def __post_init__(self):
     check_level("strength", self.strength)
@@ -218,109 +229,13 @@ class Timeline:
 
   @property
   def end(self) -> int:
-    """Latent frames before those that are given at the end."""
+    """Latent frames of `grid` before those that are given at the end."""
     return self.grid[0] - (0 if self.after_THWC is None else len(self.after_THWC))
 
-
-@dataclasses.dataclass(frozen=True)
-class Windows:
-  """How a long video is cut.
-
-  Attributes:
-    length: latent frames of a window; 0 makes the whole video at once.
-    given: latent frames that a window takes over from the one before.
-    noise: level of noise on them, against drift (as in arXiv:2407.01392).
-  """
-
-  length: int = 0
-  given: int = 2
-  noise: float = 0.0
-
-  def __post_init__(self):
-    if self.given < 1 or (self.length and self.length <= self.given):
-      raise ValueError(
-        f"windows of {self.length} latent frames with {self.given} of them given: "
-        "1 or more must be given, and fewer than a window has"
-      )
-    check_level("given_noise", self.noise)
-
-
-def next_window(
-  timeline: Timeline,
-  windows: Windows,
-  made: int,
-  last_THWC: np.ndarray,
-  anchor_HWC: np.ndarray | None = None,
-) -> tuple[Prompt, int, int]:
-  """The window after the first `made` latent frames of a timeline.
-
-  Args:
-    timeline: what is made. windows: how.
-    made: latent frames that are known already, `before` included.
-    last_THWC: the last of them, as many as there are up to windows.given.
-    anchor_HWC: one-frame latent of the last frame of last_THWC[0]; takes its place,
-      because a clip begins with a latent of one frame. None: it is one.
-
-  Returns:
-    The prompt, how many of its latent frames are known, and how many are new.
-  """
-  known, after, end = len(last_THWC), timeline.after_THWC, timeline.end
-  first = made - known
-  stop = end if after is None else end + min(windows.given, len(after))
-  if windows.length and not timeline.loop:
-    stop = min(stop, first + windows.length)
-    # The last one sees what it leads to, if it is longer by that.
-    stop += after is not None and stop == end
-  before = np.array(last_THWC, np.float32)
-  if anchor_HWC is not None:
-    before[0] = anchor_HWC
-  new = slice(made, min(stop, end))
-  grid = (stop - first, *timeline.grid[1:])
-  prompt = bridge(
-    timeline.request,
-    grid,
-    before if known else None,
-    after[: stop - end] if stop > end else None,
-    tuple(
-      (time - first, latent)
-      for time, latent in timeline.extras
-      if new.start - 1 < time <= new.stop - 1
-    ),
-    tuple(
-      (index - first, latent)
-      for index, latent in timeline.stills
-      if new.start <= index < new.stop
-    ),
-  )
-  if timeline.start_THWC is not None:
-    prompt = _on_top(prompt, grid, timeline, first, known)
-  noise = windows.noise if first or made > len(timeline.before_THWC) else 0.0
-  prompt = dataclasses.replace(
-    prompt, given_noise=noise, loop=timeline.loop, start=first
-  )
-  return prompt, known, new.stop - new.start
-
-
-def _on_top(prompt, grid, timeline, first, known):
-  """Adds start latents, and the tokens that are kept, to a window."""
-  here = slice(first, first + grid[0])
-  latent_THWC = np.array(timeline.start_THWC[here], np.float32)
-  # At strength 0 there is nothing to make: what is known is the result.
-  given_THW = np.full(grid, timeline.strength == 0.0)
-  if timeline.kept_THW is not None:
-    given_THW |= timeline.kept_THW[here]
-  if prompt.given_THW is not None:
-    frames = prompt.given_THW.any(axis=(1, 2))
-    latent_THWC[frames] = prompt.latent_THWC[frames]
-    given_THW |= prompt.given_THW
-  strength_THW = timeline.strength_THW
-  return dataclasses.replace(
-    prompt,
-    latent_THWC=latent_THWC,
-    given_THW=given_THW,
-    strength=timeline.strength,
-    strength_THW=None if strength_THW is None else strength_THW[here],
-  )
+  @property
+  def frames(self) -> int:
+    """Frames that are shown; a video that closes ends before its first frame."""
+    return time_grid.frame_at(self.end) if self.closes else self.request.frames
 
 
 # --- what a prompt is, by latent frame
@@ -332,7 +247,7 @@ def texts(prompt: Prompt) -> tuple[list[tuple[str, str]], np.ndarray]:
   starts = [0.0, *(time for time, _ in request.shots)]
   shown = [request.prompt, *(text for _, text in request.shots)]
   # A latent belongs to the shot of its last frame.
-  time_T = 4 * (prompt.start + np.arange(prompt.grid[0])) / request.fps
+  time_T = time_grid.frame_at(prompt.start + np.arange(prompt.grid[0])) / request.fps
   index_T = np.searchsorted(starts, time_T + 1e-6, side="right") - 1
   used, shot_T = np.unique(index_T, return_inverse=True)
   return [(shown[i], request.negative_prompt) for i in used], shot_T
@@ -340,6 +255,6 @@ def texts(prompt: Prompt) -> tuple[list[tuple[str, str]], np.ndarray]:
 
 def blend_weights(prompt: Prompt) -> np.ndarray:
   """Share of the text that a video turns to, by latent frame: smooth, 0 to 1."""
-  last = max(1.0, (prompt.request.frames - 1) / 4)
+  last = max(1.0, time_grid.time_of(prompt.request.frames - 1))
   x_T = (prompt.start + np.arange(prompt.grid[0])) / last
   return (0.5 - 0.5 * np.cos(math.pi * np.clip(x_T, 0.0, 1.0))).astype(np.float32)

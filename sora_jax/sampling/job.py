@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from sora_jax.sampling import conditioning
-from sora_jax.sampling.conditioning import Windows
+from sora_jax.packing import time_grid
+from sora_jax.sampling.conditioning import check_level
+from sora_jax.sampling.windows import Windows
 
 # A file, or uint8 [T, H, W, 3]; an image may be [H, W, 3].
 Media = Any
@@ -26,73 +27,81 @@ MODES = (
 _MEDIA = ("image", "last_image", "video", "connect", "mask")
 
 
+def _field(default, help: str, **more):
+  """A field with what `sampling.flags` shows and needs to parse it."""
+  return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
   """One video to make. Times are in seconds; media are files or uint8 arrays.
 
-  Attributes:
-    prompt, negative_prompt, guidance_scale, seed, shots, blend: see
-      `conditioning.Request`.
-    size: (width, height); that of the first medium, or 64x64. Larger than the grid of
-      the model by less than a step, it is cut from the next larger one.
-    frames: 17 if there is nothing else to tell. Of a job with `video`, its own.
-    fps: that of the video, or 12; a video is read at it.
-    image, last_image: first and last frame. key_frames: (seconds, image) of others.
-    video: what to work on; what to do with it, one of:
-      extend_before, extend_after: seconds to add.
-      connect: another video that follows after `gap` seconds (1), which are made; with
-        strength, one video that gradually turns from the first into the second.
-      loop: `gap` seconds, as many as it has, that lead from its end to its start.
-        Without a video: a loop from text alone.
-      gap_strength: a gap begins as what is beside it, played backwards and mixed, with
-        noise on it: of this level in the middle, less towards the ends. 1: it begins
-        as noise alone, and moves as the model has it.
-      strength: how much to change, 0 to 1; with a mask, an image that is white where to
-        change, only there. mask alone is strength 1.
-      infill: (from, to) seconds that are made anew.
-      interpolate: how many times as many frames a second.
-    fit: "crop" or "pad" media of another aspect ratio than size.
-    window, given: frames made at once, and of those taken from the window before. 0:
-      all at once. given_noise: noise level on them, against drift.
-    preview: first make it at half the size, then that again at full size with this
-      strength; 0 = at once.
+  Each field says what it means, which is also the help text of its flag. A job with a
+  `video` does one thing with it: extend, connect, loop, edit, infill or interpolate.
+
+  Raises:
+    ValueError: for values out of range, and for fields that exclude each other.
   """
 
-  prompt: str = ""
-  size: tuple[int, int] | None = None
-  frames: int | None = None
-  fps: float | None = None
-  seed: int = 0
-  negative_prompt: str = ""
-  guidance_scale: float | None = None
-  shots: tuple[tuple[float, str], ...] = ()
-  blend: str = ""
-  image: Media = None
-  last_image: Media = None
-  key_frames: tuple[tuple[float, Media], ...] = ()
-  video: Media = None
-  extend_before: float = 0.0
-  extend_after: float = 0.0
-  connect: Media = None
-  gap: float | None = None
-  gap_strength: float = 0.4
-  loop: bool = False
-  strength: float | None = None
-  mask: Media = None
-  infill: tuple[float, float] | None = None
-  interpolate: int = 1
-  fit: str = "crop"
-  window: int = 33
-  given: int = 9
-  given_noise: float = 0.0
-  preview: float = 0.0
+  prompt: str = _field("", "What to make.")
+  size: tuple[int, int] | None = _field(
+    None, "WIDTHxHEIGHT; that of the first medium, or 64x64.", form="WIDTHxHEIGHT"
+  )
+  frames: int | None = _field(
+    None, "Frames; the video's own, or 17, and 1 for an image.", least=1
+  )
+  fps: float | None = _field(None, "Frames per second; the video's, or 12.", least=0.1)
+  seed: int = _field(0, "Seed; of several prompts the next has the next one.")
+  negative_prompt: str = _field("", "What guidance leads away from.")
+  guidance_scale: float | None = _field(None, "In place of that of the options.")
+  shots: tuple[tuple[float, str], ...] = _field(
+    (), "SECONDS:TEXT of a later shot.", flag="shot", form="SECONDS:TEXT"
+  )
+  blend: str = _field("", "Text that the video gradually turns to.")
+  image: Media = _field(None, "First frame.")
+  last_image: Media = _field(None, "Last frame.")
+  key_frames: tuple[tuple[float, Media], ...] = _field(
+    (), "SECONDS:FILE of a frame in between.", flag="key_frame", form="SECONDS:FILE"
+  )
+  video: Media = _field(None, "What to extend, connect, loop, edit, infill.")
+  extend_before: float = _field(0.0, "Seconds to add at the start.")
+  extend_after: float = _field(0.0, "Seconds to add at the end.")
+  connect: Media = _field(
+    None,
+    "Another video, that the first leads to; with --strength one video that gradually "
+    "turns from the first into the second.",
+  )
+  gap: float | None = _field(
+    None, "Seconds to make: for --connect 1, for --loop as long as --video."
+  )
+  gap_strength: float = _field(
+    0.4,
+    "How far a gap is from what is beside it, played backwards and mixed: noise of "
+    "this level in its middle, less towards its ends; 1 is noise alone.",
+  )
+  loop: bool = _field(False, "A loop: of --video, or of the prompt alone.")
+  strength: float | None = _field(None, "How much to change of --video, 0 to 1.")
+  mask: Media = _field(
+    None, "An image, white where to change --video; alone with a strength of 1."
+  )
+  infill: tuple[float, float] | None = _field(
+    None, "FROM,TO in seconds: what to make anew.", form="FROM,TO in seconds"
+  )
+  interpolate: int = _field(1, "Times as many frames a second: 2 or 4.")
+  fit: str = _field("crop", "Inputs of another aspect ratio.", choices=("crop", "pad"))
+  window: int = _field(33, "Frames made at once; 0 = all.")
+  given: int = _field(9, "Frames of a window from the window before.")
+  given_noise: float = _field(0.0, "Noise on those, against drift; 0 to 1.")
+  preview: float = _field(
+    0.0, "Make it at half the size first, then refine that with this strength."
+  )
 
   def __post_init__(self):
     if self.fit not in ("crop", "pad"):
       raise ValueError(f"fit {self.fit!r} is not crop or pad")
     for name in ("strength", "gap_strength", "given_noise", "preview"):
       if getattr(self, name) is not None:
-        conditioning.check_level(name, getattr(self, name))
+        check_level(name, getattr(self, name))
     for name in ("extend_before", "extend_after"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name} {getattr(self, name)} s is negative")
@@ -157,8 +166,8 @@ class Job:
   @property
   def windows(self) -> Windows:
     """How the video is cut, in latent frames."""
-    length = 0 if not self.window else 1 + -(-(self.window - 1) // 4)
-    given = 1 + -(-(self.given - 1) // 4)
+    length = time_grid.latent_frames(self.window) if self.window else 0
+    given = time_grid.latent_frames(self.given)
     if length and given >= length:
       given = length - 1
     return Windows(length, given, self.given_noise)

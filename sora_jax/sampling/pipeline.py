@@ -15,6 +15,7 @@ import json
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,12 @@ from sora_jax.diffusion import solvers
 from sora_jax.encoders.autoencoder import Autoencoder, in_chunks
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.models.dit import DiTConfig
+from sora_jax.packing import time_grid
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.runtime.checkpoint import from_json
 from sora_jax.runtime.prefetch import ahead
-from sora_jax.sampling import conditioning, job_plan
-from sora_jax.sampling.conditioning import Prompt, Request
+from sora_jax.sampling import media, modes, windows
+from sora_jax.sampling.conditioning import Prompt, Request, Timeline
 from sora_jax.sampling.denoise import Denoiser
 from sora_jax.sampling.job import Job
 from sora_jax.tasks import dit as dit_task
@@ -141,18 +143,17 @@ class Sampler:
     Raises:
       ValueError: for options that the model's noise process cannot be sampled with.
     """
-    made = [self.legal(request) for request in requests]
-    multiple = self.size_multiple
-    prompts = [
-      Prompt(r, (1 + r.frames // 4, r.height // multiple, r.width // multiple))
-      for r in made
-    ]
-    latents = self.latents(prompts, options, rows=rows)
-    videos = self._decode(latents, made)
+    legal = [self.legal(request) for request in requests]
+    latents = self.latents([self._text_prompt(r) for r in legal], options, rows=rows)
+    videos = self._decode(latents, legal)
     return [
       video_THWC[: request.frames, : request.height, : request.width]
       for video_THWC, request in zip(videos, requests, strict=True)
     ]
+
+  def _text_prompt(self, request):
+    height, width = (n // self.size_multiple for n in (request.height, request.width))
+    return Prompt(request, (time_grid.latent_frames(request.frames), height, width))
 
   def legal(self, request: Request) -> Request:
     """The request on the grid, or the next larger one; says what it changed."""
@@ -162,7 +163,7 @@ class Sampler:
       request,
       width=-(-request.width // multiple) * multiple,
       height=-(-request.height // multiple) * multiple,
-      frames=1 + 4 * -(-(request.frames - 1) // 4),
+      frames=time_grid.round_up(request.frames),
     )
     if legal != request:
       logging.info(
@@ -224,147 +225,121 @@ class Sampler:
 
   def preview(self, job: Job, options=None, tile=None) -> Iterator[np.ndarray]:
     """Chunks of the small version of a job that has a preview."""
-    size = job_plan.plan(job, self.encode, self.size_multiple).size
-    half = tuple(max(self.size_multiple, n // 2) for n in size[::-1])
+    half = tuple(max(self.size_multiple, n // 2) for n in self._canvas(job).crop[::-1])
     small = dataclasses.replace(job, size=half, preview=0.0)
     return self._stream(small, options or solvers.Options(), tile)
 
   def refined(self, job: Job, small_THWC: np.ndarray) -> Job:
     """The job that makes a preview again at full size, of the same composition."""
-    made = job_plan.plan(job, self.encode, self.size_multiple)
+    canvas = self._canvas(job)
     return dataclasses.replace(
       job,
       preview=0.0,
       strength=job.preview,
-      size=made.size[::-1],
-      fps=made.timeline.request.fps,
-      video=video_files.resize(small_THWC, made.size),
+      size=canvas.crop[::-1],
+      fps=canvas.fps,
+      video=video_files.resize(small_THWC, canvas.crop),
     )
 
-  def _stream(self, job, options, tile, watch=None):
-    plan = job_plan.plan(job, self.encode, self.size_multiple)
-    # Of a latent at least each, as far back as a window looks.
-    tail = collections.deque(maxlen=max(job.windows.given, 1))
+  def _canvas(self, job):
+    return media.canvas(job, self.size_multiple)
 
-    def make(prompt):
+  def _stream(self, job, options, tile, watch=None) -> Iterator[np.ndarray]:
+    """The way of a job: timeline -> windows -> latents -> frames, cut to its size."""
+    timeline = modes.plan(job, self._encode_all, self.size_multiple)
+
+    def denoise(prompt):
       (latent_THWC,) = self.latents([prompt], options)
       if watch is not None:
         watch(prompt, latent_THWC)
       return latent_THWC
 
-    def decoded(chunks):
-      batches = (self._copied(part) for chunk in chunks for part in _parts(chunk))
-      for video_BTHWC in self.autoencoder.decode_stream(batches, tile):
-        tail.append(video_BTHWC)
-        yield video_BTHWC
-
-    chunks, skip, left = self._windows(plan, job.windows, make, tail), 0, plan.frames
-    if plan.timeline.loop or plan.closes:
-      latent_THWC = self._circle(plan, chunks, decoded)
-      front = np.take(latent_THWC, np.arange(-_WARM_UP, 0), axis=0, mode="wrap")
-      chunks, skip = [front, latent_THWC], 1 + 4 * (_WARM_UP - 1)
-      if plan.closes:
-        # It begins with the last frame of its first latent, as a video does.
-        chunks, skip = [*chunks, latent_THWC[:1]], skip + 3
-    height, width = plan.size
+    if timeline.loop or timeline.closes:
+      latent_THWC = self._circle(timeline, job.windows, denoise, tile)
+      videos, skip = self._around(timeline, latent_THWC, tile)
+    else:
+      walk = self._walk(timeline, job.windows, denoise, tile)
+      videos, skip = (video_BTHWC for _, video_BTHWC in walk), 0
     # The decoder is started without waiting for frames. So accelerators go on to the
     # next window while frames of this one are fetched, and written to a file.
-    with contextlib.closing(ahead(decoded(chunks))) as videos_BTHWC:
-      for video_BTHWC in videos_BTHWC:
-        video_THWC = np.asarray(video_BTHWC)[0]
-        shown_THWC = video_THWC[skip:][:left, :height, :width]
-        skip, left = max(0, skip - len(video_THWC)), left - len(shown_THWC)
-        if len(shown_THWC):
-          yield shown_THWC
-        if not left:
-          return
+    with contextlib.closing(ahead(videos)) as videos_BTHWC:
+      yield from _cut(videos_BTHWC, timeline, skip)
 
-  def _circle(self, plan, chunks, decoded) -> np.ndarray:
-    """All latents of a loop. decoded: chunks -> their frames, which windows look at."""
-    if plan.timeline.loop:
-      (latent_THWC,) = chunks
-      return latent_THWC
-    latents = []
+  def _walk(self, timeline, cut, denoise, tile) -> Iterator[tuple[np.ndarray, Any]]:
+    """Parts of a video in order: (latents, frames that are still being decoded)."""
+    decode = self.autoencoder.decoder(tile)
+    # Of a latent frame at least each, as far back as a window looks.
+    tail = collections.deque(maxlen=max(cut.given, 1))
 
-    def noted():
-      for chunk in chunks:
-        latents.append(chunk)
-        yield chunk
+    def shown(latent_THWC):
+      for part_THWC in _parts(latent_THWC):
+        tail.append(decode(self._copied(part_THWC)))
+        yield part_THWC, tail[-1]
 
-    collections.deque(decoded(noted()), maxlen=0)
-    latent_THWC = np.concatenate(latents)
-    # In the middle of a video, the first frame has another latent.
-    latent_THWC[0] = plan.timeline.after_THWC[0]
-    return latent_THWC
-
-  def _windows(self, plan, windows, make, tail) -> Iterator[np.ndarray]:
-    """Latents of a plan in chunks. tail: the last decoded parts of those before."""
-    timeline, hw = plan.timeline, plan.timeline.grid[1:]
-    made = plan.backwards + len(timeline.before_THWC)
-    timeline = dataclasses.replace(
-      timeline, grid=(plan.backwards + timeline.grid[0], *hw)
-    )
-    after, end = timeline.after_THWC, timeline.end
-    # All of what is known, if the video is made at once.
-    given = windows.given if windows.length else max(made, 1)
-    last = timeline.before_THWC[:0]
-    for chunk in self._known(plan, windows, make):
-      yield chunk
-      last = np.concatenate([last, chunk])[-given:]
-    while made < end:
-      anchor = None
-      if made > len(last):
+    state = windows.begin(timeline)
+    for chunk_THWC in self._known(timeline, cut, denoise):
+      yield from shown(chunk_THWC)
+      state = windows.see(timeline, cut, state, chunk_THWC)
+    while not windows.finished(timeline, state):
+      anchor_HWC = None
+      if state.needs_anchor:
         # The frame that the window begins with, as an image.
-        frame_HWC = _from_end(tail, 4 * (len(last) - 1))
-        anchor = self.encode(frame_HWC[None])[0]
-      prompt, known, new = conditioning.next_window(
-        timeline, windows, made, last, anchor
+        back = time_grid.frame_at(len(state.last_THWC) - 1)
+        anchor_HWC = self.encode(_from_end(tail, back)[None])[0]
+      window = windows.next_window(timeline, cut, state, anchor_HWC)
+      state, fresh_THWC = windows.step(
+        timeline, cut, state, window, denoise(window.prompt)
       )
-      fresh = make(prompt)[known : known + new]
-      last = np.concatenate([last, fresh])[-given:] if len(last) else fresh[-given:]
-      made += new
-      if made < end or made > new:
-        logging.info("made %d of %d latent frames", made, end)
-      yield fresh
-    if after is not None and not plan.closes:
-      yield after
+      end = timeline.backwards + timeline.end
+      if window.new < end:
+        logging.info("made %d of %d latent frames", state.known, end)
+      yield from shown(fresh_THWC)
+    if timeline.after_THWC is not None and not timeline.closes:
+      yield from shown(timeline.after_THWC)
 
-  def _known(self, plan, windows, make) -> Iterator[np.ndarray]:
+  def _known(self, timeline, cut, denoise) -> Iterator[np.ndarray]:
     """Latents up to the end of what is given, in chunks.
 
     What comes before its start is made from there to the front, but is wanted from the
     front on: files hold it until then, so that memory does not grow.
     """
-    timeline, left, hw = plan.timeline, plan.backwards, plan.timeline.grid[1:]
-    chunk = timeline.before_THWC
-    head = chunk[: windows.given] if windows.length else chunk
+    state = windows.begin_backwards(timeline, cut)
     with tempfile.TemporaryDirectory() as folder:
       paths = []
-      while left:
-        known, new, noise = len(head), left, 0.0
-        if windows.length:
-          new = min(left, max(1, windows.length - known))
-        if left < plan.backwards:
-          noise = windows.noise
-        after = np.array(head)
-        image_THWC = self.autoencoder.decode(self._copied(head[:1]))[0]
-        after[0] = job_plan.still(self.encode, image_THWC)
-        prompt = conditioning.bridge(
-          timeline.request, (new + known, *hw), after_THWC=after
+      while state.left:
+        image_THWC = self.autoencoder.decode(self._copied(state.head_THWC[:1]))[0]
+        still_HWC = self.encode(modes.still(image_THWC))[1]
+        window = windows.previous_window(timeline, cut, state, still_HWC)
+        state, final_THWC = windows.step_back(
+          cut, state, window, denoise(window.prompt)
         )
-        prompt = dataclasses.replace(prompt, start=left - new, given_noise=noise)
-        made = make(prompt)
-        # In the middle of a video, its first frame has another latent.
-        paths.append(pathlib.Path(folder) / f"{left}.npy")
-        np.save(paths[-1], np.concatenate([made[new : new + 1], chunk[1:]]))
-        head = np.concatenate([made[: new + 1], head[1:]])
-        head = head[: windows.given] if windows.length else head
-        chunk = made[:new]
-        left -= new
-      if len(chunk):
-        yield chunk
+        paths.append(pathlib.Path(folder) / f"{state.left}.npy")
+        np.save(paths[-1], final_THWC)
+      if len(state.first_THWC):
+        yield state.first_THWC
       for path in reversed(paths):
         yield np.load(path)
+
+  def _circle(self, timeline, cut, denoise, tile) -> np.ndarray:
+    """All latents of a loop, none of which is a first frame's."""
+    if timeline.loop:
+      return denoise(windows.next_window(timeline, cut, windows.begin(timeline)).prompt)
+    walk = self._walk(timeline, cut, denoise, tile)
+    latent_THWC = np.concatenate([part_THWC for part_THWC, _ in walk])
+    # In the middle of a video, the first frame has another latent.
+    latent_THWC[0] = timeline.after_THWC[0]
+    return latent_THWC
+
+  def _around(self, timeline, latent_THWC, tile):
+    """(frames of a loop, how many to skip): its end is decoded before its start."""
+    front = np.take(latent_THWC, np.arange(-_WARM_UP, 0), axis=0, mode="wrap")
+    chunks, skip = [front, latent_THWC], time_grid.video_frames(_WARM_UP)
+    if timeline.closes:
+      # It begins with the last frame of its first latent, as a video does.
+      chunks.append(latent_THWC[:1])
+      skip += time_grid.TIME_FACTOR - 1
+    parts = (self._copied(part) for chunk in chunks for part in _parts(chunk))
+    return self.autoencoder.decode_stream(parts, tile), skip
 
   # --- pixels and latents
 
@@ -380,7 +355,10 @@ class Sampler:
       video_THWC = np.pad(video_THWC, ((0, over), (0, 0), (0, 0), (0, 0)), mode="edge")
     chunks = in_chunks(self._copied(video_THWC), _ENCODE_CHUNK)
     latents = [np.asarray(x)[0] for x in self.autoencoder.encode_stream(chunks)]
-    return np.concatenate(latents)[: 1 + (frames - 1) // 4]
+    return np.concatenate(latents)[: time_grid.latent_frames(frames)]
+
+  def _encode_all(self, videos: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [self.encode(video_THWC) for video_THWC in videos]
 
   def _decode(self, latents, requests) -> list[np.ndarray]:
     """Videos of latents, those of a size together."""
@@ -409,6 +387,19 @@ class Sampler:
         for i, video_THWC in zip(part, decoded, strict=False):
           videos[i] = video_THWC[: requests[i].frames]
     return [videos[i] for i in range(len(requests))]
+
+
+def _cut(videos_BTHWC, timeline: Timeline, skip: int) -> Iterator[np.ndarray]:
+  """uint8 [T, H, W, 3] of a timeline's frames, after the first `skip` ones."""
+  left, (height, width) = timeline.frames, timeline.crop_hw
+  for video_BTHWC in videos_BTHWC:
+    video_THWC = np.asarray(video_BTHWC)[0]
+    shown_THWC = video_THWC[skip:][:left, :height, :width]
+    skip, left = max(0, skip - len(video_THWC)), left - len(shown_THWC)
+    if len(shown_THWC):
+      yield shown_THWC
+    if not left:
+      return
 
 
 def _from_end(videos_BTHWC, back: int) -> np.ndarray:

@@ -1,0 +1,116 @@
+"""Videos of jobs as files, each beside a .json from which it can be made again."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+
+from sora_jax.data import video
+from sora_jax.diffusion.solvers import Options
+from sora_jax.sampling import modes
+from sora_jax.sampling.conditioning import Request
+from sora_jax.sampling.job import Job
+from sora_jax.sampling.pipeline import Sampler
+
+SUFFIXES = (".mp4", ".webm", ".gif", ".png")
+
+
+class Part(NamedTuple):
+  """Frames of a job's video, in the order of its file."""
+
+  path: pathlib.Path
+  job: Job
+  fps: float
+  frames_THWC: np.ndarray
+
+
+def write_jobs(
+  model: Sampler,
+  jobs: Sequence[Job],
+  paths: Sequence[pathlib.Path],
+  options: Options,
+  source: dict,
+  tile: int | None = None,
+) -> None:
+  """Makes jobs and writes a file each, and its .json beside it.
+
+  Args:
+    model, jobs, options: what is made by what.
+    paths: of the files; their suffix, one of SUFFIXES, says the format.
+    source: where the model is from, for the .json.
+    tile: see `Autoencoder.decode_stream`.
+  """
+  parts = _parts(model, jobs, paths, options, tile)
+  for _, of_path in itertools.groupby(parts, key=lambda part: part.path):
+    _write(of_path, options, source)
+
+
+def read_sidecar(path) -> dict:
+  """The .json beside a video: job, options, checkpoint, model, files.
+
+  Raises:
+    ValueError: if it is none, or a file that it was made from is gone or has changed.
+  """
+  try:
+    described = json.loads(pathlib.Path(path).read_text())
+    for key in ("job", "options", "checkpoint", "model", "files"):
+      described[key]
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"--from={path} is no description of a video ({error})") from error
+  now = Job.from_json(described["job"]).files()
+  for file, digest in described["files"].items():
+    if now[file] != digest:
+      raise ValueError(f"--from={path}: {file} has changed since")
+  return described
+
+
+def _parts(model, jobs, paths, options, tile) -> Iterator[Part]:
+  """What a model makes of jobs: texts all at once, others in turn and in chunks."""
+  if len(jobs) > 1 and jobs[0].is_plain:
+    requests = [
+      Request(
+        *(job.prompt, *(job.size or (64, 64)), job.frames or 17, job.fps or 12.0),
+        *(job.seed, job.negative_prompt),
+      )
+      for job in jobs
+    ]
+    videos = model.sample(requests, options)
+    for path, job, request, video_THWC in zip(
+      paths, jobs, requests, videos, strict=True
+    ):
+      yield Part(path, job, request.fps, video_THWC)
+    return
+  for path, job in zip(paths, jobs, strict=True):
+    full = job
+    if job.preview:
+      small_THWC = np.concatenate(list(model.preview(job, options, tile)))
+      full = model.refined(job, small_THWC)
+      preview = path.with_name(f"{path.stem}-preview{path.suffix}")
+      metadata = {"comment": job.prompt}
+      video.write(preview, small_THWC, modes.rate(full), metadata=metadata)
+      logging.info("%s: preview", preview)
+    for frames_THWC in model.stream(full, options, tile):
+      yield Part(path, job, modes.rate(full), frames_THWC)
+
+
+def _write(parts, options, source):
+  path, job, fps, frames_THWC = next(parts)
+  described = {
+    "job": job.as_json(),
+    "options": {
+      field.name: getattr(options, field.name) for field in dataclasses.fields(Options)
+    },
+    **source,
+    "files": job.files(),
+  }
+  metadata = {"comment": job.prompt, "sora_jax": json.dumps(described)}
+  chunks = itertools.chain([frames_THWC], (part.frames_THWC for part in parts))
+  count = video.write_chunks(path, chunks, fps, metadata=metadata)
+  text = json.dumps(described, indent=2, ensure_ascii=False)
+  path.with_name(f"{path.name}.json").write_text(text + "\n")
+  logging.info("%s: %s, %d frames: %s", path, job.mode, count, job.prompt)

@@ -1,0 +1,86 @@
+"""`sample` as a command: flags, sidecars, files."""
+
+import json
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from sampling.toy_media import clip
+
+from sora_jax import sample
+from sora_jax.data import video
+from sora_jax.run import cli
+
+
+@pytest.fixture(scope="module")
+def command(sampler):
+  """Runs the command in this process, with the model that is loaded already."""
+  values = flags.FLAGS
+  if "checkpoint" not in values:
+    cli.define_flags()
+    sample._define_flags()
+
+  def run(*arguments):
+    with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
+      patch.setattr(sample.Sampler, "from_checkpoint", lambda *_, loras: sampler)
+      sample._main(values(["sample", *arguments]))
+
+  return run
+
+
+def test_a_sidecar_makes_the_same_again(command, tmp_path):
+  source, first, again = (tmp_path / f"{name}.mp4" for name in ("in", "a", "b"))
+  video.write(source, clip(9), 12)
+  command(
+    "--checkpoint=runs/tiny",
+    "--prompt=a red circle",
+    f"--video={source}",
+    "--extend_after=0.7",
+    "--shot=0.9:a blue star",
+    "--steps=2",
+    "--seed=5",
+    "--negative_prompt=noise",
+    "--guidance_interval=0,0.9",
+    f"--out={first}",
+  )
+  made = json.loads((tmp_path / "a.mp4.json").read_text())
+  assert made["job"]["extend_after"] == 0.7 and made["options"]["steps"] == 2
+  assert len(video.read(first)) == 17
+  command(f"--from={first}.json", f"--out={again}")
+  assert first.read_bytes() == again.read_bytes()
+  assert json.loads((tmp_path / "b.mp4.json").read_text()) == made
+  # A flag changes what it says, and nothing else.
+  command(f"--from={first}.json", "--seed=6", f"--out={again}")
+  assert first.read_bytes() != again.read_bytes()
+  video.write(source, clip(9, 1), 12)
+  with pytest.raises(ValueError, match="in.mp4 has changed since"):
+    command(f"--from={first}.json", f"--out={again}")
+
+
+def test_previews_are_written_first(command, tmp_path):
+  out = tmp_path / "x.png"
+  command("--checkpoint=runs/tiny", "--prompt=a star", "--size=32x64", "--steps=2",
+          "--preview=0.5", f"--out={out}")  # fmt: skip
+  assert video.read(tmp_path / "x-preview.png").shape == (1, 32, 16, 3)
+  assert video.read(out).shape == (1, 64, 32, 3)
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--size=64"], "--size=64 is not WIDTHxHEIGHT"),
+    (["--size=0x64"], "--size=0x64 is not WIDTHxHEIGHT"),
+    (["--shot=a star"], "--shot=a star is not SECONDS:"),
+    (["--key_frame=x:y.png"], "--key_frame=x is not SECONDS:"),
+    (["--infill=1"], "--infill=1 is not FROM,TO"),
+    (["--guidance_interval=a,b"], "--guidance_interval=a,b is not LOW,HIGH"),
+    (["--out=x.avi"], "must end in .mp4"),
+    (["--last_image=no.png"], "no.png: cannot be read"),
+    (["--strength=2"], "strength 2.0 is not between 0 and 1"),
+    (["--from=no.json"], "--from=no.json is no description of a video"),
+    (["--frames=9", "--out=x.png"], "holds one image, but --frames=9"),
+  ],
+)
+def test_flags_that_cannot_be(command, arguments, message):
+  with pytest.raises(ValueError, match=message):
+    command("--checkpoint=runs/tiny", "--prompt=a star", *arguments)
