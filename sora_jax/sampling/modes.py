@@ -135,8 +135,8 @@ def loop(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
     frames = time_grid.frame_at(latents)
     if job.frames not in (None, frames):
       logging.info("a loop has a multiple of 4 frames, 8 or more: %d", frames)
-    made = _timeline(job, canvas, frames)
-    return dataclasses.replace(made, grid=(latents, *canvas.grid_hw), loop=True)
+    timeline = _timeline(job, canvas, frames)
+    return dataclasses.replace(timeline, grid=(latents, *canvas.grid_hw), loop=True)
   video_THWC = media.read_video(job, canvas, job.video)
   gap = _gap(job, canvas, (len(video_THWC) - 1) / canvas.fps)
   # It goes back the way it came.
@@ -145,8 +145,8 @@ def loop(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
   between = [video_THWC[back]] if job.gap_strength < 1.0 else []
   before_THWC, still_THWC, *middle = encode([video_THWC, still(video_THWC), *between])
   after_THWC = before_THWC[: job.windows.given]
-  made = _bridged(job, canvas, gap, before_THWC, after_THWC, still_THWC, *middle)
-  return dataclasses.replace(made, closes=True)
+  timeline = _bridged(job, canvas, gap, before_THWC, after_THWC, still_THWC, *middle)
+  return dataclasses.replace(timeline, closes=True)
 
 
 def edit(job: Job, canvas: Canvas, encode: Encode) -> Timeline:

@@ -25,8 +25,8 @@ def sample_share(model, requests, config) -> list:
   videos = [None] * len(requests)
   mine = range(jax.process_index(), len(requests), jax.process_count())
   if mine:
-    made = model.sample([requests[i] for i in mine], config, rows=config.rows)
-    for i, video_THWC in zip(mine, made, strict=True):
+    of_mine = model.sample([requests[i] for i in mine], config, rows=config.rows)
+    for i, video_THWC in zip(mine, of_mine, strict=True):
       videos[i] = video_THWC
   return videos
 

@@ -98,8 +98,8 @@ def next_window(
   """
   grid_t = timeline.backwards + timeline.grid[0]
   end = timeline.backwards + timeline.end
-  after, made, known = timeline.after_THWC, state.known, len(state.last_THWC)
-  first = made - known
+  after, known = timeline.after_THWC, len(state.last_THWC)
+  first = state.known - known
   stop = end if after is None else end + min(cut.given, len(after))
   if cut.length and not timeline.loop:
     stop = min(stop, first + cut.length)
@@ -109,7 +109,7 @@ def next_window(
   before = np.array(state.last_THWC, np.float32)
   if anchor_HWC is not None:
     before[0] = anchor_HWC
-  new = slice(made, min(stop, end))
+  new = slice(state.known, min(stop, end))
   prompt = bridge(
     timeline.request,
     (stop - first, *timeline.grid[1:]),
@@ -129,7 +129,7 @@ def next_window(
   )
   if timeline.start_THWC is not None:
     prompt = _on_top(prompt, timeline, first)
-  noise = cut.noise if first or made > len(timeline.before_THWC) else 0.0
+  noise = cut.noise if first or state.known > len(timeline.before_THWC) else 0.0
   prompt = dataclasses.replace(
     prompt, given_noise=noise, loop=timeline.loop, start=first
   )
