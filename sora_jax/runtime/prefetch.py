@@ -1,11 +1,11 @@
 """A thread that makes what comes next while what is at hand is used."""
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent import futures
 
 
-def ahead(items: Iterable, count: int = 2) -> Iterator:
+def ahead(items: Iterable, count: int = 2) -> Generator:
   """The items, the next `count` of them made by a thread while one is used.
 
   An error comes where its item would have. Close it, lest items are made for nobody.

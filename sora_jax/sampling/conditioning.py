@@ -143,7 +143,8 @@ def bridge(
       f"{total - end} at the end"
     )
   check_times([time for time, _ in (*extras, *stills)], total)
-  shown = [*(before_THWC if begin else ()), *(after_THWC if end < total else ())]
+  shown = [] if before_THWC is None else list(before_THWC)
+  shown += [] if after_THWC is None else list(after_THWC)
   shown += [latent_HWC for _, latent_HWC in stills]
   if not shown:
     return Prompt(request, grid, extras=extras)

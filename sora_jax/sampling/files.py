@@ -72,13 +72,7 @@ def read_sidecar(path) -> dict:
 def _parts(model, jobs, paths, options, tile) -> Iterator[Part]:
   """What a model makes of jobs: texts all at once, others in turn and in chunks."""
   if len(jobs) > 1 and jobs[0].is_plain:
-    requests = [
-      Request(
-        *(job.prompt, *(job.size or (64, 64)), job.frames or 17, job.fps or 12.0),
-        *(job.seed, job.negative_prompt),
-      )
-      for job in jobs
-    ]
+    requests = [_text_request(job) for job in jobs]
     videos = model.sample(requests, options)
     for path, job, request, video_THWC in zip(
       paths, jobs, requests, videos, strict=True
@@ -96,6 +90,19 @@ def _parts(model, jobs, paths, options, tile) -> Iterator[Part]:
       logging.info("%s: preview", preview)
     for frames_THWC in model.stream(full, options, tile):
       yield Part(path, job, modes.rate(full), frames_THWC)
+
+
+def _text_request(job):
+  width, height = job.size or (64, 64)
+  return Request(
+    prompt=job.prompt,
+    width=width,
+    height=height,
+    frames=job.frames or 17,
+    fps=job.fps or 12.0,
+    seed=job.seed,
+    negative_prompt=job.negative_prompt,
+  )
 
 
 def _write(parts, options, source):

@@ -52,12 +52,13 @@ def canvas(job: Job, multiple: int = 1) -> Canvas:
   width, height = job.size or ((info.width, info.height) if info else (64, 64))
   if min(width, height) < 1:
     raise ValueError(f"size {width}x{height}: width and height must be positive")
-  size = tuple(-(-n // multiple) * multiple for n in (height, width))
+  rows, columns = (-(-n // multiple) for n in (height, width))
   moving = info if info and job.video is not None and not info.is_image else None
   fps = job.fps or (moving.fps if moving else 12.0)
   if not fps > 0:
     raise ValueError(f"fps {fps} is not above 0")
-  return Canvas(size, (height, width), tuple(n // multiple for n in size), fps)
+  size = (rows * multiple, columns * multiple)
+  return Canvas(size, (height, width), (rows, columns), fps)
 
 
 def read_image(job: Job, canvas: Canvas, medium: Media) -> np.ndarray:

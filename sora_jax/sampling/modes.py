@@ -182,8 +182,8 @@ def edit(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
 def infill(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
   """A video with some of its frames made anew."""
   video_THWC = media.read_video(job, canvas, job.video)
-  frames, (from_s, to_s) = len(video_THWC), job.infill
-  begin, end = (round(seconds * canvas.fps) for seconds in job.infill)
+  frames, (from_s, to_s) = len(video_THWC), job.infill or (0.0, 0.0)
+  begin, end = round(from_s * canvas.fps), round(to_s * canvas.fps)
   if not 0 <= begin < end <= frames:
     raise ValueError(
       f"infill from {from_s} to {to_s} s is not inside the video of {frames} frames, "
@@ -202,20 +202,13 @@ def infill(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
       "from text"
     )
   latents = dict(zip(parts, encode(list(parts.values())), strict=True))
-  after, extras = None, ()
+  known = {"before_THWC": latents.get("before")}
   if "after" in latents:
     # The first one's latent is that of a missing one, too: it guides as an image.
     image_HWC, *later = latents["after"]
-    after = np.array(later) if later else None
-    extras = ((time_grid.time_of(end), image_HWC),)
-  return _timeline(
-    job,
-    canvas,
-    frames,
-    before_THWC=latents.get("before"),
-    after_THWC=after,
-    extras=extras,
-  )
+    known["extras"] = ((time_grid.time_of(end), image_HWC),)
+    known["after_THWC"] = np.array(later) if later else None
+  return _timeline(job, canvas, frames, **known)
 
 
 def interpolate(job: Job, canvas: Canvas, encode: Encode) -> Timeline:

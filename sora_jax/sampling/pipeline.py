@@ -269,7 +269,7 @@ class Sampler:
     """Parts of a video in order: (latents, frames that are still being decoded)."""
     decode = self.autoencoder.decoder(tile)
     # Of a latent frame at least each, as far back as a window looks.
-    tail = collections.deque(maxlen=max(cut.given, 1))
+    tail: collections.deque[Any] = collections.deque(maxlen=max(cut.given, 1))
 
     def shown(latent_THWC):
       for part_THWC in _parts(latent_THWC):
@@ -362,7 +362,7 @@ class Sampler:
 
   def _decode(self, latents, requests) -> list[np.ndarray]:
     """Videos of latents, those of a size together."""
-    groups = {}
+    groups: dict[tuple, list[int]] = {}
     for i, request in enumerate(requests):
       key = (request.height, request.width, request.frames == 1)
       groups.setdefault(key, []).append(i)

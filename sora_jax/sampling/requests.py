@@ -4,25 +4,33 @@ import dataclasses
 import json
 import pathlib
 import re
+from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from sora_jax.data import video
-from sora_jax.data.clips import read_manifest
+from sora_jax.data.clips import Clip, read_manifest
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding
 from sora_jax.sampling.conditioning import Request
+from sora_jax.sampling.pipeline import Sampler
 
 
-def sampling_mesh(config, requests: int) -> jax.sharding.Mesh:
-  """Of this process, for its share of so many requests, config.rows rows at once."""
+def sampling_mesh(config: recipes.Sample, requests: int) -> jax.sharding.Mesh:
+  """The mesh of this process for its share of so many requests.
+
+  config.rows rows are computed at once; 0 = as many as there are.
+  """
   mine = -(-requests // jax.process_count())
   return sharding.sampling_mesh(min(config.rows or mine, mine))
 
 
-def sample_share(model, requests, config) -> list:
+def sample_share(
+  model: Sampler, requests: Sequence[Request], config: recipes.Sample
+) -> list[np.ndarray | None]:
   """Videos of the requests that are this process's to make; None for the others."""
-  videos = [None] * len(requests)
+  videos: list[np.ndarray | None] = [None] * len(requests)
   mine = range(jax.process_index(), len(requests), jax.process_count())
   if mine:
     of_mine = model.sample([requests[i] for i in mine], config, rows=config.rows)
@@ -57,23 +65,35 @@ def write_samples(folder, requests, videos, shown: int = 16) -> list[pathlib.Pat
   return paths
 
 
-def requests_of(recipe: recipes.Recipe, workdir, count=8) -> list[Request]:
+def requests_of(recipe: recipes.Recipe, workdir, count: int = 8) -> list[Request]:
   """The prompts of config.sample, or else first captions of `count` held-out clips."""
+  negative = recipe.sample.negative_prompt
   if not recipe.sample.prompts:
     clips = read_manifest(pathlib.Path(workdir) / "data" / "manifest.jsonl")
     heldout = [clip for clip in clips if clip.split == "heldout"][:count]
-    return [
-      Request(
-        *(clip.captions[:1] or ("",)),
-        *(clip.width, clip.height, clip.frames, clip.fps, i),
-        recipe.sample.negative_prompt,
-      )
-      for i, clip in enumerate(heldout)
-    ]
+    return [request_of(clip, seed, negative) for seed, clip in enumerate(heldout)]
   return [
     Request(
-      *(prompt, width, height, frames, fps or recipe.dit.reference_fps, seed),
-      recipe.sample.negative_prompt,
+      prompt=prompt,
+      width=width,
+      height=height,
+      frames=frames,
+      fps=fps or recipe.dit.reference_fps,
+      seed=seed,
+      negative_prompt=negative,
     )
     for seed, (prompt, (width, height), frames, fps) in enumerate(recipe.sample.prompts)
   ]
+
+
+def request_of(clip: Clip, seed: int, negative_prompt: str = "") -> Request:
+  """A clip's first caption at the clip's size, length and rate."""
+  return Request(
+    prompt=clip.captions[0] if clip.captions else "",
+    width=clip.width,
+    height=clip.height,
+    frames=clip.frames,
+    fps=clip.fps,
+    seed=seed,
+    negative_prompt=negative_prompt,
+  )

@@ -114,7 +114,7 @@ def next_window(
     timeline.request,
     (stop - first, *timeline.grid[1:]),
     before if known else None,
-    after[: stop - end] if stop > end else None,
+    None if after is None or stop == end else after[: stop - end],
     # Those at the time of a frame that is made; the first of a video is one.
     tuple(
       (time - first, latent)
@@ -153,7 +153,7 @@ def _appended(timeline, cut, state, latent_THWC):
   return State(state.known + len(latent_THWC), last_THWC[-max(most, 1) :])
 
 
-def _on_top(prompt: Prompt, timeline: Timeline, first: int) -> Prompt:
+def _on_top(prompt, timeline, first):
   """Adds start latents, and the tokens that are kept, to a window from `first` on."""
   here = slice(first, first + prompt.grid[0])
   latent_THWC = np.array(timeline.start_THWC[here], np.float32)
