@@ -6,6 +6,7 @@ and say which latents are given, which are begun from, and what is to be made.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -202,7 +203,7 @@ def infill(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
       "from text"
     )
   latents = dict(zip(parts, encode(list(parts.values())), strict=True))
-  known = {"before_THWC": latents.get("before")}
+  known: dict[str, Any] = {"before_THWC": latents.get("before")}
   if "after" in latents:
     # The first one's latent is that of a missing one, too: it guides as an image.
     image_HWC, *later = latents["after"]

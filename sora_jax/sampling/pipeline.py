@@ -391,7 +391,7 @@ class Sampler:
 
 def _cut(videos_BTHWC, timeline: Timeline, skip: int) -> Iterator[np.ndarray]:
   """uint8 [T, H, W, 3] of a timeline's frames, after the first `skip` ones."""
-  left, (height, width) = timeline.frames, timeline.crop_hw
+  left, (height, width) = timeline.frames, timeline.crop_hw or (None, None)
   for video_BTHWC in videos_BTHWC:
     video_THWC = np.asarray(video_BTHWC)[0]
     shown_THWC = video_THWC[skip:][:left, :height, :width]

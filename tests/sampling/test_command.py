@@ -1,5 +1,6 @@
 """`sample` as a command: flags, sidecars, files."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,10 @@ from sampling.toy_media import clip
 
 from sora_jax import sample
 from sora_jax.data import video
+from sora_jax.diffusion.solvers import Options
 from sora_jax.run import cli
+from sora_jax.sampling import flags as job_flags
+from sora_jax.sampling.job import Job
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +67,40 @@ def test_previews_are_written_first(command, tmp_path):
           "--preview=0.5", f"--out={out}")  # fmt: skip
   assert video.read(tmp_path / "x-preview.png").shape == (1, 32, 16, 3)
   assert video.read(out).shape == (1, 64, 32, 3)
+
+
+def test_every_field_of_a_job_and_of_the_options_is_a_flag(command):
+  """With its default and its help text; not given, it is the field's default."""
+  with flagsaver.flagsaver():
+    flags.FLAGS(["sample"])
+    for config, without in ((Job, ("prompt", "guidance_scale")), (Options, ())):
+      values = job_flags.values(config, flags.FLAGS, {}, without)
+      for field in dataclasses.fields(config):
+        if field.name not in without:
+          name = field.metadata.get("flag", field.name)
+          assert field.metadata["help"] in flags.FLAGS[name].help
+          assert values[field.name] == field.default, name
+          assert type(values[field.name]) is type(field.default), name
+
+
+def test_flags_are_read_into_the_types_of_the_fields(command):
+  given = {
+    "--size=33x31": ("size", (33, 31)),
+    "--infill=0.5,1": ("infill", (0.5, 1.0)),
+    "--shot=0.5:a star: blue": ("shots", ((0.5, "a star: blue"),)),
+    "--nocfg_zero": ("cfg_zero", False),
+    "--guidance_interval=0.1,0.9": ("guidance_interval", (0.1, 0.9)),
+  }
+  with flagsaver.flagsaver():
+    flags.FLAGS(["sample", *given])
+    values = job_flags.values(Job, flags.FLAGS, {}, ("prompt", "guidance_scale"))
+    values |= job_flags.values(Options, flags.FLAGS, {})
+    assert {name: values[name] for name, _ in given.values()} == dict(given.values())
+    # What a sidecar holds takes the place of flags that were not given.
+    kept = job_flags.values(
+      Job, flags.FLAGS, {"fps": 7.0, "size": (8, 8)}, ("prompt", "guidance_scale")
+    )
+    assert kept["fps"] == 7.0 and kept["size"] == (33, 31)
 
 
 @pytest.mark.parametrize(
