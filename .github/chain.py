@@ -1,6 +1,6 @@
 """Draws chain.png, the picture of the chain in README.md.
 
-  python .github/chain.py
+python .github/chain.py
 """
 
 import pathlib

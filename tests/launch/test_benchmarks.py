@@ -12,9 +12,12 @@ import pytest
 import tiny
 from absl import flags
 
+# Only for these imports: the folder's training.py would hide the one of tests/.
 sys.path.insert(0, str(tiny.ROOT / "launch" / "benchmarks"))
 import record  # noqa: E402
 import report  # noqa: E402
+
+sys.path.pop(0)
 
 SCRIPTS = ("compare_diffusers", "compare_gpu", "import_memory", "sampling", "training",
            "vae_memory")  # fmt: skip

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from golden.make_losses import FAST_COMPILE
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "benchmarks" / "compare_gpu.py"
@@ -26,6 +27,7 @@ def run(*flags, folder):
   )
 
 
+@pytest.mark.slow
 def test_our_side_is_measured(tmp_path):
   flags = ("--small", "--steps=1", "--warmup=1", "--sides=ours", "--attention=chunked")
   kept = tmp_path / "benchmarks.jsonl"

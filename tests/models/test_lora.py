@@ -174,6 +174,7 @@ def test_adapters_of_another_model():
 # --- training
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_leaves_the_base(tmp_path):
   """On 8 devices: the state is that of the adapters, and so are its checkpoints."""
   mesh = sharding.make_mesh(fsdp=4, tensor=2)
