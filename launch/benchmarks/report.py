@@ -4,8 +4,9 @@
   python launch/benchmarks/report.py runs/quickstart/benchmarks.jsonl --threshold=0.05
   python launch/benchmarks/report.py --plot=runs/benchmarks.png --fail
 
-Prints a table for each figure of each benchmark. Only comparable runs share a table:
-those of equal settings on an equal machine. A value is compared with the median of up
+Prints a table for each benchmark: a row for each figure, a column for each of the last
+--runs runs. Only comparable runs share a table: those of equal settings on an equal
+machine. A value is compared with the median of up
 to --window values before it, and marked where it differs by more than --threshold:
 "worse" or "better" where the figure has a better side, else "changed". With --fail the
 exit code is 1 if the last value of any figure is worse.
@@ -13,6 +14,7 @@ exit code is 1 if the last value of any figure is worse.
 
 import dataclasses
 import glob
+import itertools
 import json
 import pathlib
 import statistics
@@ -21,7 +23,6 @@ from collections.abc import Iterable, Sequence
 
 import record
 from absl import app, flags
-from matplotlib.figure import Figure
 
 DEFAULTS = (f"runs/{record.NAME}", f"runs/*/{record.NAME}")
 
@@ -128,19 +129,33 @@ def _mark(rises: bool, better: str) -> str:
   return "better" if rises == (better == "higher") else "worse"
 
 
-def table(series: Series) -> str:
-  """A series in Markdown: its name, where it was measured, and a row for each value."""
+def table(group: Sequence[Series], runs: int) -> str:
+  """The figures of one benchmark in Markdown, a column for each of the last runs.
+
+  Args:
+    group: series of equal benchmark, settings and machine.
+    runs: how many of the last runs are shown.
+  """
+  first = group[0]
+  columns = sorted({(p.time, p.commit) for series in group for p in series.points})
+  columns = columns[-runs:]
+  heads = [f"{time[:16].replace('T', ' ')} {commit}" for time, commit in columns]
   lines = [
-    f"### {series.benchmark}: {series.figure} ({series.unit})",
-    f"{series.machine}; {series.settings}",
+    f"### {first.benchmark}",
+    f"{first.machine}; {first.settings}",
     "",
-    "| time | commit | value | change | |",
-    "| :-- | :-- | --: | --: | :-- |",
+    f"| figure | unit | {' | '.join(heads)} | change |",
+    f"| :-- | :-- |{' --: |' * len(heads)} --: |",
   ]
-  for p in series.points:
-    change = "" if p.change is None else f"{p.change:+.1%}"
-    when = p.time[:16].replace("T", " ")
-    lines.append(f"| {when} | {p.commit} | {p.value:.4g} | {change} | {p.mark} |")
+  for series in group:
+    found = {(p.time, p.commit): p for p in series.points}
+    cells = [
+      f"{found[c].value:.4g} {found[c].mark}".strip() if c in found else ""
+      for c in columns
+    ]
+    change = series.points[-1].change
+    last = "" if change is None else f"{change:+.1%}"
+    lines.append(f"| {series.figure} | {series.unit} | {' | '.join(cells)} | {last} |")
   return "\n".join(lines)
 
 
@@ -150,6 +165,8 @@ def draw(path: pathlib.Path, all_series: Sequence[Series]) -> None:
   Raises:
     ValueError: if there is no series.
   """
+  from matplotlib.figure import Figure  # only a plot should wait for it
+
   if not all_series:
     raise ValueError(f"{path}: no figure to draw")
   columns = min(3, len(all_series))
@@ -182,6 +199,7 @@ def _define_flags():
   flags.DEFINE_integer(
     "window", 5, "Values before it that a value is compared with.", 1
   )
+  flags.DEFINE_integer("runs", 5, "Last runs that tables show; the plot has all.", 1)
   flags.DEFINE_string("plot", None, "PNG to write, with a plot for each figure.")
   flags.DEFINE_list("only", [], "Benchmarks to show; all if empty.")
   flags.DEFINE_bool(
@@ -201,7 +219,8 @@ def main(argv):
     where = ", ".join(given or DEFAULTS)
     raise ValueError(f"no figures in {where}: run a script of launch/benchmarks first")
   found = series_of(lines, args.threshold, args.window)
-  print("\n\n".join(map(table, found)))
+  groups = itertools.groupby(found, lambda s: (s.benchmark, s.settings, s.machine))
+  print("\n\n".join(table(list(group), args.runs) for _, group in groups))
   if args.plot:
     draw(pathlib.Path(args.plot), found)
     print(f"\n{args.plot}")

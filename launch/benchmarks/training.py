@@ -74,7 +74,6 @@ def figures_of(name, row) -> dict[str, record.Figure]:
   return {
     f"{name} step": record.Figure(row["step_s"], "s"),
     f"{name} step with the loader": record.Figure(row["loop_s"], "s"),
-    f"{name} wait for data": record.Figure(100 * row["wait"], "%"),
     f"{name} loader": record.Figure(row["loader_batches_per_s"], "batches/s", "higher"),
     f"{name} compilation": record.Figure(row["compile_s"], "s"),
   }

@@ -185,10 +185,12 @@ def test_tables_plot_and_exit_code(tmp_path):
   done = run("--plot=runs/course.png", cwd=tmp_path)
   assert done.returncode == 0, done.stderr
   text = done.stdout
-  assert "### training: step (s)\na cpu, 2 cores; config=x.py\n" in text
-  first = "| 2026-01-01 00:00 | 012345678 | 0.25 |  |  |"
-  second = "| 2026-02-03 04:05 | 012345678+ | 0.5 | +100.0% | worse |"
-  assert f"{first}\n{second}\n" in text
+  assert "### training\na cpu, 2 cores; config=x.py\n" in text
+  assert (
+    "| figure | unit | 2026-01-01 00:00 012345678 | 2026-02-03 04:05 012345678+ | "
+    "change |\n| :-- | :-- | --: | --: | --: |\n"
+    "| step | s | 0.25 | 0.5 worse | +100.0% |\n"
+  ) in text
   assert "worse by more than 10%: training: step" in text
   image = np.asarray(PIL.Image.open(tmp_path / "runs" / "course.png").convert("RGB"))
   red = (image == [214, 39, 40]).all(-1)  # tab:red, the marked value
@@ -197,7 +199,16 @@ def test_tables_plot_and_exit_code(tmp_path):
   assert run("--fail", cwd=tmp_path).returncode == 1
   assert run("--fail", "--threshold=2", cwd=tmp_path).returncode == 0
   one = run("runs/a/benchmarks.jsonl", cwd=tmp_path).stdout
-  assert "0.25" in one and "0.5" not in one
+  assert "| step | s | 0.25 |  |\n" in one
+  last = run("--runs=1", cwd=tmp_path).stdout
+  assert "| step | s | 0.5 worse | +100.0% |\n" in last
+
+
+def test_figures_that_a_run_left_out_are_blank():
+  two = line(2.0, time="2026-01-02T00:00:00+00:00")
+  two["figures"] = {"memory": {"value": 7.0, "unit": "GB", "better": "lower"}}
+  text = report.table(report.series_of([line(1.0), two], 0.1, 5), runs=5)
+  assert text.endswith("| memory | GB |  | 7 |  |\n| step | s | 1 |  |  |")
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
