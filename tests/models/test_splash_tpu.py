@@ -64,7 +64,12 @@ DTYPES = [(jnp.float32, 1e-5), pytest.param(jnp.bfloat16, 0.03, marks=pytest.mar
 
 
 @pytest.mark.parametrize(
-  "keys", [QUERIES, CAPTIONS, MANY], ids=["clips", "captions", "many"]
+  "keys",
+  [
+    pytest.param(QUERIES, id="clips", marks=pytest.mark.slow),
+    pytest.param(CAPTIONS, id="captions"),
+    pytest.param(MANY, id="many"),
+  ],
 )
 @pytest.mark.parametrize("dtype, atol", DTYPES)
 def test_kernel_equals_the_plain_form(keys, dtype, atol):
