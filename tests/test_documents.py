@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 DOCUMENTS = sorted(
   path
-  for pattern in ("*.md", ".github/*.md", "*/README.md", "sora_jax/*/README.md")
+  for pattern in ("*.md", ".github/*.md", "[!.]*/README.md", "sora_jax/*/README.md")
   for path in tiny.ROOT.glob(pattern)
 )
 NAMES = [str(path.relative_to(tiny.ROOT)) for path in DOCUMENTS]
