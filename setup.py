@@ -20,6 +20,11 @@ setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11",
+  classifiers=[
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
+  ],
   packages=find_packages(include=["sora_jax", "sora_jax.*"]),
   # Ranges that were run together; the lower ends are what CI has seen.
   install_requires=[

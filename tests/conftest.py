@@ -15,6 +15,13 @@ from absl import flags  # noqa: E402
 flags.FLAGS.mark_as_parsed()
 
 
+def pytest_collection_modifyitems(items):
+  """Tests that run the commands are slow: the run alone takes half a minute."""
+  for item in items:
+    if {"commands", "tiny_run"} & set(item.fixturenames):
+      item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory) -> tiny.Commands:
   """Commands as a user types them, see tiny.py."""

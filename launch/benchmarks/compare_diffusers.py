@@ -16,7 +16,7 @@ own loops; the VAE, and a DiT as small as the quickstart's, are quicker without 
 The DiT has three blocks of Wan 2.1 1.3B's width, on a clip of 1024 tokens and 128 text
 tokens; the VAE is Wan 2.1's at a smaller width. Losses and gradients are compared
 before anything is timed. `remat` is what the DiT's blocks keep for the backward pass;
-diffusers keeps all.
+diffusers keeps all. The figures are kept in runs/benchmarks.jsonl, see record.py.
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+import record  # noqa: E402
 from absl import app, flags  # noqa: E402
 
 from sora_jax.models import vae as vae_models  # noqa: E402
@@ -55,6 +56,7 @@ TEXT = flags.DEFINE_integer("text", 128, "Text tokens of the clip.")
 VAE_WIDTH = flags.DEFINE_integer("vae_width", 32, "Channels of the finest stage.")
 FRAMES = flags.DEFINE_integer("frames", 5, "Frames of the VAE's clip, 1 + 4k.")
 PIXELS = flags.DEFINE_integer("pixels", 64, "Height and width of the VAE's clip.")
+record.define_flag()
 
 
 def load_torch():
@@ -211,6 +213,7 @@ def main(_):
     "| network | remat | diffusers s | ours s | ratio | CPU s | CPU s | ratio |\n"
     "| :-- | :-- | --: | --: | --: | --: | --: | --: |"
   )
+  figures = {}
   for name in [ONLY.value] if ONLY.value else jobs:
     measured = measure(jobs[name](), ROUNDS.value)
     wall, cpu = measured.pop("diffusers")
@@ -220,6 +223,16 @@ def main(_):
         f"| {cpu:.3f} | {our_cpu:.3f} | {cpu / our_cpu:.2f} |",
         flush=True,
       )
+      label = f"{name}, {label}" if name == "dit" else name
+      figures[f"{label}: ours"] = record.Figure(our_wall, "s")
+      figures[f"{label}: diffusers / ours"] = record.Figure(
+        wall / our_wall, "ratio", "higher"
+      )
+  names = ("width", "depth", "grid", "text", "vae_width", "frames", "pixels")
+  settings = {name: flags.FLAGS[name].value for name in names}
+  # Both change the time of a step by half, see above.
+  settings |= {v: os.environ.get(v, "") for v in ("GLIBC_TUNABLES", "XLA_FLAGS")}
+  record.append("compare_diffusers", settings, figures)
 
 
 if __name__ == "__main__":

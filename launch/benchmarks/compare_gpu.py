@@ -21,7 +21,8 @@ device, outputs and gradients, and loss and gradients of ours and torch (as it i
 compiled) at equal params, for a network of one block; a difference ends the run. The
 table has medians of --steps steps after --warmup; MFU counts what the model needs, so
 what is computed again for the backward pass lowers it; memory is the peak of the
-framework's allocator, and ratio the time of a step by that of the first side.
+framework's allocator, and ratio the time of a step by that of the first side. The
+figures are kept in runs/benchmarks.jsonl, see record.py.
 """
 
 import dataclasses
@@ -41,15 +42,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+import record  # noqa: E402
 from absl import app, flags  # noqa: E402
 
 from sora_jax.data import pipeline  # noqa: E402
 from sora_jax.models import attention, dit, layers  # noqa: E402
 from sora_jax.models.attention import blockwise, flash_gpu, per_head  # noqa: E402
-from sora_jax.packing import (
-  patches,  # noqa: E402
-  planner,  # noqa: E402
-)
+from sora_jax.packing import patches, planner  # noqa: E402
 from sora_jax.runtime import sharding  # noqa: E402
 from sora_jax.tasks import dit as dit_task  # noqa: E402
 from sora_jax.training import loop, metrics  # noqa: E402
@@ -71,6 +70,7 @@ STEPS = flags.DEFINE_integer("steps", 10, "Steps to time.", 1)
 WARMUP = flags.DEFINE_integer("warmup", 3, "Steps before them.", 1)
 SMALL = flags.DEFINE_bool("small", False, "Sizes that a CPU can do, to try the script.")
 EXCHANGE = flags.DEFINE_list("exchange", [], "Set by the script itself.")
+record.define_flag()
 TRAIN = loop.TrainConfig(steps=10**6, weight_decay=0.01)
 
 
@@ -414,6 +414,15 @@ def line(name: str, row: dict, first: float) -> str:
   )
 
 
+def figures_of(name: str, row: dict) -> dict[str, record.Figure]:
+  """What is kept of a side."""
+  name = f"{name}, {row['side']}"
+  figures = {f"{name}: step": record.Figure(1e3 * row["seconds"], "ms")}
+  if row["bytes"]:
+    figures[f"{name}: peak memory"] = record.Figure(row["bytes"] / 1e9, "GB")
+  return figures
+
+
 def main(argv):
   if unknown := set(SIDES.value) - {"ours", "torch", "compiled"}:
     raise SystemExit(f"--sides: {', '.join(unknown)} is none of ours, torch, compiled")
@@ -423,7 +432,7 @@ def main(argv):
     return
   if SIDES.value != ["ours"]:
     load_torch()
-  lines, models = [], ["small"] if SMALL.value else MODELS.value
+  lines, figures, models = [], {}, ["small"] if SMALL.value else MODELS.value
   if not models:
     raise SystemExit("--models is empty")
   for name in models:
@@ -441,6 +450,8 @@ def main(argv):
           raise SystemExit(f"{name}, {side}: failed with code {code}, see above")
         rows.append(json.loads((pathlib.Path(folder) / f"{side}.json").read_text()))
     lines += [line(name, row, rows[0]["seconds"]) for row in rows]
+    for row in rows:
+      figures |= figures_of("small" if SMALL.value else name, row)
   sizes = sizes_of(name)
   print(
     f"\n{rows[0]['device']}; a row has {sizes.clips} clips of "
@@ -450,6 +461,12 @@ def main(argv):
     "\n| :-- | :-- | :-- | --: | --: | --: | --: | --: | --: |"
   )
   print("\n".join(lines))
+  names = ("attention", "remat", "tokens", "clips", "text_tokens", "rows")
+  settings = {n: flags.FLAGS[n].value for n in names}
+  # Not from JAX: this process starts no backend, which would take the GPU's memory.
+  platform = "cpu" if rows[0]["device"] == "cpu" else "gpu"
+  device = record.Device(platform, rows[0]["device"], 1)
+  record.append("compare_gpu", settings, figures, device=device)
 
 
 if __name__ == "__main__":

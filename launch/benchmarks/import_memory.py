@@ -5,7 +5,8 @@
 Writes a random checkpoint in the layout of diffusers, float32 as published, imports it
 in a process of its own and says that process's peak resident memory. Needs twice the
 model's size on disk. Seen on two cores: 0.19 of the params (1038 of 5413 MiB, 44 s) for
-the 1.3B, 0.07 (1248 of 19073 MiB) for the 5B.
+the 1.3B, 0.07 (1248 of 19073 MiB) for the 5B. The figures are kept in
+runs/benchmarks.jsonl, see record.py.
 """
 
 import json
@@ -19,6 +20,7 @@ import time
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import numpy as np  # noqa: E402
+import record  # noqa: E402
 from absl import app, flags  # noqa: E402
 
 from sora_jax import import_weights  # noqa: E402
@@ -28,6 +30,7 @@ PRESET = flags.DEFINE_string("preset", "wan2.1-t2v-1.3b", "Sizes of the model.")
 FOLDER = flags.DEFINE_string("folder", None, "For the files; emptied by you.")
 CHILD = flags.DEFINE_bool("child", False, "This is the process that is measured.")
 flags.mark_flag_as_required("folder")
+record.define_flag()
 _STEMS = {"text": "model"}
 
 
@@ -82,6 +85,13 @@ def main(_):
     f"| {size:.0f} | {found['idle']} | {found['peak']} | {found['peak'] / size:.2f} "
     f"| {found['seconds']} |"
   )
+  figures = {
+    "idle memory": record.Figure(found["idle"], "MiB"),
+    "peak memory": record.Figure(found["peak"], "MiB"),
+    "peak / params": record.Figure(found["peak"] / size, "ratio"),
+    "time": record.Figure(found["seconds"], "s"),
+  }
+  record.append("import_memory", {"preset": PRESET.value}, figures)
 
 
 if __name__ == "__main__":

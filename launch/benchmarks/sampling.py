@@ -10,6 +10,8 @@ Three tables, with medians of calls that take turns:
             them, and as two segments of one row of twice the length.
   ahead     a long video to a file: windows made while frames of those before are
             fetched and written, or one after the other.
+
+The figures are kept in the run's benchmarks.jsonl, see record.py.
 """
 
 import functools
@@ -21,6 +23,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import record
 from absl import app, flags
 
 from sora_jax.data import video
@@ -44,6 +47,7 @@ FRAMES = flags.DEFINE_integer("frames", 193, "Of the long video.", 17)
 ONLY = flags.DEFINE_multi_enum(
   "only", ["reuse", "guidance", "ahead"], ["reuse", "guidance", "ahead"], "Tables."
 )
+record.define_flag()
 
 
 def seconds(calls: dict, rounds: int) -> dict:
@@ -59,45 +63,53 @@ def seconds(calls: dict, rounds: int) -> dict:
   return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def compare_reuse(model) -> None:
-  """Prints the table of thresholds."""
+def compare_reuse(model) -> dict[str, record.Figure]:
+  """Prints the table of thresholds; the figures of it."""
   clips = read_manifest(pathlib.Path(CHECKPOINT.value) / "data" / "manifest.jsonl")
   clips = [c for c in clips if c.split == "heldout" and c.frames >= 17 and c.truth]
   clips = clips[: CLIPS.value]
   requests = [
     Request(clip.captions[0], 64, 64, 17, clip.fps, i) for i, clip in enumerate(clips)
   ]
-  made = {}
+  videos = {}
 
   def call(reuse):
     options = Options(steps=STEPS.value, shift=3.0, reuse=reuse)
-    made[reuse] = model.sample(requests, options)
+    videos[reuse] = model.sample(requests, options)
 
   limits = [0.0, *REUSE.value]
   taken = seconds({x: functools.partial(call, x) for x in limits}, ROUNDS.value)
   print(f"\n| reuse | s for {len(clips)} videos | times as fast | PSNR dB | colour |")
   print("| --: | --: | --: | --: | --: |")
+  figures = {}
   for limit in limits:
     colour = [
       shape_attributes.score(shape_attributes.analyse_video(video_THWC), clip.truth)[
         "color"
       ]
-      for video_THWC, clip in zip(made[limit], clips, strict=True)
+      for video_THWC, clip in zip(videos[limit], clips, strict=True)
     ]
-    alike = [psnr(a, b) for a, b in zip(made[limit], made[0.0], strict=True)]
+    alike = [psnr(a, b) for a, b in zip(videos[limit], videos[0.0], strict=True)]
     print(
       f"| {limit:g} | {taken[limit]:.2f} | {taken[0.0] / taken[limit]:.2f} "
       f"| {f'{np.mean(alike):.1f}' if limit else ''} | {np.mean(colour):.0%} |"
     )
+    name = f"reuse {limit:g}"
+    figures[name] = record.Figure(taken[limit], "s")
+    figures[f"{name}, colour"] = record.Figure(100 * np.mean(colour), "%", "higher")
+    if limit:
+      figures[f"{name}, PSNR"] = record.Figure(float(np.mean(alike)), "dB", "higher")
+  return figures
 
 
-def compare_guidance(model) -> None:
-  """Prints the table of rows and segments."""
+def compare_guidance(model) -> dict[str, record.Figure]:
+  """Prints the table of rows and segments; the figures of it."""
   config, dtype = model.denoiser.model, model.dtype
   predict = jax.jit(functools.partial(dit_task.predict, config, dtype=dtype))
   rng = np.random.default_rng(0)
   print("\n| tokens | two rows ms | two segments ms | segments / rows |")
   print("| --: | --: | --: | --: |")
+  figures = {}
   for grid in ((5, 8, 8), (9, 8, 8), (9, 16, 16)):
     tokens, texts, calls = int(np.prod(grid)), 64, {}
     for name, rows, segments in (("rows", 2, 1), ("segments", 1, 2)):
@@ -129,10 +141,13 @@ def compare_guidance(model) -> None:
       f"| {tokens} | {1e3 * taken['rows']:.1f} | {1e3 * taken['segments']:.1f} "
       f"| {taken['segments'] / taken['rows']:.2f} |"
     )
+    for name, value in taken.items():
+      figures[f"guidance, two {name} of {tokens}"] = record.Figure(1e3 * value, "ms")
+  return figures
 
 
-def compare_ahead(model) -> None:
-  """Prints the table of a long video's times."""
+def compare_ahead(model) -> dict[str, record.Figure]:
+  """Prints the table of a long video's times; the figures of it."""
   options = Options(steps=STEPS.value, shift=3.0)
   job = Job("a red circle moves right", frames=FRAMES.value, size=(128, 128))
   with tempfile.TemporaryDirectory() as folder:
@@ -150,6 +165,7 @@ def compare_ahead(model) -> None:
   print(f"\n| {FRAMES.value} frames of 128x128 | s |\n| :-- | --: |")
   for name, value in taken.items():
     print(f"| {name} | {value:.2f} |")
+  return {f"windows, {name}": record.Figure(s, "s") for name, s in taken.items()}
 
 
 def main(_):
@@ -157,8 +173,12 @@ def main(_):
   tables = {
     "reuse": compare_reuse, "guidance": compare_guidance, "ahead": compare_ahead,
   }  # fmt: skip
+  figures = {}
   for name in ONLY.value:
-    tables[name](model)
+    figures |= tables[name](model)
+  settings = {name: flags.FLAGS[name].value for name in ("steps", "clips", "frames")}
+  settings["model_steps"] = model.meta["steps"]
+  record.append("sampling", settings, figures, CHECKPOINT.value)
 
 
 if __name__ == "__main__":

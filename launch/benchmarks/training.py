@@ -5,7 +5,8 @@
 The run needs its stages data, vae and encode. For each of VAE and DiT the table has
 the time of a step with the batch at hand, the time of a step of the real loop (loader
 included), the loader's own speed with nothing else running, and the share of the
-loop's time spent waiting for data.
+loop's time spent waiting for data. The figures are kept in the run's benchmarks.jsonl,
+see record.py.
 """
 
 import dataclasses
@@ -13,7 +14,9 @@ import pathlib
 import time
 
 import jax
+import record
 from absl import flags, logging
+from ml_collections import config_flags
 
 from sora_jax import train_dit, train_vae
 from sora_jax.run import cli
@@ -66,6 +69,16 @@ def measure(name, setup, stage_train, mesh, seed, steps) -> dict:
   return row
 
 
+def figures_of(name, row) -> dict[str, record.Figure]:
+  """What is kept of a task's row."""
+  return {
+    f"{name} step": record.Figure(row["step_s"], "s"),
+    f"{name} step with the loader": record.Figure(row["loop_s"], "s"),
+    f"{name} loader": record.Figure(row["loader_batches_per_s"], "batches/s", "higher"),
+    f"{name} compilation": record.Figure(row["compile_s"], "s"),
+  }
+
+
 def main(argv):
   del argv
   cli.start_logging()
@@ -76,6 +89,7 @@ def main(argv):
     ("vae", train_vae.setup(recipe, workdir, mesh), recipe.vae.train, "frames"),
     ("dit", train_dit.setup(recipe, workdir, mesh), recipe.dit.train, "tokens"),
   )
+  figures = {}
   lines = [
     f"{'task':5} {'step s':>8} {'loop s':>8} {'wait':>6} {'TFLOP/s':>8} "
     f"{'in the loop':>18} {'loader alone':>18}"
@@ -89,11 +103,17 @@ def main(argv):
       f"{n / row['loop_s']:9.0f} {unit}/s "
       f"{n * row['loader_batches_per_s']:9.0f} {unit}/s"
     )
+    figures |= figures_of(name, row)
   for line in lines:
     logging.info("%s", line)
+  flag = flags.FLAGS["config"]
+  settings = {"config": pathlib.Path(config_flags.get_config_filename(flag)).name}
+  settings |= config_flags.get_override_values(flag)
+  record.append("training", settings, figures, workdir)
 
 
 if __name__ == "__main__":
   cli.define_flags()
+  record.define_flag()
   flags.mark_flag_as_required("config")
   cli.run_app(main)

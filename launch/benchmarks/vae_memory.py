@@ -4,7 +4,8 @@
 
 A process for each length encodes and decodes made frames with random weights, on CPU,
 and says its peak resident memory. The network is Wan 2.1's (or 2.2's) at a small width.
-The lengths of the README take ten minutes on two cores.
+All lengths together take ten minutes on two cores. The figures are kept in
+runs/benchmarks.jsonl, see record.py.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+import record  # noqa: E402
 from absl import app, flags  # noqa: E402
 
 from sora_jax.encoders.autoencoder import Autoencoder  # noqa: E402
@@ -32,6 +34,7 @@ WIDTH = flags.DEFINE_integer("width", 8, "Channels of the finest stage.")
 PRESET = flags.DEFINE_enum("preset", "wan2.1", list(PRESETS), "The VAE.")
 LATENTS = flags.DEFINE_integer("latents", 4, "Latents in a chunk.")
 MODE = flags.DEFINE_enum("mode", None, ["stream", "whole"], "One process's.")
+record.define_flag()
 
 
 def measure() -> dict:
@@ -74,6 +77,7 @@ def main(_):
     return
   options = [f for f in sys.argv[1:] if not f.startswith("--seconds")]
   print("| seconds | frames | streamed MB | whole MB |\n| --: | --: | --: | --: |")
+  figures = {}
   for seconds in SECONDS.value:
     row = {}
     for mode in ("stream", "whole"):
@@ -89,6 +93,12 @@ def main(_):
       f"| {whole['megabytes']} |",
       flush=True,
     )
+    for mode in row:
+      name = f"{mode}, {seconds} s of video"
+      figures[name] = record.Figure(row[mode]["megabytes"], "MB")
+  names = ("fps", "size", "width", "preset", "latents")
+  settings = {name: flags.FLAGS[name].value for name in names}
+  record.append("vae_memory", settings, figures)
 
 
 if __name__ == "__main__":

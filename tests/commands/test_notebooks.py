@@ -3,6 +3,8 @@
 import base64
 import os
 import re
+import subprocess
+import sys
 
 import av
 import nbclient
@@ -74,6 +76,22 @@ def test_outputs_are_cleared(name):
       assert not cell.outputs and cell.execution_count is None, cell.source
 
 
+def test_the_hook_clears_outputs(tmp_path):
+  script = tiny.ROOT / ".github" / "clear_notebooks.py"
+  path, held = tmp_path / "packing.ipynb", FOLDER / "packing.ipynb"
+  notebook = read("packing")
+  for cell in notebook.cells:
+    if cell.cell_type == "code":
+      cell.outputs = [nbformat.v4.new_output("stream", text="x")]
+      cell.execution_count, cell.metadata["scrolled"] = 3, True
+  nbformat.write(notebook, path)
+  for code in (1, 0):  # it says that it changed the file, and then that it is clean
+    assert (
+      subprocess.run([sys.executable, script, path], check=False).returncode == code
+    )
+    assert path.read_bytes() == held.read_bytes()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_come_before_all_other_code(name):
   notebook = read(name)
@@ -88,6 +106,7 @@ def test_all_notebooks_are_tested():
 # --- what they do
 
 
+@pytest.mark.notebook
 def test_packing(commands):
   checks = """
 assert sorted(np.concatenate(rows)) == list(range(CLIPS))
@@ -109,6 +128,7 @@ np.testing.assert_allclose(weight_LS[real_L].sum(-1), 1, rtol=1e-5)
   assert len(images) == 4
 
 
+@pytest.mark.notebook
 def test_sampling(commands, tiny_run, tmp_path):
   checks = """
 shapes_of = {name: video.shape for name, video in made.items()}
@@ -144,6 +164,7 @@ assert moved > 1
   assert "steps of training: 8. **It is untrained: its samples are noise.**" in html
 
 
+@pytest.mark.notebook
 def test_training(commands, tmp_path):
   checks = f"""
 steps, losses = curve("dit", "loss")

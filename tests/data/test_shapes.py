@@ -154,6 +154,7 @@ def _judge(rows, read):
   return {name: (np.mean(x), len(x)) for name, x in right.items()}, confused
 
 
+@pytest.mark.slow
 def test_analyser_reads_heldout_clips(folder):
   rows = [row for row in _rows(folder) if row["split"] == "heldout"]
   right, confused = _judge(rows, lambda row: video.read(folder / row["path"]))

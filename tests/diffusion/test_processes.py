@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from golden.make_losses import FAST_COMPILE
+from markers import slow_but
 
 from sora_jax.diffusion import noise_process, solvers
 from sora_jax.models.caption_encoder import TextEncoderConfig
@@ -36,6 +37,8 @@ TABLE = {
   ("ddpm_cosine", "x0"): ALL,
   ("ddpm_cosine", "v"): ALL,
 }
+QUICK = (("flow", "velocity"), ("flow", "eps"), ("ddpm_linear", "x0"))
+PAIRS = slow_but(TABLE, QUICK)
 
 
 # Compiling takes nearly all of the time, and the programs are tiny.
@@ -91,7 +94,7 @@ def test_the_table_is_whole():
   }
 
 
-@pytest.mark.parametrize("process, target", TABLE)
+@pytest.mark.parametrize("process, target", PAIRS)
 def test_trains(process, target):
   """A step down the gradient lowers the loss."""
   timesteps = {"flow": "mode", "ddpm_linear": "discrete", "ddpm_cosine": "uniform"}
@@ -137,7 +140,7 @@ def sampled(process, target, method, params=None, **kwargs):
   return np.asarray(run(params, rows(), table, 2.0, options=options))
 
 
-@pytest.mark.parametrize("process, target", TABLE)
+@pytest.mark.parametrize("process, target", PAIRS)
 def test_samples(process, target):
   if not TABLE[process, target]:
     with pytest.raises(ValueError, match="starts from noise alone"):
@@ -187,6 +190,7 @@ def test_cfg_zero_stays_still_for_whole_steps():
   assert moved("euler", 1) < 1e-6 < 1e-2 < moved("euler", 2)
 
 
+@pytest.mark.slow
 def test_ddpm_learns_and_samples():
   """Algorithms 1 and 2 of arXiv:2006.11239: a network learns tokens of a Gaussian."""
   mean, deviation, count = 1.0, 0.5, 16

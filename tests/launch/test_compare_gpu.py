@@ -1,11 +1,13 @@
 """The comparison on a GPU at the size of a CPU: our side, and what it refuses."""
 
+import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import pytest
 from golden.make_losses import FAST_COMPILE
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "benchmarks" / "compare_gpu.py"
@@ -25,9 +27,11 @@ def run(*flags, folder):
   )
 
 
+@pytest.mark.slow
 def test_our_side_is_measured(tmp_path):
   flags = ("--small", "--steps=1", "--warmup=1", "--sides=ours", "--attention=chunked")
-  done = run(*flags, folder=tmp_path)
+  kept = tmp_path / "benchmarks.jsonl"
+  done = run(*flags, f"--record={kept}", folder=tmp_path)
   assert done.returncode == 0, done.stderr
   *_, header, _, row = done.stdout.splitlines()
   names, cells = (re.findall(r"[^|]+", line) for line in (header, row))
@@ -35,6 +39,11 @@ def test_our_side_is_measured(tmp_path):
   assert float(found["step ms"]) > 0 and float(found["TFLOP/s"]) > 0
   expected = {"side": "ours", "attention": "chunked", "tokens": "192", "ratio": "1.00"}
   assert expected.items() <= found.items()
+  (line,) = map(json.loads, kept.read_text().splitlines())
+  assert line["settings"]["attention"] == "chunked"
+  assert line["machine"]["device"] == "cpu" and line["machine"]["devices"] == 1
+  figure = line["figures"]["small, ours: step"]
+  assert figure["unit"] == "ms" and f"{figure['value']:.1f}" == found["step ms"]
   assert done.stdout.count("largest error of out, dq, dk, dv") == 4
 
 

@@ -292,12 +292,14 @@ def run_local(*codes, grace=5.0):
   return local.run([python(code) for code in codes], {}, grace, out), out.getvalue()
 
 
+@pytest.mark.multiprocess
 def test_processes_run_side_by_side_to_their_end():
   code, text = run_local("print('a\\nb')", "import sys; print('é', file=sys.stderr)")
   assert code == 0
   assert sorted(text.splitlines()) == ["[0] a", "[0] b", "[1] é"]
 
 
+@pytest.mark.multiprocess
 def test_when_one_fails_the_others_are_ended():
   begin = time.monotonic()
   code, text = run_local("import time; time.sleep(60)", "import sys; sys.exit(3)")
@@ -310,6 +312,7 @@ def test_when_one_fails_the_others_are_ended():
   assert time.monotonic() - begin < 30
 
 
+@pytest.mark.multiprocess
 def test_a_signal_goes_to_all():
   saves = (
     "import signal, sys, time\n"

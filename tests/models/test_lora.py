@@ -133,6 +133,7 @@ def test_sharding_rules_share_all_of_an_adapter():
   sharding.param_shardings(shapes, list(rules.items()), sharding.make_mesh())
 
 
+@pytest.mark.slow
 def test_weight_decay_reaches_adapters():
   adapters = lora.init(KEY, BASE, lora.LoRAConfig(4, 4.0, "dit/blocks/query/kernel"))
   config = loop.TrainConfig(steps=1, learning_rate=1.0, weight_decay=0.5)
@@ -174,6 +175,7 @@ def test_adapters_of_another_model():
 # --- training
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_leaves_the_base(tmp_path):
   """On 8 devices: the state is that of the adapters, and so are its checkpoints."""
   mesh = sharding.make_mesh(fsdp=4, tensor=2)

@@ -60,10 +60,18 @@ def run(form, qkv, keys, dout):
   return [x.astype(jnp.float32) for x in made]
 
 
+DTYPES = [(jnp.float32, 1e-5), pytest.param(jnp.bfloat16, 0.03, marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize(
-  "keys", [QUERIES, CAPTIONS, MANY], ids=["clips", "captions", "many"]
+  "keys",
+  [
+    pytest.param(QUERIES, id="clips", marks=pytest.mark.slow),
+    pytest.param(CAPTIONS, id="captions"),
+    pytest.param(MANY, id="many"),
+  ],
 )
-@pytest.mark.parametrize("dtype, atol", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])
+@pytest.mark.parametrize("dtype, atol", DTYPES)
 def test_kernel_equals_the_plain_form(keys, dtype, atol):
   qkv, dout = draw(keys, dtype)
   found = run(kernel, qkv, keys, dout)
@@ -77,6 +85,7 @@ def test_kernel_equals_the_plain_form(keys, dtype, atol):
     np.testing.assert_allclose(a * real, b * real, atol=atol)
 
 
+@pytest.mark.slow
 def test_blocks_of_other_clips_are_never_read():
   """Masked alone, a NaN of another clip would still reach the sums: 0 * NaN."""
   segments = ids((BLOCK, BLOCK, BLOCK), LENGTH)[None]
@@ -91,6 +100,7 @@ def test_blocks_of_other_clips_are_never_read():
   assert np.isnan(spoilt[:, ~of_others]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [256, 128])
 def test_the_parts_of_a_ring(keys):
   """Forward and backward pass apart; some clips have no keys on this chip."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden.make_losses import FAST_COMPILE
+from markers import slow_but
 
 from sora_jax.models.vae import VAE, Blend, VAEConfig
 
@@ -99,7 +100,7 @@ def behaviour(name):
   return values
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=slow_but(CONFIGS, quick=("fold",)))
 def name(request):
   return request.param
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from golden.make_losses import FAST_COMPILE
+from markers import slow_but
 
 from sora_jax.encoders import tiling
 from sora_jax.encoders.autoencoder import Autoencoder, in_chunks
@@ -109,7 +110,7 @@ class Case:
     return joined, cache
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=slow_but(CONFIGS, quick=("fold", "small")))
 def case(request):
   return Case(request.param)
 
@@ -272,6 +273,7 @@ def test_blending_ramps_between_tiles():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name, axes, rows, height",
   [

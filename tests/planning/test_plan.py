@@ -324,6 +324,7 @@ def simulated(monkeypatch):
   monkeypatch.setattr(lowering, "compile_program", compile_program)
 
 
+@pytest.mark.slow
 def test_plan_of_a_train_step(simulated, tmp_path):
   built = recipe_of()
   topology = hardware.parse("v5p:2x2x2")

@@ -35,6 +35,7 @@ def files(workdir, stage):
   return sorted(path.name for path in (workdir / stage).rglob("*"))
 
 
+@pytest.mark.multiprocess
 def test_two_processes_make_the_latents_of_one(tiny_run, commands, tmp_path):
   log = commands.hosts(2, tmp_path, "--config.stages=('data','vae','encode')")
   assert "[0] " in log and "process 1 of 2, 1 of 2 devices" in log
@@ -44,6 +45,7 @@ def test_two_processes_make_the_latents_of_one(tiny_run, commands, tmp_path):
   assert files(tmp_path, "encode") == files(tiny_run.workdir, "encode")
 
 
+@pytest.mark.multiprocess
 def test_two_then_one_then_four_processes_equal_one(tiny_run, commands, tmp_path):
   """On the same latents; each step is there once, as in a run that never stopped."""
   for stage in ("data", "vae", "encode"):
@@ -76,6 +78,7 @@ def test_two_then_one_then_four_processes_equal_one(tiny_run, commands, tmp_path
   assert found["vae"] == pytest.approx(expected["vae"], rel=1e-5)
 
 
+@pytest.mark.multiprocess
 def test_a_host_with_another_config_is_named(commands, tmp_path):
   # Each process reads the file itself: this one asks which it is.
   config = tmp_path / "config.py"

@@ -147,6 +147,7 @@ def compare_attention():
         np.testing.assert_allclose(a, b, atol=2e-6, err_msg=f"{heads} {keys} {shape}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["losses", "attention"])
 def test_eight_devices_equal_one(tmp_path, what):
   toy.finish(toy.start_process(what, tmp_path, script=__file__, devices=8))

@@ -177,6 +177,7 @@ CONFIG = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(tmp_path):
   toy.finish(toy.start_process("devices", tmp_path, script=__file__, devices=8))
 
@@ -261,6 +262,8 @@ def run_two_hosts(folder, delay):
   ]
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_two_processes_stop_together_and_go_on(tmp_path):
   processes = run_two_hosts(tmp_path, 0.1)
   toy.wait_for_step(tmp_path, 3)

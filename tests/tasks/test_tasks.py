@@ -62,6 +62,7 @@ def test_tasks_learn(name):
   assert np.mean(curve[-4:]) < 0.95 * np.mean(curve[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "case, axes",
   [("vae", {"data": 2, "fsdp": 4}), ("dit", {"data": 2, "fsdp": 2, "tensor": 2})],
@@ -167,6 +168,7 @@ def differs(a, b):
   return any(np.any(x != y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
 
 
+@pytest.mark.slow
 def test_generator_does_not_feel_the_critic_before_gan_start():
   params = small_vae_params()
   for step in (golden.GAN_START - 1, golden.GAN_START):
@@ -217,6 +219,7 @@ def test_vae_loss_is_finite_without_any_clip():
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients["vae"]))
 
 
+@pytest.mark.slow
 def test_noise_on_latents_is_for_the_decoder_in_training():
   """Of another level in each clip; what is scored has none."""
   quiet = dataclasses.replace(golden.VAE_LOSS, gan_weight=0.0)
@@ -234,6 +237,7 @@ def test_noise_on_latents_is_for_the_decoder_in_training():
     vae_task.VAELossConfig(latent_noise=-0.1)
 
 
+@pytest.mark.slow
 def test_critic_sees_clips_only():
   """Its terms are means over the cells that begin inside of a clip."""
   params, batch = small_vae_params(), vae_batch()
@@ -344,6 +348,7 @@ def test_lpips_term(narrow_lpips):
   assert set(evaluated) == {"psnr", "lpips"} and evaluated["lpips"] > 0
 
 
+@pytest.mark.slow
 def test_adaptive_weight_is_the_ratio_of_gradient_norms(narrow_lpips):
   """Against whole gradients of whole losses, differentiated one by one."""
   task = vae_task.make(SMALL_VAE, EVERYTHING, lpips_params=narrow_lpips)
@@ -402,6 +407,7 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms(narrow_lpips):
   )
 
 
+@pytest.mark.slow
 def test_step_with_everything_on_two_devices(narrow_lpips):
   """Frozen params are sharded, are no part of the state, and two microbatches work."""
   mesh = sharding.make_mesh(devices=jax.devices()[:2])

@@ -270,6 +270,7 @@ def undisturbed(tmp_path_factory):
     return dict(arrays)
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_bitwise_equal(tmp_path, undisturbed, cache):
   process = start_process(tmp_path, 60, 0.03, cache)
   wait_for_step(tmp_path, 10)
@@ -285,6 +286,7 @@ def test_killed_run_goes_on_bitwise_equal(tmp_path, undisturbed, cache):
   assert [row["step"] for row in rows_of(tmp_path)] == list(range(2, 61, 2))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits(tmp_path, undisturbed, cache):
   process = start_process(tmp_path, 60, 0.03, cache)
   wait_for_step(tmp_path, 4)
