@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sora_jax.planning import hlo
+from sora_jax.planning import hlo, hlo_text
 from sora_jax.planning.hardware import Chip, Topology
 
 LINK_EFFICIENCY = 0.9
@@ -75,9 +75,9 @@ def attention_launch(name: str, type_text: str, rest: str) -> Launch | None:
   operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", rest)
   if not kind or not operands:
     return None
-  arrays = [s for dtype, s in hlo.shapes(operands[1]) if dtype in ("bf16", "f32")]
+  arrays = [s for dtype, s in hlo_text.shapes(operands[1]) if dtype in ("bf16", "f32")]
   (heads, queries, width), (_, keys, _) = [s for s in arrays if len(s) == 3][:2]
-  results = len(hlo.shapes(type_text))
+  results = len(hlo_text.shapes(type_text))
   matmuls = {"fwd": 2, "dq": 3, "dkv": 5 if results > 2 else 4}[kind[1]]
   # The number of blocks to visit is an argument.
   skips = operands[1].startswith("s32[]")
