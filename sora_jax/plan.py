@@ -23,10 +23,12 @@ from sora_jax.planning import (
   hardware,
   hlo,
   lowering,
+  picture,
   report,
   search,
   workload,
 )
+from sora_jax.planning.advice import advice
 from sora_jax.run import build, cli
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding
@@ -53,10 +55,10 @@ def plan(
   recipe = lowering.on_accelerator(recipe)
   if not topology.chip.axes and not lowering.compiles_for_gpus():
     return gpu_plan(recipe, topology, load)
-  made = _header(recipe, topology, load)
+  planned = _header(recipe, topology, load)
   devices, options = lowering.devices(topology), lowering.compiler_options(topology)
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh), devices=devices)
-  made["mesh"] = dict(mesh.shape)
+  planned["mesh"] = dict(mesh.shape)
   if "dit" in names:
     lowered = lowering.dit_step(recipe, mesh)
     program = lowering.compile_program(TRAIN_STEP, lowered, options)
@@ -64,13 +66,13 @@ def plan(
     if program.text is None:  # the compiler only says how much all is
       step["arguments"] = state_size(recipe, mesh)[0] * topology.chip.devices
       step["temporaries"] = step["peak"] - step["arguments"]
-    made["programs"] = [step]
-    made["speed"] = speed(step, recipe, topology, load)
+    planned["programs"] = [step]
+    planned["speed"] = speed(step, recipe, topology, load)
   host = topology.one_host()  # as these stages do: each host by itself
 
   def add(name, lower, local):
     program = lowering.compile_program(name, lower(recipe, local), options)
-    made["programs"].append(measure(program, recipe, host, local, load))
+    planned["programs"].append(measure(program, recipe, host, local, load))
 
   if "vae" in names:
     local = build.clip_mesh(recipe.encode, lowering.devices(host))
@@ -78,8 +80,8 @@ def plan(
   if "sample" in names:
     local = sharding.sampling_mesh(recipe.sample.rows, lowering.devices(host))
     add("sample", lowering.sampling, local)
-  made["advice"] = report.advice(made, recipe)
-  return made
+  planned["advice"] = advice(planned, recipe)
+  return planned
 
 
 def _header(recipe, topology, load):
@@ -126,7 +128,7 @@ def executed_flops(recipe: recipes.Recipe) -> float:
 def measure(program: lowering.Program, recipe, topology, mesh, load) -> dict:
   """Memory, work and time of a compiled program: numbers of one chip."""
   chip, count = topology.chip, topology.chip.devices
-  made = {
+  planned = {
     "name": program.name,
     "compile_seconds": program.compile_seconds,
     "fits": program.text is not None and program.peak * count <= chip.hbm,
@@ -136,14 +138,14 @@ def measure(program: lowering.Program, recipe, topology, mesh, load) -> dict:
     "hbm": program.limit * count or chip.hbm,
   }
   if program.text is None:
-    return made
+    return planned
   stage = recipe.dit
   kernel_flops = cost_model.kernel_flops(load, stage.text_tokens)
   analysis = hlo.analyze(program.text, mesh.devices.size, kernel_flops)
   units = None
   if program.name == TRAIN_STEP and chip.axes:
     units = cost_model.attention_units(program.text, mesh.devices.size, stage)
-  made |= {
+  planned |= {
     "matmul_flops": analysis.matmul_flops * count,
     "attention_flops": sum(k.flops for k in analysis.kernels.values()) * count,
     "attention_units": units,
@@ -160,8 +162,8 @@ def measure(program: lowering.Program, recipe, topology, mesh, load) -> dict:
   }
   if chip.axes:
     seconds = cost_model.seconds(analysis, lowering.places(mesh, topology), topology)
-    made["seconds"] = seconds._asdict() | {"total": seconds.total}
-  return made
+    planned["seconds"] = seconds._asdict() | {"total": seconds.total}
+  return planned
 
 
 def gpu_speed(recipe, topology, load) -> dict:
@@ -204,9 +206,9 @@ def gpu_plan(recipe: recipes.Recipe, topology: hardware.Topology, load) -> dict:
   arguments, params = state_size(recipe, mesh)
   tokens = stage.rows * stage.tokens / stage.train.grad_accumulation / topology.chips
   peak = cost_model.gpu_bytes(arguments, params, stage.model, tokens, stage.model.remat)
-  made = _header(recipe, topology, load)
-  made["mesh"] = dict(mesh.shape)
-  made["programs"] = [
+  planned = _header(recipe, topology, load)
+  planned["mesh"] = dict(mesh.shape)
+  planned["programs"] = [
     {
       "name": f"{TRAIN_STEP}, ESTIMATE by analysis",
       "fits": peak <= chip.hbm,
@@ -216,9 +218,9 @@ def gpu_plan(recipe: recipes.Recipe, topology: hardware.Topology, load) -> dict:
       "hbm": chip.hbm,
     }
   ]
-  made["speed"] = gpu_speed(recipe, topology, load)
-  made["advice"] = report.advice(made, recipe)
-  return made
+  planned["speed"] = gpu_speed(recipe, topology, load)
+  planned["advice"] = advice(planned, recipe)
+  return planned
 
 
 def state_size(recipe: recipes.Recipe, mesh) -> tuple[int, int]:
@@ -280,16 +282,16 @@ def _main(argv) -> None:
       logging.info("%s", line)
     return
   load = workload.of_recipe(recipe, cli.workdir(), args.manifest, args.clip_tokens)
-  made = plan(recipe, topology, load, args.stages)
-  if made.get("speed"):
+  planned = plan(recipe, topology, load, args.stages)
+  if planned.get("speed"):
     steps = args.steps or recipe.dit.train.steps
-    seconds = made["speed"]["step_seconds"]
-    made["run"] = cost_model.cost(steps, seconds, topology.chips, args.price)
-  for line in report.table(made):
+    seconds = planned["speed"]["step_seconds"]
+    planned["run"] = cost_model.cost(steps, seconds, topology.chips, args.price)
+  for line in report.lines_of(planned):
     logging.info("%s", line)
   name = search.file_name(topology)
-  search.write(folder / f"{name}.json", made)
-  report.picture(made).save(folder / f"{name}.png")
+  search.write(folder / f"{name}.json", planned)
+  picture.draw(planned).savefig(folder / f"{name}.png")
   logging.info("%s.json and .png are in %s", name, folder)
 
 
