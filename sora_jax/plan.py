@@ -44,9 +44,13 @@ def plan(
   load: cost_model.Load,
   names=("dit",),
 ) -> dict:
-  """All that is known of the recipe's programs on a topology, for JSON.
+  """Finds out all about a recipe's programs on a topology; the result goes to JSON.
 
-  load: what its rows hold. names: of STAGES.
+  Args:
+    recipe: that is planned.
+    topology: that its programs are compiled for.
+    load: what its rows hold.
+    names: of STAGES.
 
   Raises:
     ValueError: without libtpu, for a shape that no slice has, and for a mesh that the
@@ -104,13 +108,13 @@ def _header(recipe, topology, load):
 
 
 def model_flops(recipe: recipes.Recipe, load: cost_model.Load) -> float:
-  """FLOPs of one step that the model needs: of real tokens, and nothing twice."""
+  """Returns the FLOPs that one step needs: those of real tokens, and nothing twice."""
   forward = dit.num_flops(recipe.dit.model, load.tokens, load.text_tokens, load.pairs)
   return 3.0 * recipe.dit.rows * forward
 
 
 def executed_flops(recipe: recipes.Recipe) -> float:
-  """Matmul FLOPs of one step outside of attention, by analysis: of all tokens.
+  """Returns the matmul FLOPs of one step outside of attention, with padding.
 
   With remat, the blocks' forward pass runs twice, but for what is kept of matmuls.
   """
@@ -126,9 +130,9 @@ def executed_flops(recipe: recipes.Recipe) -> float:
 
 
 def measure(program: lowering.Program, recipe, topology, mesh, load) -> dict:
-  """Memory, work and time of a compiled program: numbers of one chip."""
+  """Returns memory, work and time of a compiled program: numbers of one chip."""
   chip, count = topology.chip, topology.chip.devices
-  planned = {
+  measured = {
     "name": program.name,
     "compile_seconds": program.compile_seconds,
     "fits": program.text is not None and program.peak * count <= chip.hbm,
@@ -138,14 +142,14 @@ def measure(program: lowering.Program, recipe, topology, mesh, load) -> dict:
     "hbm": program.limit * count or chip.hbm,
   }
   if program.text is None:
-    return planned
+    return measured
   stage = recipe.dit
   kernel_flops = cost_model.kernel_flops(load, stage.text_tokens)
   analysis = hlo.analyze(program.text, mesh.devices.size, kernel_flops)
   units = None
   if program.name == TRAIN_STEP and chip.axes:
     units = cost_model.attention_units(program.text, mesh.devices.size, stage)
-  planned |= {
+  measured |= {
     "matmul_flops": analysis.matmul_flops * count,
     "attention_flops": sum(k.flops for k in analysis.kernels.values()) * count,
     "attention_units": units,
@@ -162,19 +166,19 @@ def measure(program: lowering.Program, recipe, topology, mesh, load) -> dict:
   }
   if chip.axes:
     seconds = cost_model.seconds(analysis, lowering.places(mesh, topology), topology)
-    planned["seconds"] = seconds._asdict() | {"total": seconds.total}
-  return planned
+    measured["seconds"] = seconds._asdict() | {"total": seconds.total}
+  return measured
 
 
 def gpu_speed(recipe, topology, load) -> dict:
-  """What a train step makes at published utilisation."""
+  """Returns the rates of a train step at published utilisation."""
   flops = model_flops(recipe, load)
   fast, slow = cost_model.gpu_seconds(flops, topology.chips, topology.chip)
   return _rates(slow, recipe, topology, load) | {"fastest_seconds": fast}
 
 
 def speed(step: dict, recipe, topology, load) -> dict:
-  """What a train step of so many seconds makes; empty where it does not fit."""
+  """Returns the rates of a measured train step; nothing where it does not fit."""
   if not topology.chip.axes:
     return gpu_speed(recipe, topology, load)
   if "seconds" not in step:
@@ -224,7 +228,7 @@ def gpu_plan(recipe: recipes.Recipe, topology: hardware.Topology, load) -> dict:
 
 
 def state_size(recipe: recipes.Recipe, mesh) -> tuple[int, int]:
-  """(bytes of the train state, number of params) on one device of a mesh."""
+  """Returns (bytes of the train state, number of params) on one device of a mesh."""
   state = lowering.dit_state(recipe, mesh).abstract
 
   def shards(tree):

@@ -17,10 +17,10 @@ AdamW is fused, and blocks keep for the backward pass what ours keep (--remat).
 
 Each side has a process of its own, one after the other, with JAX's preallocation off.
 Before anything is timed, our backends of attention are compared with plain attention on
-this device, outputs and gradients, and loss and gradients of ours and torch (as it is, not
-compiled) at equal params, for a network of one block; a difference ends the run. The
-table has medians of --steps steps after --warmup; MFU counts what the model needs, so
-what is computed again for the backward pass lowers it; memory is the peak of the
+this device, outputs and gradients, and loss and gradients of ours and torch (as it is,
+not compiled) at equal params, for a network of one block; a difference ends the run.
+The table has medians of --steps steps after --warmup; MFU counts what the model needs,
+so what is computed again for the backward pass lowers it; memory is the peak of the
 framework's allocator, and ratio the time of a step by that of the first side.
 """
 

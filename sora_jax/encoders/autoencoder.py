@@ -78,8 +78,8 @@ class Autoencoder:
 
   def batch_size(self, wanted: int) -> int:
     """Smallest multiple of the mesh's batch shards that is at least `wanted`."""
-    ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-    return -(-wanted // ways) * ways
+    shards = sharding.batch_shards(self.mesh)
+    return -(-wanted // shards) * shards
 
   def _stream(self, step, chunks, tile, scale_in, scale_out):
     tiles = None

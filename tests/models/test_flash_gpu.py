@@ -50,9 +50,9 @@ def seen(queries, keys):
 def run(backend, qkv, queries, keys, dout):
   """(output, gradients of queries, keys and values), of any dtype, as float32."""
   out, pull = jax.vjp(lambda *qkv: backend(*qkv, queries, keys), *qkv)
-  made = (out, *pull(dout.astype(out.dtype)))
-  assert [x.dtype for x in made] == [x.dtype for x in (out, *qkv)]
-  return [x.astype(jnp.float32) for x in made]
+  results = (out, *pull(dout.astype(out.dtype)))
+  assert [x.dtype for x in results] == [x.dtype for x in (out, *qkv)]
+  return [x.astype(jnp.float32) for x in results]
 
 
 @pytest.mark.parametrize(

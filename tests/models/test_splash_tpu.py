@@ -55,9 +55,9 @@ def draw(keys, dtype=jnp.float32):
 def run(backend, qkv, keys, dout):
   """(output, gradients of queries, keys and values), of any dtype, as float32."""
   out, pull = jax.vjp(lambda *qkv: backend(*qkv, QUERIES, keys), *qkv)
-  made = (out, *pull(dout.astype(out.dtype)))
-  assert [x.dtype for x in made] == [x.dtype for x in (out, *qkv)]
-  return [x.astype(jnp.float32) for x in made]
+  results = (out, *pull(dout.astype(out.dtype)))
+  assert [x.dtype for x in results] == [x.dtype for x in (out, *qkv)]
+  return [x.astype(jnp.float32) for x in results]
 
 
 @pytest.mark.parametrize(

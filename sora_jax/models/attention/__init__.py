@@ -60,8 +60,8 @@ def attention(
   )
   keys = partition.fit(mesh, k_BSNK.shape, None, "context")[1]
   size = mesh.shape["context"]
-  # Exchanging heads sends a chip's share of queries, outputs, keys and values. Gathering
-  # sends all keys and values, which for captions is less.
+  # Exchanging heads sends a chip's share of queries, outputs, keys and values, while
+  # gathering sends all keys and values; that is less for captions.
   ulysses = 1
   if queries and keys and size * k_BSNK.shape[1] >= L + k_BSNK.shape[1]:
     ulysses = math.gcd(N // (mesh.shape["tensor"] if heads else 1), size)

@@ -36,8 +36,8 @@ def forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, block=BLOCK):
 
   A query without keys of its segment gets about -1e30 for the latter.
   """
-  # Masks must not look as if they could be made before the layers: JAX would, for all
-  # blocks at once, and keep them.
+  # Masks must not look as if they could be computed before the layers: JAX would do it,
+  # for all blocks at once, and keep them.
   q_BLNK, segments_q_BL, segments_k_BS = jax.lax.optimization_barrier(
     (q_BLNK, segments_q_BL, segments_k_BS)
   )
