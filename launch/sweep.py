@@ -241,8 +241,8 @@ def main(argv):
     if not is_complete(folder, names)
   }
   if args["dry-run"].value:
-    for command in commands.values():
-      sys.stdout.write(f"{shlex.join(command)}\n")
+    for run in commands.values():
+      sys.stdout.write(f"{shlex.join(run)}\n")
     return
   workdir.mkdir(parents=True, exist_ok=True)
   codes = {}

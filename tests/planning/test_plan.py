@@ -16,7 +16,7 @@ import tiny
 from golden.make_losses import FAST_COMPILE
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax import plan, train_dit
+from sora_jax import train_dit
 from sora_jax.data import clips
 from sora_jax.packing import planner
 from sora_jax.planning import (
@@ -26,6 +26,7 @@ from sora_jax.planning import (
   hlo,
   lowering,
   picture,
+  programs,
   report,
   search,
   workload,
@@ -346,7 +347,7 @@ def test_plan_of_a_train_step(simulated, tmp_path):
   built = recipe_of()
   topology = hardware.parse("v5p:2x2x2")
   load = workload.of_recipe(built, str(tmp_path))
-  planned = plan.plan(built, topology, load)
+  planned = programs.plan(built, topology, load)
   assert json.loads(json.dumps(planned)) == planned
   (step,) = planned["programs"]
   assert planned["mesh"] == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
@@ -355,7 +356,7 @@ def test_plan_of_a_train_step(simulated, tmp_path):
   model = built.dit.model
   pairs = built.dit.rows * built.dit.tokens * (built.dit.tokens + built.dit.text_tokens)
   attention = 6 * 2 * pairs * model.width * model.depth / 8
-  analytic = plan.executed_flops(built) / 8
+  analytic = programs.executed_flops(built) / 8
   assert 1.0 < step["matmul_flops"] / (analytic + attention) < 1.4
   assert step["collectives"]["all-gather"]["wire"] > 0
   assert planned["speed"]["step_seconds"] == step["seconds"]["total"] > 0
@@ -374,23 +375,23 @@ def test_plan_of_a_train_step(simulated, tmp_path):
 
 def test_plan_of_the_vae(simulated, tmp_path):
   """Four chips share the height of a clip: each does a quarter, and sends halos."""
-  built, programs = recipe_of(tokens=2048), []
+  built, compiled = recipe_of(tokens=2048), []
   data = dataclasses.replace(built.data, max_pixels=256 * 256)
   built = dataclasses.replace(built, data=data)
   load = workload.of_recipe(built, str(tmp_path))
   for share in (1, 4):
     encode = dataclasses.replace(built.encode, batch_size=1, devices_per_clip=share)
     changed = dataclasses.replace(built, encode=encode)
-    planned = plan.plan(changed, hardware.parse("v5p:2x2x2"), load, ("vae",))
+    planned = programs.plan(changed, hardware.parse("v5p:2x2x2"), load, ("vae",))
     assert [program["name"] for program in planned["programs"]] == ["vae"]
     assert "speed" not in planned
-    programs += planned["programs"]
-  assert programs[1]["collectives"]["collective-permute"]["wire"] > 0
-  assert 0.25 < programs[1]["matmul_flops"] / programs[0]["matmul_flops"] < 0.35
+    compiled += planned["programs"]
+  assert compiled[1]["collectives"]["collective-permute"]["wire"] > 0
+  assert 0.25 < compiled[1]["matmul_flops"] / compiled[0]["matmul_flops"] < 0.35
   encode = dataclasses.replace(built.encode, devices_per_clip=3)
   with pytest.raises(ValueError, match="devices_per_clip 3 must divide the 4 devices"):
     changed = dataclasses.replace(built, encode=encode)
-    plan.plan(changed, hardware.parse("v5p:2x2x2"), load, ("vae",))
+    programs.plan(changed, hardware.parse("v5p:2x2x2"), load, ("vae",))
 
 
 def test_a_step_in_bfloat16_of_several_microbatches():
@@ -421,7 +422,7 @@ def test_what_does_not_divide(simulated, changes, mesh, message):
   built = dataclasses.replace(built, mesh=recipe.Mesh(**mesh))
   load = workload.of_recipe(built, "/none")
   with pytest.raises(ValueError, match=message):
-    plan.plan(built, hardware.parse("v5p:2x2x2"), load)
+    programs.plan(built, hardware.parse("v5p:2x2x2"), load)
 
 
 def test_without_libtpu(monkeypatch):
@@ -434,14 +435,14 @@ def test_plan_for_gpus(tmp_path, monkeypatch):
   monkeypatch.setattr(lowering, "compiles_for_gpus", lambda: False)
   built = recipe_of(rows=16)
   load = workload.of_recipe(built, str(tmp_path))
-  planned = plan.plan(built, hardware.parse("h100:16"), load)
+  planned = programs.plan(built, hardware.parse("h100:16"), load)
   (step,) = planned["programs"]
   assert "ESTIMATE" in step["name"] and step["fits"]
   assert planned["speed"]["mfu"] == pytest.approx(0.33)
   assert planned["speed"]["fastest_seconds"] < planned["speed"]["step_seconds"]
   assert "ESTIMATE" in "\n".join(report.lines_of(planned))
   with pytest.raises(ValueError, match=r"config\.dit\.rows 8 must be a multiple of 16"):
-    plan.plan(recipe_of(), hardware.parse("h100:16"), load)
+    programs.plan(recipe_of(), hardware.parse("h100:16"), load)
 
 
 def test_gpus_are_described():
@@ -459,7 +460,7 @@ def test_plan_compiled_for_gpus(tmp_path):
   pytest.importorskip("jax_cuda13_plugin")
   built = dataclasses.replace(recipe_of(rows=16), precision="bfloat16")
   load = workload.of_recipe(built, str(tmp_path))
-  planned = plan.plan(built, hardware.parse("h100:16"), load)
+  planned = programs.plan(built, hardware.parse("h100:16"), load)
   (step,) = planned["programs"]
   assert step["fits"] and step["kernels"]["packed_attention_dkv"] > 0
   assert step["collectives"]["reduce-scatter"]["wire"] > 0
@@ -484,12 +485,12 @@ def test_too_large_is_a_result(monkeypatch):
   monkeypatch.setattr(lowering, "devices", lambda topology: jax.devices())
   monkeypatch.setattr(lowering, "dit_step", lambda recipe, mesh: failing(TOO_LARGE))
   load = workload.of_recipe(built, "/none")
-  planned = plan.plan(built, hardware.parse("v5p:2x2x2"), load)
+  planned = programs.plan(built, hardware.parse("v5p:2x2x2"), load)
   (step,) = planned["programs"]
   assert not step["fits"] and not planned["speed"]
   assert step["peak"] == 298.12 * 2**30
   # Params, EMA and two moments in float32; little of the tiny model is replicated.
-  params = plan.state_size(built, sharding.make_mesh(fsdp=1, data=8))[1]
+  params = programs.state_size(built, sharding.make_mesh(fsdp=1, data=8))[1]
   assert 2 * params <= step["arguments"] <= 4 * 4 * params
   assert step["hbm"] == 95.73 * 2**30
   assert "DOES NOT FIT" in "\n".join(report.lines_of(planned))
