@@ -28,7 +28,7 @@ def draw(planned: dict) -> Figure:
   # A Figure of its own: pyplot keeps global state and may look for a screen.
   size = (_WIDTH, _TITLE_HEIGHT + _BAR_HEIGHT * len(bars))
   figure = Figure(figsize=size, dpi=100, layout="constrained")
-  figure.suptitle(_title(planned), fontsize=11)
+  figure.suptitle(_title(planned), x=0.01, horizontalalignment="left", fontsize=11)
   rows = figure.subplots(len(bars), squeeze=False)
   for axes, bar in zip(rows[:, 0], bars, strict=True):
     _draw_bar(axes, bar)
@@ -71,13 +71,14 @@ def _draw_bar(axes: Axes, bar: _Bar) -> None:
     left += value
   axes.set_title(bar.title, loc="left", fontsize=10)
   axes.set_xlim(0, bar.total)
-  axes.set_yticks([])
-  axes.spines[:].set_visible(False)
+  axes.set_axis_off()  # the legend has the numbers
   axes.legend(
     loc="upper left",
-    bbox_to_anchor=(0, -0.25),
+    bbox_to_anchor=(0, 0),
     ncols=len(bar.parts),
     frameon=False,
     fontsize=9,
     borderaxespad=0,
+    handlelength=1,
+    handleheight=1,
   )
