@@ -45,6 +45,8 @@ setup(
     "pillow>=11",
     "protobuf<7",
     "pyyaml>=6",
+    "rich>=13",
+    "scikit-image>=0.25",
     "scipy>=1.14",
     "sentencepiece>=0.2.1,<0.3",
     "tensorboardX>=2.6.4",

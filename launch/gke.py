@@ -10,7 +10,8 @@ GCS FUSE), and is seen at /shared. --dry-run prints the filled in launch/jobset.
 which `kubectl apply -f -` takes. A run that is stopped by a signal ends with a
 failure on purpose: Kubernetes would take a success for the end of the run.
 
-With --xpk_cluster, XPK submits it in place of kubectl, to a cluster that it made.
+With --xpk_cluster, XPK submits it in place of kubectl; XPK has to have created the
+cluster, too.
 """
 
 import math
@@ -35,7 +36,7 @@ PREEMPTED = 75
 
 
 def hosts_of(tpu: str, topology: str) -> tuple[int, int]:
-  """(hosts, chips of each) of a slice.
+  """Returns (hosts, chips of each) of a slice.
 
   Raises:
     ValueError: if there is no such slice.
@@ -53,13 +54,13 @@ def hosts_of(tpu: str, topology: str) -> tuple[int, int]:
 
 
 def command(arguments) -> list[str]:
-  """What each host runs."""
+  """Returns the command that each host runs."""
   own = ["--distributed", f"--preempted_code={PREEMPTED}"]
   return ["python", "-m", "sora_jax.main", *own, *arguments]
 
 
 def jobset(arguments, *, name, tpu, topology, slices, image, claim, restarts, grace):
-  """The JobSet, as nested dicts; `arguments` are those of sora_jax.main.
+  """Returns the JobSet, as nested dicts; `arguments` are those of sora_jax.main.
 
   Raises:
     ValueError: for a name or topology that cannot be.
@@ -72,10 +73,10 @@ def jobset(arguments, *, name, tpu, topology, slices, image, claim, restarts, gr
   if not claim:
     raise ValueError("--claim is missing: without a shared volume no run can go on")
   hosts, chips = hosts_of(tpu, topology)
-  made = yaml.safe_load(TEMPLATE.read_text())
-  made["metadata"]["name"] = name
-  made["spec"]["failurePolicy"]["maxRestarts"] = restarts
-  (job,) = made["spec"]["replicatedJobs"]
+  manifest = yaml.safe_load(TEMPLATE.read_text())
+  manifest["metadata"]["name"] = name
+  manifest["spec"]["failurePolicy"]["maxRestarts"] = restarts
+  (job,) = manifest["spec"]["replicatedJobs"]
   job["replicas"] = slices
   spec = job["template"]["spec"]
   spec["parallelism"] = spec["completions"] = hosts
@@ -91,11 +92,11 @@ def jobset(arguments, *, name, tpu, topology, slices, image, claim, restarts, gr
   container["resources"]["limits"]["google.com/tpu"] = chips
   (volume,) = pod["volumes"]
   volume["persistentVolumeClaim"]["claimName"] = claim
-  return made
+  return manifest
 
 
 def xpk(arguments, *, name, cluster, kind, slices, image, restarts) -> list[str]:
-  """The command of XPK that makes a like JobSet."""
+  """Returns the command of XPK that submits a like JobSet."""
   if not kind:
     raise ValueError("--xpk_type is missing: what XPK calls the TPU, such as v5p-128")
   return [
@@ -133,10 +134,10 @@ def main(argv):
       line = xpk(argv[1:], cluster=args.xpk_cluster, kind=args.xpk_type, **common)
     else:
       kind = {"tpu": args.tpu, "topology": args.topology, "claim": args.claim}
-      made = jobset(argv[1:], grace=args.grace, **kind, **common)
+      manifest = jobset(argv[1:], grace=args.grace, **kind, **common)
       line, text = (
         ["kubectl", "apply", "-f", "-"],
-        yaml.safe_dump(made, sort_keys=False),
+        yaml.safe_dump(manifest, sort_keys=False),
       )
   except ValueError as error:
     sys.exit(str(error))

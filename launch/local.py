@@ -22,7 +22,7 @@ from absl import app, flags
 
 
 def commands(module, arguments, processes, port) -> list[list[str]]:
-  """The command of each process; `arguments` are those of the module."""
+  """Returns the command of each process; `arguments` are those of the module."""
   found = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"]
   return [
     [sys.executable, "-m", module, "--distributed", *found, f"--process={i}"]
@@ -32,7 +32,7 @@ def commands(module, arguments, processes, port) -> list[list[str]]:
 
 
 def environment(devices: int) -> dict[str, str]:
-  """What each process has beside the environment of this one."""
+  """Returns what each process has beside the environment of this one."""
   given = os.environ.get("XLA_FLAGS", "").split()
   name = "--xla_force_host_platform_device_count"
   kept = [flag for flag in given if not flag.startswith(f"{name}=")]
@@ -40,7 +40,7 @@ def environment(devices: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-  """A port of loopback that nothing listens on."""
+  """Returns a port of loopback that nothing listens on."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     return probe.getsockname()[1]
@@ -135,14 +135,14 @@ def _define_flags():
 
 def main(argv):
   args = flags.FLAGS
-  made = commands(args.module, argv[1:], args.processes, free_port())
+  started = commands(args.module, argv[1:], args.processes, free_port())
   extra = environment(args.devices)
   if args["dry-run"].value:
     shown = " ".join(f"{name}={shlex.quote(value)}" for name, value in extra.items())
-    for command in made:
+    for command in started:
       sys.stdout.write(f"{shown} {shlex.join(command)}\n")
     return
-  sys.exit(run(made, extra, args.grace))
+  sys.exit(run(started, extra, args.grace))
 
 
 if __name__ == "__main__":

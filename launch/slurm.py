@@ -19,7 +19,7 @@ SCRIPT = pathlib.Path(__file__).with_name("slurm.sh")
 
 
 def command(arguments, *, name, nodes, gpus, cpus, time, options=()) -> list[str]:
-  """The sbatch command; `arguments` are those of sora_jax.main."""
+  """Returns the sbatch command; `arguments` are those of sora_jax.main."""
   return [
     "sbatch",
     f"--job-name={name}",
@@ -52,7 +52,7 @@ def main(argv):
   options = list(args.option)
   options += [f"--partition={args.partition}"] * bool(args.partition)
   options += [f"--account={args.account}"] * bool(args.account)
-  made = command(
+  submit = command(
     argv[1:],
     name=args.name,
     nodes=args.nodes,
@@ -62,9 +62,9 @@ def main(argv):
     options=options,
   )
   if args["dry-run"].value:
-    sys.stdout.write(f"{shlex.join(made)}\n")
+    sys.stdout.write(f"{shlex.join(submit)}\n")
     return
-  sys.exit(subprocess.run(made, check=False).returncode)
+  sys.exit(subprocess.run(submit, check=False).returncode)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ TRAINED = ("vae", "dit")
 
 
 def load(text: str, config) -> list[sweeps.Overrides]:
-  """The overrides of FILE:FUNCTION for a config.
+  """Returns the overrides of FILE:FUNCTION for a config.
 
   Raises:
     ValueError: if there is no such function, it yields none, or one that the config
@@ -66,14 +66,14 @@ def load(text: str, config) -> list[sweeps.Overrides]:
 
 
 def changed(config, overrides):
-  """A copy of a ConfigDict with overrides; only keys that it has can be set."""
+  """Returns a copy of a ConfigDict with overrides; only keys that it has can be set."""
   config = ConfigDict(config.to_dict()).lock()
   config.update_from_flattened_dict(overrides)
   return config
 
 
 def is_complete(folder: pathlib.Path, names) -> bool:
-  """Whether a run has finished all of these stages."""
+  """Returns whether a run has finished all of these stages."""
   for name in names:
     path = folder / name / "stage.json"
     if not path.exists() or not json.loads(path.read_text()).get("complete"):
@@ -82,7 +82,7 @@ def is_complete(folder: pathlib.Path, names) -> bool:
 
 
 def curve(path: pathlib.Path, metric: str) -> list[tuple[int, float]]:
-  """(step, value) of a metric in a metrics.jsonl; a line being written is left out."""
+  """Returns (step, value) of a metric in a metrics.jsonl, but no half-written line."""
   if not path.exists():
     return []
   rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
@@ -90,7 +90,7 @@ def curve(path: pathlib.Path, metric: str) -> list[tuple[int, float]]:
 
 
 def results(folder: pathlib.Path, names) -> dict:
-  """Status of a run, and the last loss and evaluation of what it has trained."""
+  """Returns the status of a run, and the last loss and evaluation of each stage."""
   row = {"status": "complete" if is_complete(folder, names) else "unfinished"}
   if not folder.exists():
     row["status"] = "not started"
@@ -141,7 +141,7 @@ def link(folder: pathlib.Path, base: pathlib.Path, shared) -> None:
 
 
 def command(config: str, workdir, overrides, launcher=None) -> list[str]:
-  """What runs one run of a sweep."""
+  """Returns the command that runs one run of a sweep."""
   arguments = [f"--config={config}", f"--workdir={workdir}"]
   arguments += [f"--config.{key}={value}" for key, value in overrides.items()]
   if launcher:
@@ -241,8 +241,8 @@ def main(argv):
     if not is_complete(folder, names)
   }
   if args["dry-run"].value:
-    for made in commands.values():
-      sys.stdout.write(f"{shlex.join(made)}\n")
+    for run in commands.values():
+      sys.stdout.write(f"{shlex.join(run)}\n")
     return
   workdir.mkdir(parents=True, exist_ok=True)
   codes = {}

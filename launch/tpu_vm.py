@@ -33,12 +33,12 @@ _VM = ["gcloud", "compute", "tpus", "tpu-vm"]
 
 
 def nodes(name: str, slices: int) -> list[str]:
-  """Names of the TPU VMs of a queued resource, one for each slice."""
+  """Returns the names of the TPU VMs of a queued resource, one for each slice."""
   return [name] if slices == 1 else [f"{name}-{i}" for i in range(slices)]
 
 
 def create(name, place, accelerator, runtime, slices=1, spot=False, options=()):
-  """The command that asks for the TPUs."""
+  """Returns the command that asks for the TPUs."""
   if not accelerator or not runtime:
     raise ValueError("create needs --accelerator and --runtime")
   ids = ["--node-id", name]
@@ -58,12 +58,12 @@ def create(name, place, accelerator, runtime, slices=1, spot=False, options=()):
 
 
 def describe(name, place) -> list[str]:
-  """The command that says the state of the request."""
+  """Returns the command that says the state of the request."""
   return [*_RESOURCES, "describe", name, *place, "--format=value(state.state)"]
 
 
 def delete(name, place) -> list[str]:
-  """The command that gives the TPUs back."""
+  """Returns the command that gives the TPUs back."""
   return [*_RESOURCES, "delete", name, *place, "--force", "--quiet"]
 
 
@@ -73,7 +73,7 @@ def ssh(node, place, command: str, worker="all") -> list[str]:
 
 
 def install(node, place, archive) -> Iterator[list[str]]:
-  """The commands that bring the code to all workers and install it."""
+  """Returns the commands that bring the code to all workers and install it."""
   script = str(ROOT / "launch" / "tpu_vm_install.sh")
   yield [
     *(*_VM, "scp", str(archive), script, f"{node}:"),
@@ -84,7 +84,7 @@ def install(node, place, archive) -> Iterator[list[str]]:
 
 
 def run(node, place, restarts: int, arguments) -> list[str]:
-  """The command that starts the run on all workers of a slice."""
+  """Returns the command that starts the run on all workers of a slice."""
   line = ["bash", f"{FOLDER}/launch/tpu_vm_run.sh", FOLDER, str(restarts), *arguments]
   return ssh(node, place, shlex.join(line))
 

@@ -10,7 +10,6 @@ of a clip do not depend on frames behind its end.
 import contextlib
 import functools
 import pathlib
-import time
 
 import jax
 import numpy as np
@@ -24,8 +23,9 @@ from sora_jax.encoders.autoencoder import Autoencoder
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.run import build, cli
 from sora_jax.run import recipe as recipes
-from sora_jax.runtime import sharding, text
+from sora_jax.runtime import sharding
 from sora_jax.runtime.prefetch import ahead
+from sora_jax.runtime.progress import Progress
 
 
 def run(recipe: recipes.Recipe, workdir) -> None:
@@ -48,30 +48,19 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   sized = limit_sizes(clips, recipe.encode.max_sizes)
   shards = plan_shards(sized, recipe.encode.clips_per_shard)
   bad_clips = pipeline.BadClips(folder)
-  begin, done, fresh = time.monotonic(), 0, 0
-  for number, shard in enumerate(shards):
-    if number % jax.process_count() != jax.process_index():
-      continue
-    path = folder / f"latents-{number:05d}-of-{len(shards):05d}.array_record"
-    if path.exists():
-      done += len(shard)
-      continue
-    encoded = encode_clips(
-      shard, autoencoder, recipe.encode, recipe.seed, bad_clips, encode_text
-    )
-    records.write_shard(str(path), encoded)
-    done, fresh = done + len(shard), fresh + len(shard)
-    rate = fresh / (time.monotonic() - begin)
-    left = (len(clips) / jax.process_count() - done) / rate
-    logging.info(
-      "encoded %d/%d clips (shard %d of %d), %.1f clips/s, ETA %s",
-      done,
-      len(clips),
-      number + 1,
-      len(shards),
-      rate,
-      text.format_seconds(max(left, 0)),
-    )
+  mine = list(enumerate(shards))[jax.process_index() :: jax.process_count()]
+  total = sum(len(shard) for _, shard in mine)
+  with Progress("encoded", total, "clips", jax.process_index()) as progress:
+    for number, shard in mine:
+      path = folder / f"latents-{number:05d}-of-{len(shards):05d}.array_record"
+      if path.exists():
+        progress.skip(len(shard))
+        continue
+      encoded = encode_clips(
+        shard, autoencoder, recipe.encode, recipe.seed, bad_clips, encode_text
+      )
+      records.write_shard(str(path), encoded)
+      progress.advance(len(shard), f"shard {number + 1} of {len(shards)}")
   sharding.sync("encode")
   if jax.process_index() == 0:
     _write_manifest(folder, len(shards))

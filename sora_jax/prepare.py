@@ -12,6 +12,7 @@ from absl import logging
 from sora_jax.data import clips, shapes, sources
 from sora_jax.run import cli
 from sora_jax.run import recipe as recipes
+from sora_jax.runtime.progress import track
 
 
 def run(recipe: recipes.Recipe, workdir) -> None:
@@ -29,6 +30,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
       num_train=data.train_clips,
       num_heldout=data.heldout_clips,
       seed=recipe.seed,
+      watch=track,
     )
   found, rejected = sources.scan(
     source,
@@ -37,6 +39,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     size_multiple=data.size_multiple,
     fps=data.fps or None,
     heldout_share=data.heldout_share,
+    watch=track,
   )
   found = _with_both_splits(found, source)
   clips.write_lines(

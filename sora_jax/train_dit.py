@@ -124,7 +124,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   made = setup(recipe, workdir, mesh)
   with jax.set_mesh(mesh):
     width = stage.model.width // stage.model.heads
-    logging.info("dit: attention: %s %s", *attention.form(width, recipe.dtype))
+    logging.info("dit: attention: %s %s", *attention.backend(width, recipe.dtype))
   folder = workdir / "dit"
   vocabulary = folder / "tokenizer.model"
   base = {}

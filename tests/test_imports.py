@@ -75,7 +75,7 @@ ROOMS = {
     "run.recipe", "encoders", "tasks", "models", "data", "diffusion", "packing",
     "weights", "runtime",
   ),
-  "evaluation": ("sampling", "run", "data", "packing"),
+  "evaluation": ("sampling", "run", "data", "packing", "runtime"),
   "planning": (
     "sampling", "run", "training", "encoders", "tasks", "models", "data", "runtime",
     "packing",

@@ -16,11 +16,11 @@ AdamW is fused, and blocks keep for the backward pass what ours keep (--remat).
 "compiled" is that given whole to torch.compile.
 
 Each side has a process of its own, one after the other, with JAX's preallocation off.
-Before anything is timed, our forms of attention are compared with the plain one on this
-device, outputs and gradients, and loss and gradients of ours and torch (as it is, not
-compiled) at equal params, for a network of one block; a difference ends the run. The
-table has medians of --steps steps after --warmup; MFU counts what the model needs, so
-what is computed again for the backward pass lowers it; memory is the peak of the
+Before anything is timed, our backends of attention are compared with plain attention on
+this device, outputs and gradients, and loss and gradients of ours and torch (as it is,
+not compiled) at equal params, for a network of one block; a difference ends the run.
+The table has medians of --steps steps after --warmup; MFU counts what the model needs,
+so what is computed again for the backward pass lowers it; memory is the peak of the
 framework's allocator, and ratio the time of a step by that of the first side. The
 figures are kept in runs/benchmarks.jsonl, see record.py.
 """
@@ -59,7 +59,7 @@ SIDES = flags.DEFINE_list(
   "sides", ["ours", "torch", "compiled"], "Who is timed, in order: see above."
 )
 ATTENTION = flags.DEFINE_enum(
-  "attention", "auto", ["auto", "flash", "chunked"], "Our form of attention."
+  "attention", "auto", ["auto", "flash", "chunked"], "Our backend of attention."
 )
 REMAT = flags.DEFINE_enum("remat", "attention_saved", REMATS, "Of both sides.")
 TOKENS = flags.DEFINE_integer("tokens", 32_768, "Tokens of a row.", 1)
@@ -132,27 +132,27 @@ def make_batch(sizes: Sizes) -> dict[str, np.ndarray]:
 
 def choose_attention(width: int, dtype) -> str:
   """Has our networks use --attention, and returns its name."""
-  name, refusal = attention.form(width, dtype)
+  name, reason = attention.backend(width, dtype)
   if ATTENTION.value == "flash" and name != "flash":
-    raise SystemExit(f"--attention=flash: {refusal or 'only GPUs have it'}")
+    raise SystemExit(f"--attention=flash: {reason or 'only GPUs have it'}")
   if ATTENTION.value != "auto":
     name = ATTENTION.value
-    attention.form = lambda *_: (name, "--attention")
+    attention.backend = lambda *_: (name, "--attention")
   return name
 
 
 def check_attention(width: int, dtype) -> None:
-  """Compares our forms of attention with the plain one on this device."""
+  """Compares our backends of attention with the plain one on this device."""
   rng = np.random.default_rng(0)
   total = 256 if SMALL.value else 2048
   lengths = np.array([90, 40, 110, 16]) * (total // 256)  # and padding
   segments = np.repeat([1, 2, 3, 0], lengths)[None]
   texts = np.repeat([1, 2, 3, 0], (77, 10, 50, 19))[None]
-  forms = {"chunked": blockwise.chunked_attention}
+  backends = {"chunked": blockwise.chunked_attention}
   if jax.default_backend() == "cpu":
-    forms["by_head"] = per_head.attention_by_head
-  if attention.form(width, dtype)[0] == "flash":
-    forms["flash"] = flash_gpu.flash_attention
+    backends["by_head"] = per_head.attention_by_head
+  if attention.backend(width, dtype)[0] == "flash":
+    backends["flash"] = flash_gpu.flash_attention
   limit = 0.02 if dtype == jnp.bfloat16 else 1e-4
   for what, keys in (("clips", segments), ("captions", texts)):
     S = keys.shape[1]
@@ -161,17 +161,17 @@ def check_attention(width: int, dtype) -> None:
     dout *= (segments > 0)[..., None, None]
 
     @functools.partial(jax.jit, static_argnums=0)
-    def run(form, dout, *qkv, keys=keys):
+    def run(backend, dout, *qkv, keys=keys):
       ids = jnp.asarray(segments, jnp.int32), jnp.asarray(keys, jnp.int32)
-      out, pull = jax.vjp(lambda *qkv: form(*qkv, *ids), *qkv)
+      out, pull = jax.vjp(lambda *qkv: backend(*qkv, *ids), *qkv)
       real = (ids[0] > 0)[..., None, None]
       return [x.astype(jnp.float32) for x in (out * real, *pull(dout))]
 
     with jax.default_matmul_precision("highest"):
       exact = [x.astype(jnp.float32) for x in (dout, *qkv)]
       expected = run(attention.reference_attention, *exact)
-    for name, form in forms.items():
-      found = run(form, dout, *qkv)
+    for name, backend in backends.items():
+      found = run(backend, dout, *qkv)
       errors = [
         float(jnp.abs(a - b).max() / jnp.abs(b).max())
         for a, b in zip(found, expected, strict=True)
@@ -182,7 +182,7 @@ def check_attention(width: int, dtype) -> None:
         flush=True,
       )
       if not max(errors) < limit:
-        raise SystemExit(f"{name} differs from the plain form by more than {limit}")
+        raise SystemExit(f"{name} differs from plain attention by more than {limit}")
 
 
 def check_network(sizes: Sizes, dtype, path: pathlib.Path) -> None:
@@ -229,7 +229,7 @@ def measure_ours(sizes: Sizes, path: pathlib.Path) -> dict:
   dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
   width = sizes.model.width // sizes.model.heads
   check_attention(width, dtype)
-  form = choose_attention(width, dtype)
+  backend = choose_attention(width, dtype)
   if len(SIDES.value) > 1:
     check_network(sizes, dtype, path)
   device = jax.local_devices()[0]
@@ -250,7 +250,7 @@ def measure_ours(sizes: Sizes, path: pathlib.Path) -> dict:
   stats = device.memory_stats() or {}
   return {
     "side": "ours",
-    "attention": form,
+    "attention": backend,
     "device": device.device_kind,
     "seconds": statistics.median(seconds[WARMUP.value :]),
     "bytes": stats.get("peak_bytes_in_use"),

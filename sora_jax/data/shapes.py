@@ -60,7 +60,9 @@ _PHRASES = {
 }
 
 
-def generate(folder, *, num_train, num_heldout, seed) -> None:
+def generate(
+  folder, *, num_train, num_heldout, seed, watch=lambda items, *_: items
+) -> None:
   """Writes media files and their manifest.jsonl to a folder.
 
   The same arguments give the same bytes. A folder left half done is completed; files
@@ -69,6 +71,9 @@ def generate(folder, *, num_train, num_heldout, seed) -> None:
   Rows: path, captions (short, descriptive), split, truth. truth: objects (color, shape,
   motion, trajectory [x, y, r, angle] a frame in units of width, height, the shorter
   side, whole turns), count, occluder, background, frames, fps, height, width.
+
+  watch: (items, what is done to each, what they are) -> the same items, as
+    `runtime.progress.track`; shows nothing by default.
 
   Raises:
     ValueError: negative counts, or the folder holds clips of another seed.
@@ -79,7 +84,7 @@ def generate(folder, *, num_train, num_heldout, seed) -> None:
   _claim(folder, seed)
   rows, drawn = [], 0
   for split, count in (("train", num_train), ("heldout", num_heldout)):
-    for index in range(count):
+    for index in watch(range(count), "drew", f"{split} clips"):
       clip = describe(split, index, seed)
       path = folder / clip["path"]
       if not path.exists():

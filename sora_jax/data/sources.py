@@ -59,7 +59,7 @@ def legal_frames(frames) -> int:
 
 def scan(
   folder, *, max_frames, max_pixels, size_multiple, fps=None, heldout_share=0.0,
-  min_frames=5,
+  min_frames=5, watch=lambda items, *_: items,
 ):  # fmt: skip
   """Finds, measures and cuts the media files under a folder.
 
@@ -77,6 +77,8 @@ def scan(
     heldout_share: share of files held out where no manifest says; whole files, chosen
       by name, so that adding files moves none.
     min_frames: a video, or the rest of one, with fewer frames is left out.
+    watch: (items, what is done to each, what they are) -> the same items, as
+      `runtime.progress.track`; shows nothing by default.
 
   Returns:
     clips, sorted by path, and the rejected files as a list of (path, reason).
@@ -96,7 +98,7 @@ def scan(
     raise ValueError(f"{folder}: no media files in it; looked for {wanted}")
   stems = collections.Counter(os.path.splitext(name)[0] for name in files)
   found, rejected = [], []
-  for name, row in sorted(files.items()):
+  for name, row in watch(sorted(files.items()), "measured", "files"):
     path = folder / name
     stem = os.path.splitext(name)[0]
     try:

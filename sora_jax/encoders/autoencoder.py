@@ -86,8 +86,8 @@ class Autoencoder:
 
   def batch_size(self, wanted: int) -> int:
     """Smallest multiple of the mesh's batch shards that is at least `wanted`."""
-    ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-    return -(-wanted // ways) * ways
+    shards = sharding.batch_shards(self.mesh)
+    return -(-wanted // shards) * shards
 
   def _by_parts(self, step, tile, scale_in, scale_out):
     tiles, caches = None, []

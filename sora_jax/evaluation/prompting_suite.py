@@ -8,15 +8,15 @@ All modes of one checkpoint on held-out clips of generated shapes:
           makes of them; dB, 100 is equal. In brackets: given at a time between those of
           latents, as images that guide the video but are not copied into it.
   equal   whether the given latents came out bit for bit as they went in.
-  seam    difference of the two frames where given and made ones meet (of a loop: of its
-          last and first), over the median difference of neighbours elsewhere; 1 is
+  seam    difference of the two frames where given and sampled ones meet (of a loop: of
+          its last and first), over the median difference of neighbours elsewhere; 1 is
           what cannot be seen. step: over that of frames at the same place among the
           four of a latent frame, between which a small VAE jumps.
-  colour, shape, count: share of videos that are as the prompt says, by `attributes`.
+  colour, shape, count: share of videos that are as the prompt says, as measured by
+          evaluation/shape_attributes.py.
 """
 
 import collections
-import dataclasses
 import json
 import pathlib
 import time
@@ -27,64 +27,46 @@ from absl import logging
 from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
 from sora_jax.evaluation import shape_attributes
+from sora_jax.evaluation.prompting_cases import (
+  FRAMES,
+  SIZE,
+  cases_of,
+  first_frames,
+)
 from sora_jax.evaluation.quality import psnr
 from sora_jax.run import recipe as recipes
+from sora_jax.runtime.progress import track
+from sora_jax.runtime.text import table_lines
 from sora_jax.sampling.job import Job
 from sora_jax.sampling.pipeline import Sampler
 
-FRAMES = 17
-# Median differences below this many levels are taken for it: a still video has none.
+# A still video has no differences at all: smaller medians than this many levels of
+# brightness count as this one.
 _LEAST_DIFFERENCE = 0.25
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """A mode as it is measured.
-
-  Attributes:
-    job: what to make. truth: what it should show, or None.
-    kept: (slice of the result, frames that it should show). soft: they were images in
-      time. seams: indices of frames that begin something new; 0 is a loop's. place: of
-      a frame that the seam is alike to, where it is not its own.
-    region: (rows, columns) that the kept frames are compared in.
-  """
-
-  job: Job
-  truth: dict | None
-  kept: tuple[tuple[slice, np.ndarray], ...] = ()
-  soft: bool = False
-  seams: tuple[int, ...] = ()
-  place: int = 0
-  region: tuple[slice, slice] = (slice(None), slice(None))
 
 
 def run(recipe: recipes.Recipe, workdir, count: int = 8, extensions: int = 10) -> None:
   """Writes workdir/evaluate/prompting.json and a contact sheet, and logs the tables.
 
   Args:
-    count: clips a mode. extensions: of each clip, to measure drift.
+    recipe: for precision and the options of sampling.
+    workdir: of a finished run.
+    count: clips a mode.
+    extensions: of each clip, to measure drift.
 
   Raises:
     ValueError: without held-out clips of known content that are long enough.
   """
   folder = pathlib.Path(workdir) / "evaluate"
-  clips = read_manifest(pathlib.Path(workdir) / "data" / "manifest.jsonl")
-  clips = [c for c in clips if c.split == "heldout" and c.truth and c.frames >= FRAMES]
-  if len(clips) < 2:
-    raise ValueError(
-      f"{workdir}: the suite needs 2 held-out clips of known content with {FRAMES} or "
-      f"more frames, not {len(clips)}"
-    )
-  clips = clips[:count]
+  clips = _long_clips(workdir)[:count]
   model = Sampler.from_checkpoint(workdir, dtype=recipe.dtype)
-  rows, shown = {}, {}
   cases = collections.defaultdict(list)
   for i, clip in enumerate(clips):
-    for name, case in _cases(model, clip, clips[(i + 1) % len(clips)], i).items():
+    for name, case in cases_of(model, clip, clips[(i + 1) % len(clips)], i).items():
       cases[name].append(case)
-  for name, group in cases.items():
+  rows, shown = {}, {}
+  for name, group in track(list(cases.items()), "measured", "modes"):
     rows[name], shown[name] = measure(model, group, recipe.sample)
-    logging.info("%s", format_rows({name: rows[name]}).splitlines()[-1])
   drift = {
     noise: _drift(model, clips[: max(2, count // 2)], recipe.sample, extensions, noise)
     for noise in (0.0, 0.1)
@@ -96,13 +78,29 @@ def run(recipe: recipes.Recipe, workdir, count: int = 8, extensions: int = 10) -
   video.contact_sheet(
     folder / "prompting.png", list(shown.values()), list(shown), columns=12, scale=1
   )
-  for line in [*format_rows(rows).splitlines(), *format_drift(drift).splitlines()]:
+  for line in [*format_rows(rows), *format_drift(drift)]:
     logging.info("%s", line)
   logging.info("%d compiled functions for all of it; see %s", buckets, folder)
 
 
+def _long_clips(workdir) -> list:
+  """Returns the held-out clips whose content is known and that have FRAMES frames."""
+  clips = read_manifest(pathlib.Path(workdir) / "data" / "manifest.jsonl")
+  clips = [c for c in clips if c.split == "heldout" and c.truth and c.frames >= FRAMES]
+  if len(clips) < 2:
+    raise ValueError(
+      f"{workdir}: the suite needs 2 held-out clips of known content with {FRAMES} or "
+      f"more frames, not {len(clips)}"
+    )
+  return clips
+
+
 def measure(model, cases, options) -> tuple[dict, np.ndarray]:
-  """(means over the cases of a mode, the first case's video); see the module."""
+  """Runs the cases of a mode.
+
+  Returns:
+    The means over the cases, as the module names them, and the first case's video.
+  """
   values, equal, first, begin = collections.defaultdict(list), [], None, 0.0
   for i, case in enumerate(cases):
 
@@ -115,19 +113,19 @@ def measure(model, cases, options) -> tuple[dict, np.ndarray]:
 
     # The first one compiles.
     begin = time.monotonic() if i == 1 else begin
-    made_THWC = np.concatenate(list(model.stream(case.job, options, watch=watch)))
-    first = made_THWC if first is None else first
+    video_THWC = np.concatenate(list(model.stream(case.job, options, watch=watch)))
+    first = video_THWC if first is None else first
     for part, wanted_THWC in case.kept:
       values["kept"].append(
-        psnr(made_THWC[part][:, *case.region], wanted_THWC[:, *case.region])
+        psnr(video_THWC[part][:, *case.region], wanted_THWC[:, *case.region])
       )
     for at in case.seams:
-      values["seam"].append(seam_ratio(made_THWC, at))
-      others = alike(len(made_THWC), case.place or at, case.seams)
-      values["step"].append(seam_ratio(made_THWC, at, others))
+      values["seam"].append(seam_ratio(video_THWC, at))
+      others = alike(len(video_THWC), case.place or at, case.seams)
+      values["step"].append(seam_ratio(video_THWC, at, others))
     if case.truth:
       right = shape_attributes.score(
-        shape_attributes.analyse_video(made_THWC), case.truth
+        shape_attributes.analyse_video(video_THWC), case.truth
       )
       for name in ("color", "shape", "count"):
         values[name].append(right[name])
@@ -165,151 +163,61 @@ def histogram_distance(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
   return float(0.5 * np.abs(histogram(a_THWC) - histogram(b_THWC)).sum())
 
 
-def _cases(model, clip, other, seed) -> dict[str, Case]:
-  """All modes on a clip, and another where a mode takes two."""
-  own, second = (
-    video.read(c.path, start=c.start, frames=FRAMES, fps=c.fps, size=(64, 64))
-    for c in (clip, other)
-  )
-  fps, quarter = clip.fps, FRAMES // 4
-  truth = {**clip.truth, "occluder": False}
-  rebuilt, rebuilt_2 = (
-    model.autoencoder.decode(np.repeat(model.encode(v)[None], _copies(model), 0))[0]
-    for v in (own, second)
-  )
-  image, last = (
-    model.autoencoder.decode(np.repeat(model.encode(v)[None], _copies(model), 0))[0]
-    for v in (own[:1], own[-1:])
-  )
-  given = {"prompt": clip.captions[0], "seed": seed, "size": (64, 64), "fps": fps}
-
-  def job(**kwargs):
-    return Job(**{**given, **kwargs})
-
-  second_time = 4 * quarter / fps  # a whole latent frame
-  mask = np.zeros((64, 64), bool)
-  mask[:, 32:] = True
-  start, all_of = ((slice(0, 1), image),), ((slice(0, FRAMES), rebuilt),)
-  end = ((slice(-1, None), last),)
-  gap = 4 * max(2, round((second_time * fps + 1) / 4)) - 1
-  infill = (5 / fps, 8 / fps)
-  loop = {"truth": truth, "kept": all_of, "seams": (FRAMES, FRAMES + gap - 3, 0)}
-  return {
-    "real": Case(job(video=own, strength=0.0), truth, all_of, seams=(5,)),
-    "text": Case(job(frames=FRAMES), truth),
-    "text, as a loop": Case(job(frames=FRAMES), truth, seams=(0,), place=1),
-    "first image": Case(job(image=own[0], frames=FRAMES), truth, start, seams=(1,)),
-    "last image": Case(
-      job(last_image=own[-1], frames=FRAMES),
-      truth,
-      end,
-      seams=(FRAMES - 4,),
-    ),
-    "both images": Case(
-      job(image=own[0], last_image=own[-1], frames=FRAMES),
-      truth,
-      (*start, *end),
-      seams=(1, FRAMES - 4),
-    ),
-    "extend after": Case(
-      job(video=own, extend_after=second_time), truth, all_of, seams=(FRAMES,)
-    ),
-    "extend before": Case(
-      job(video=own, extend_before=second_time),
-      truth,
-      ((slice(-FRAMES, None), rebuilt),),
-      seams=(4 * quarter - 3,),
-    ),
-    "connect": Case(
-      job(video=own, connect=second, gap=second_time),
-      None,
-      (*all_of, (slice(-FRAMES, None), rebuilt_2)),
-      seams=(FRAMES, FRAMES + gap - 3),
-    ),
-    "infill frames": Case(
-      job(video=own, infill=infill),
-      truth,
-      ((slice(0, 5), rebuilt[:5]), (slice(9, None), rebuilt[9:])),
-      seams=(5, 9),
-    ),
-    "infill region": Case(
-      job(video=own, mask=mask),
-      truth,
-      all_of,
-      region=(slice(None), slice(0, 32)),
-    ),
-    "edit 0.6": Case(job(video=second, strength=0.6, size=(64, 64)), truth),
-    "interpolate": Case(
-      job(video=own, interpolate=2),
-      truth,
-      ((slice(0, None, 2), rebuilt),),
-      soft=True,
-    ),
-    "loop of video": Case(job(video=own, loop=True), **loop),
-    "loop, gap anew": Case(job(video=own, loop=True, gap_strength=1.0), **loop),
-    "loop of text": Case(job(loop=True, frames=16), truth, seams=(0,)),
-    "preview 0.6": Case(job(size=(96, 96), frames=FRAMES, preview=0.6), truth),
-  }
-
-
-def _copies(model):
-  return model.autoencoder.batch_size(1)
-
-
 def _drift(model, clips, options, extensions, noise) -> list[dict]:
-  """Of each of `extensions` windows after a clip: how far from the clip it is."""
+  """Measures how far from its clip each of `extensions` windows after it is."""
   rows = [collections.defaultdict(list) for _ in range(extensions)]
   for seed, clip in enumerate(clips):
-    own = video.read(
-      clip.path, start=clip.start, frames=FRAMES, fps=clip.fps, size=(64, 64)
-    )
+    own = first_frames(clip)
     # With 9 of 33 frames given, a window makes 24.
     job = Job(
       clip.captions[0],
       fps=clip.fps,
       seed=seed,
-      size=(64, 64),
+      size=SIZE,
       video=own,
       extend_after=24 * extensions / clip.fps,
       given_noise=noise,
     )
-    made = np.concatenate(list(model.stream(job, options)))
+    video_THWC = np.concatenate(list(model.stream(job, options)))
     for i, row in enumerate(rows):
-      part = made[FRAMES + 24 * i : FRAMES + 24 * (i + 1)]
+      part = video_THWC[FRAMES + 24 * i : FRAMES + 24 * (i + 1)]
       right = shape_attributes.score(shape_attributes.analyse_video(part), clip.truth)
-      row["histogram"].append(histogram_distance(part, made[:FRAMES]))
+      row["histogram"].append(histogram_distance(part, video_THWC[:FRAMES]))
       row["color"].append(right["color"])
       row["shape"].append(right["shape"])
   return [{name: float(np.mean(v)) for name, v in row.items()} for row in rows]
 
 
-def format_rows(rows: dict) -> str:
-  """Text of the table of modes."""
-  head = f"{'mode':16} {'kept':>8} {'equal':>6} {'seam':>6} {'step':>6}"
-  head += f" {'colour':>7} {'shape':>7} {'count':>7} {'s':>6} {'n':>3}"
-  lines = [head]
+def format_rows(rows: dict) -> list[str]:
+  """Returns the lines of the table of modes."""
+
+  def cell(row, key, spec):
+    return format(row[key], spec) if key in row else "-"
+
+  cells = []
   for name, row in rows.items():
-
-    def cell(key, form, width, row=row):
-      return f"{format(row[key], form) if key in row else '-':>{width}}"
-
-    kept = cell("kept", ".1f", 6)
-    kept = f"({kept.strip()})" if row["soft"] else kept
-    equal = {True: "yes", False: "NO", None: "-"}[row["equal"]]
-    lines.append(
-      f"{name:16} {kept:>8} {equal:>6} {cell('seam', '.2f', 6)} "
-      f"{cell('step', '.2f', 6)} {cell('color', '.0%', 7)} "
-      f"{cell('shape', '.0%', 7)} {cell('count', '.0%', 7)} "
-      f"{cell('seconds', '.1f', 6)} {row['n']:3d}"
+    kept = cell(row, "kept", ".1f")
+    cells.append(
+      [
+        name,
+        f"({kept})" if row["soft"] else kept,
+        {True: "yes", False: "NO", None: "-"}[row["equal"]],
+        *(cell(row, key, ".2f") for key in ("seam", "step")),
+        *(cell(row, key, ".0%") for key in ("color", "shape", "count")),
+        cell(row, "seconds", ".1f"),
+        str(row["n"]),
+      ]
     )
-  return "\n".join(lines)
+  head = ["mode", "kept", "equal", "seam", "step", "colour", "shape", "count", "s", "n"]
+  return table_lines(head, cells)
 
 
-def format_drift(drift: dict) -> str:
-  """Text of the tables of drift, one a noise level on given frames."""
-  lines = []
-  for noise, rows in drift.items():
-    for name in ("histogram", "color", "shape"):
-      cells = " ".join(f"{row[name]:5.2f}" for row in rows)
-      lines.append(f"drift, given_noise {noise:g}: {name:10} {cells}")
-  return "\n".join(lines)
+def format_drift(drift: dict) -> list[str]:
+  """Returns the lines of the table of drift: a column for each window."""
+  cells = [
+    [f"drift, given_noise {noise:g}: {name}", *(f"{row[name]:.2f}" for row in rows)]
+    for noise, rows in drift.items()
+    for name in ("histogram", "color", "shape")
+  ]
+  windows = len(next(iter(drift.values())))
+  return table_lines(["window", *map(str, range(1, windows + 1))], cells)

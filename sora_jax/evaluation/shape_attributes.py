@@ -52,7 +52,7 @@ class _Spot:
 
 
 def analyse(path) -> dict:
-  """What a clip shows, from its file.
+  """Finds out what a clip shows, from its file.
 
   Returns:
     count, and objects: a list of {color, shape, motion, reappears}, largest first.
@@ -66,7 +66,7 @@ def analyse(path) -> dict:
 
 
 def analyse_video(video_THWC) -> dict:
-  """Like `analyse`, from uint8 [T, H, W, 3]."""
+  """Does what `analyse` does, from uint8 [T, H, W, 3]."""
   video_THWC = np.asarray(video_THWC, np.float32)
   background, bar_W = _background(video_THWC)
   spots = [
@@ -90,7 +90,7 @@ def analyse_video(video_THWC) -> dict:
 
 
 def score(analysis, truth) -> dict:
-  """Which attributes are right: {"color": bool, "shape", "count", ...}.
+  """Returns which attributes are right: {"color": bool, "shape", "count", ...}.
 
   An attribute is right if all the objects of the truth have it, under the assignment of
   seen to true objects that fits best. "motion" is left out for images, and "reappear"
@@ -115,7 +115,7 @@ def score(analysis, truth) -> dict:
 
 
 def chance_levels(truths) -> dict:
-  """Scores of a sampler that knows these clips but ignores the prompt.
+  """Returns the scores of a sampler that knows these clips but ignores the prompt.
 
   Each truth is judged against the contents of the others, images and videos apart, so
   these are the levels that a sample's scores must beat. A lone clip meets itself.
@@ -261,7 +261,7 @@ def _tracks(spots, count, shorter):
 
 
 def _cost(track, spot, shorter):
-  """How unlikely it is that a spot goes on with a track; 3 and more is never."""
+  """Returns how unlikely it is that a spot continues a track; 3 and more is never."""
   last = track[-1]
   color = np.linalg.norm(last.color - spot.color) / 25
   gap = spot.time - last.time
@@ -332,7 +332,7 @@ def _motion(track, shape, shorter):
 
 
 def _reappears(track):
-  """Whether the object was gone between two frames that show most of it."""
+  """Returns whether the object was gone between two frames that show most of it."""
   full = np.median([spot.area for spot in _best(track)])
   times = [spot.time for spot in track if spot.area > 0.15 * full]
   mostly = [spot.time for spot in track if spot.area > 0.5 * full]

@@ -63,6 +63,8 @@ class TextEncoder(nn.Module):
 
 
 class _TextBlock(nn.Module):
+  """Pre-norm attention inside of each caption, and an MLP."""
+
   config: TextEncoderConfig
 
   @nn.compact
@@ -70,6 +72,7 @@ class _TextBlock(nn.Module):
     c = self.config
 
     def dense(features, name):
+      # Only what is rotated has its channels in the order that `apply_rope` wants.
       halves = c.width // c.heads if name in ("query", "key") else 0
       return layers.Dense(
         features, use_bias=False, dtype=x_BSE.dtype, halves=halves, name=name

@@ -52,7 +52,7 @@ class Discriminator(nn.Module):
 
 
 def _conv(lhs, rhs, window_strides, padding, dimension_numbers, **kwargs):
-  """`lax.conv_general_dilated`; on CPU the strided ones with blocks of 2 folded.
+  """Computes `lax.conv_general_dilated`; strided ones on CPU by folding blocks of 2.
 
   The gradients of XLA's strided 3D convolutions there are twenty times slower than
   those of a kernel of 2x2x2 over channels of eight cells, which gives the same.
@@ -66,6 +66,7 @@ def _conv(lhs, rhs, window_strides, padding, dimension_numbers, **kwargs):
       dimension_numbers=dimension_numbers,
       **kwargs,
     )
+  # "SAME" padding of a kernel of 4 with stride 2, and one more where the size is odd.
   lhs = jnp.pad(lhs, ((0, 0), *((1, 1 + n % 2) for n in lhs.shape[1:4]), (0, 0)))
   B, T, H, W, C = lhs.shape
   lhs = lhs.reshape(B, T // 2, 2, H // 2, 2, W // 2, 2, C)

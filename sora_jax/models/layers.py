@@ -17,7 +17,8 @@ from sora_jax.models import lora, partition
 class RMSNorm(nn.Module):
   """Root-mean-square norm over the last axis with a learned scale, in float32.
 
-  halves: as of `Dense`, for the norm of what such a layer makes.
+  halves: that of the `Dense` layer whose output is normalised, so that the scale meets
+    the channels in the order that they have there.
   """
 
   epsilon: float = 1e-6
@@ -33,7 +34,7 @@ class RMSNorm(nn.Module):
 
 
 def dot_general(lhs, rhs, dimension_numbers, precision=None, shared=None, **kwargs):
-  """`lax.dot_general` for dense layers, of rows [..., D] and a kernel [D, F].
+  """Computes `lax.dot_general` for dense layers: rows [..., D] by a kernel [D, F].
 
   On CPU the rows are flattened: there XLA's gradients of a matmul over [B, L, D]
   transpose and copy; over [B * L, D] they are twice as fast. Elsewhere merging B and L
@@ -56,16 +57,18 @@ def dot_general(lhs, rhs, dimension_numbers, precision=None, shared=None, **kwar
 
 
 def _scatters(shape, size: int) -> bool:
-  """Whether the mesh shares kernels of that size, and divides tokens of that shape."""
+  """Returns whether the mesh shares kernels of that size, and divides such tokens."""
   mesh = partition.mesh()
   if mesh is None:
     return False
-  ways, rows = (
+  param_shards, batch_shards = (
     math.prod(mesh.shape[axis] for axis in axes)
     for axes in (partition.PARAMS, partition.ROWS)
   )
-  divides = not (size % ways or shape[0] % rows or shape[1] % mesh.shape["context"])
-  return ways > 1 and divides
+  divides = not (
+    size % param_shards or shape[0] % batch_shards or shape[1] % mesh.shape["context"]
+  )
+  return param_shards > 1 and divides
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -144,7 +147,7 @@ class Dense(nn.Module):
 
 
 def in_halves(x: Array, channels: int) -> Array:
-  """The last axis with the even channels of each head before the odd ones."""
+  """Returns the last axis with the even channels of each head before the odd ones."""
   if not channels:
     return x
   pairs = x.reshape(*x.shape[:-1], -1, channels // 2, 2)
@@ -154,7 +157,7 @@ def in_halves(x: Array, channels: int) -> Array:
 def conv_general_dilated(
   lhs, rhs, window_strides, padding, dimension_numbers, **kwargs
 ):
-  """`lax.conv_general_dilated` for `nn.Conv`; on CPU a matmul, for small kernels.
+  """Computes `lax.conv_general_dilated` for `nn.Conv`; on CPU by a matmul if small.
 
   XLA's convolutions there, their gradients above all, are up to twice slower than a
   matmul over the shifted copies of the input (channels last, stride 1).
@@ -176,6 +179,7 @@ def conv_general_dilated(
     )
   padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
   sizes = [n - k + 1 for n, k in zip(padded.shape[1:-1], kernel, strict=True)]
+  # One shifted copy of the input for each cell of the kernel, side by side in channels.
   taps = [
     padded[
       (slice(None), *(slice(o, o + n) for o, n in zip(offset, sizes, strict=True)))

@@ -8,7 +8,7 @@ from jax import Array
 WIDTHS = (64, 128, 256, 512, 512)
 DEPTHS = (2, 2, 3, 3, 3)
 MIN_SIZE = 2 ** (len(WIDTHS) - 1)
-# What the authors' scaling layer makes of ImageNet's mean and deviation, for [-1, 1].
+# ImageNet's mean and deviation in the range [-1, 1], rounded as the authors have them.
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 _EPSILON = 1e-10
@@ -31,7 +31,7 @@ class LPIPS(nn.Module):
 
   @nn.compact
   def __call__(self, x_BHWC: Array, y_BHWC: Array, mask_BHW=None) -> Array:
-    """Distances [B].
+    """Returns the distances [B] of two batches of images.
 
     mask_BHW: 1 where a padded image has pixels. A feature counts where the first pixel
       of its cell does, and should find the same around it in both: an image without
@@ -54,6 +54,7 @@ class LPIPS(nn.Module):
         distance_B += jnp.mean(difference_BHW, (1, 2))
         continue
       H, W = difference_BHW.shape[1:]
+      # Of each slice the first pixel of a cell stands for it: pooling rounds down.
       cells_BHW = mask_BHW[:, :: 2**i, :: 2**i][:, :H, :W]
       count_B = jnp.maximum(jnp.sum(cells_BHW, (1, 2)), 1.0)
       distance_B += jnp.sum(difference_BHW * cells_BHW, (1, 2)) / count_B
@@ -81,7 +82,11 @@ class VGG16(nn.Module):
 
 
 def _unit(x_BHWC):
-  """Features over their length at each pixel; 0, with gradient 0, where all are 0."""
+  """Divides features by their length at each pixel; 0, also its gradient, for zeros.
+
+  The inner `where` keeps the root away from 0, where its gradient is infinite and would
+  be NaN even behind the outer one.
+  """
   x = x_BHWC.astype(jnp.float32)
   square = jnp.sum(x * x, axis=-1, keepdims=True)
   length = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)

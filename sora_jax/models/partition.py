@@ -9,6 +9,7 @@ import jax
 from jax import Array
 from jax.sharding import AbstractMesh, PartitionSpec
 
+# Rows of a batch: each chip of these axes has its own clips.
 ROWS = ("data", "fsdp")
 # Every param is shared by all chips that would otherwise hold the same.
 PARAMS = ("fsdp", "context")
@@ -18,19 +19,22 @@ TOKENS = ("context", "tensor")
 
 
 def mesh() -> AbstractMesh | None:
-  """The mesh of the program, if it has several devices."""
+  """Returns the mesh of the program, if it has several devices."""
   current = jax.sharding.get_abstract_mesh()
   return None if current.empty or current.size == 1 else current
 
 
 def platform() -> str:
-  """ "cpu", "gpu" or "tpu": what the program is for, which need not be this machine."""
+  """Returns "cpu", "gpu" or "tpu": what the program is for.
+
+  That need not be this machine: a plan compiles for TPUs on a CPU.
+  """
   device = _device()
   return device.platform if device else jax.default_backend()
 
 
 def device_kind() -> str:
-  """What the devices that the program is for are called."""
+  """Returns what the devices that the program is for are called."""
   device = _device()
   return device.device_kind if device else jax.local_devices()[0].device_kind
 
@@ -41,7 +45,7 @@ def _device():
 
 
 def fit(current: AbstractMesh, shape, *axes) -> PartitionSpec:
-  """PartitionSpec of the first dims of a shape, without axes that do not divide them.
+  """Returns a PartitionSpec for the first dims of a shape: axes that divide them.
 
   Of several axes for one dim those that come first are kept.
   """
@@ -55,7 +59,10 @@ def fit(current: AbstractMesh, shape, *axes) -> PartitionSpec:
 
 
 def constrain(x: Array, *axes) -> Array:
-  """x laid out so over the mesh, dim by dim; see `fit`."""
+  """Lays x out over the mesh, dim by dim, where the axes divide it; see `fit`.
+
+  It is a hint to the compiler, which would otherwise choose, and changes no value.
+  """
   current = mesh()
   if current is None:
     return x

@@ -1,7 +1,7 @@
 """The encoders of T5 v1.1 (arXiv:1910.10683) and UMT5 (arXiv:2304.09151), frozen here.
 
 Wan reads its captions with UMT5-XXL. Training from nothing uses the small encoder of
-`text` instead.
+caption_encoder.py instead.
 """
 
 import dataclasses
@@ -96,6 +96,8 @@ class T5Encoder(nn.Module):
 
 
 class _Block(nn.Module):
+  """Pre-norm attention with a position bias, and a gated MLP."""
+
   config: T5Config
   dtype: jnp.dtype
 
@@ -129,12 +131,13 @@ class _Block(nn.Module):
 
 
 def _bias(c, bucket_SS):
+  """Returns what attention scores get added for the distance: float32 [N, S, S]."""
   embed = nn.Embed(c.buckets, c.heads, name="position_bias")
   return embed(bucket_SS).astype(jnp.float32).transpose(2, 0, 1)
 
 
 def position_buckets(length: int, buckets: int, max_distance: int) -> Array:
-  """Bucket of each (query, key) pair: int32 [length, length].
+  """Returns the bucket of each (query, key) pair: int32 [length, length].
 
   Half of the buckets are for keys behind the query; of each half, the first half
   counts single tokens and the rest grows with the logarithm up to max_distance.

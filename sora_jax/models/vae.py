@@ -60,7 +60,7 @@ class VAE(nn.Module):
 
 
 def _keeps(module) -> bool:
-  """Whether what the next chunk needs goes to the cache."""
+  """Returns whether what the next chunk needs goes to the cache."""
   return module.is_mutable_collection("cache") and not module.is_initializing()
 
 
@@ -78,6 +78,7 @@ class CausalConv(nn.Module):
     if t > 1 and not first:
       x_BTHWC = jnp.concatenate([self.get_variable("cache", "past"), x_BTHWC], axis=1)
     if t > 1 and _keeps(self):
+      # A chunk may be shorter than the past that the next one needs.
       past = x_BTHWC[:, -(t - 1) :]
       missing = ((0, 0), (t - 1 - past.shape[1], 0), (0, 0), (0, 0), (0, 0))
       self.put_variable("cache", "past", jnp.pad(past, missing))
@@ -177,7 +178,7 @@ class Downsample(nn.Module):
       if x_BTHWC.shape[1] > 1:
         later = time(x_BTHWC)
         x_BTHWC = jnp.concatenate([x_BTHWC[:, :1], later], axis=1) if first else later
-      elif self.is_initializing():
+      elif self.is_initializing():  # an image needs no params of time, a video will
         time(jnp.repeat(x_BTHWC, 3, axis=1))
     return x_BTHWC
 
@@ -212,7 +213,10 @@ class Upsample(nn.Module):
 
 
 class Blend(nn.Module):
-  """`times` frames of each, on an even way there from the one before it."""
+  """Makes each frame `times` frames, on an even way to it from the one before.
+
+  The first frame of a video stays one.
+  """
 
   times: int
 
@@ -302,7 +306,7 @@ class Decoder(nn.Module):
 
 
 def _fold(video_BTHWC, patch_size, first):
-  """Pixels of each patch to channels; the first frame fills a patch of its own."""
+  """Moves the pixels of each patch to channels; the first frame has its own patch."""
   if first:
     repeats = jnp.repeat(video_BTHWC[:, :1], patch_size[0] - 1, axis=1)
     video_BTHWC = jnp.concatenate([repeats, video_BTHWC], axis=1)
@@ -312,6 +316,7 @@ def _fold(video_BTHWC, patch_size, first):
 
 
 def _unfold(x_BTHWC, patch_size, first):
+  """Inverts `_fold`; of the first patch only the last frame is kept."""
   B, *grid, P = x_BTHWC.shape
   x_BLP = x_BTHWC.reshape(B, math.prod(grid), P)
   video_BTHWC = patches.unpatchify(x_BLP, grid, patch_size)
@@ -319,10 +324,10 @@ def _unfold(x_BTHWC, patch_size, first):
 
 
 def _average(x_BTHWC, features, factors, first):
-  """Cells of (t, h, w) factors to one, their values averaged in groups to `features`.
+  """Folds cells of (t, h, w) factors into one, averaged in groups to `features`.
 
-  A group takes neighbours in the order (channel, t, h, w). Zeros fill the cell of the
-  first frame.
+  This is the shortcut around a stage that goes down (Wan 2.2). A group takes neighbours
+  in the order (channel, t, h, w). Zeros fill the cell of the first frame.
   """
   ft, fh, fw = factors
   if first:
@@ -334,7 +339,10 @@ def _average(x_BTHWC, features, factors, first):
 
 
 def _spread(x_BTHWC, features, factors, first):
-  """Transpose of `_average` but for its scale: each channel fills a group of values."""
+  """Fills a group of values with each channel: the transpose of `_average`, unscaled.
+
+  This is the shortcut around a stage that goes up (Wan 2.2).
+  """
   ft, fh, fw = factors
   B, T, H, W, C = x_BTHWC.shape
   x = jnp.repeat(x_BTHWC, features * math.prod(factors) // C, axis=-1)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sora_jax.planning import hlo
+from sora_jax.planning import hlo, hlo_text
 from sora_jax.planning.hardware import Chip, Topology
 
 LINK_EFFICIENCY = 0.9
@@ -30,7 +30,7 @@ GPU_MFU = (0.33, 0.48)
 
 
 def assumptions(chip: Chip) -> str:
-  """What the times of a plan rest on, in a line."""
+  """Returns a line on what the times of a plan rest on."""
   if not chip.axes:
     low, high = GPU_MFU
     return (
@@ -48,7 +48,7 @@ class Launch(NamedTuple):
   """Sizes of one launch of the TPU's attention kernel.
 
   matmuls: over all pairs, 2 forwards and 5 (dq, dk and dv in one) backwards. skips:
-  whether it visits only the blocks of a list made at run time.
+  whether it visits only the blocks of a list that is known at run time.
   """
 
   matmuls: int
@@ -60,12 +60,12 @@ class Launch(NamedTuple):
 
   @property
   def flops(self) -> float:
-    """Of all pairs."""
+    """FLOPs of all pairs, also of those in blocks that are skipped."""
     pairs = float(self.queries) * self.keys
     return 2.0 * self.matmuls * self.heads * pairs * self.width
 
   def on_text(self, text_tokens: int) -> bool:
-    """Whether its keys are the captions of a row, filled up to whole blocks."""
+    """Returns whether its keys are a row's captions, filled up to whole blocks."""
     return self.keys != self.queries and 0 <= self.keys - text_tokens < 512
 
 
@@ -75,9 +75,9 @@ def attention_launch(name: str, type_text: str, rest: str) -> Launch | None:
   operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", rest)
   if not kind or not operands:
     return None
-  arrays = [s for dtype, s in hlo.shapes(operands[1]) if dtype in ("bf16", "f32")]
+  arrays = [s for dtype, s in hlo_text.shapes(operands[1]) if dtype in ("bf16", "f32")]
   (heads, queries, width), (_, keys, _) = [s for s in arrays if len(s) == 3][:2]
-  results = len(hlo.shapes(type_text))
+  results = len(hlo_text.shapes(type_text))
   matmuls = {"fwd": 2, "dq": 3, "dkv": 5 if results > 2 else 4}[kind[1]]
   # The number of blocks to visit is an argument.
   skips = operands[1].startswith("s32[]")
@@ -106,7 +106,7 @@ class Load(NamedTuple):
 
 
 def kernel_flops(load: Load, text_tokens: int) -> Callable[[str, str, str], float]:
-  """For `hlo.analyze`: FLOPs of a launch, without the blocks that it skips.
+  """Returns what `hlo.analyze` asks for FLOPs of a launch, without skipped blocks.
 
   text_tokens: of a row, by which launches on captions are known.
   """
@@ -122,7 +122,7 @@ def kernel_flops(load: Load, text_tokens: int) -> Callable[[str, str, str], floa
 
 
 def attention_units(text: str, devices: int, stage) -> float:
-  """Matmuls over all pairs of tokens that the attention kernels do, per block.
+  """Returns how many matmuls over all pairs of tokens the kernels do, per block.
 
   A model needs 6: two forwards, four backwards. Blocks that are skipped count, too.
 
@@ -146,7 +146,7 @@ def attention_units(text: str, devices: int, stage) -> float:
 def collective_seconds(
   kind: str, wire: float, group: tuple[int, ...], place_D5: np.ndarray, where: Topology
 ) -> float:
-  """Seconds in which each device of a group sends `wire` bytes.
+  """Returns the seconds in which each device of a group sends `wire` bytes.
 
   Args:
     kind: of an hlo.Report.
@@ -157,8 +157,8 @@ def collective_seconds(
   chip, members = where.chip, place_D5[list(group)]
   if kind.startswith("network-"):
     # Between slices; summing sends what is not a chip's own share twice.
-    ways = 2 * (where.slices - 1) / where.slices if kind.endswith("reduce") else 1.0
-    return ways * wire * chip.devices / chip.network / LINK_EFFICIENCY
+    times = 2 * (where.slices - 1) / where.slices if kind.endswith("reduce") else 1.0
+    return times * wire * chip.devices / chip.network / LINK_EFFICIENCY
   slices = len(set(members[:, 0].tolist()))
   # (chips that the group spans, links to the next one) of each axis that it lies on.
   axes = []
@@ -199,7 +199,7 @@ class Seconds(NamedTuple):
 
 
 def seconds(report: hlo.Report, place_D5: np.ndarray, where: Topology) -> Seconds:
-  """Estimate for one run of a program on every device; see the top of this file."""
+  """Estimates one run of a program on every device; see the top of this file."""
   chip = where.chip
   peak = chip.flops / chip.devices
   matmul = report.cycles["matmul"] / chip.clock if chip.clock else 0.0
@@ -229,13 +229,13 @@ def seconds(report: hlo.Report, place_D5: np.ndarray, where: Topology) -> Second
 
 
 def gpu_seconds(flops: float, chips: int, chip: Chip) -> tuple[float, float]:
-  """(fastest, slowest) step of that many model FLOPs by published utilisation."""
+  """Returns the (fastest, slowest) step of so many model FLOPs, at published MFU."""
   ideal = flops / chips / chip.flops
   return ideal / GPU_MFU[1], ideal / GPU_MFU[0]
 
 
 def gpu_bytes(state: float, params: float, model, tokens: float, remat: str) -> float:
-  """Rough bytes of a GPU in a step.
+  """Returns the bytes of a GPU in a step, roughly.
 
   Args:
     state: bytes of the train state, and params: numbers of the model, on this GPU.
@@ -243,7 +243,7 @@ def gpu_bytes(state: float, params: float, model, tokens: float, remat: str) -> 
     tokens: of this GPU.
     remat: a key of models.dit.REMAT_POLICIES; anything but "none" keeps a block's
       input, "attention_saved" also the attention outputs, "attention_mlp_saved" the
-      MLP's, too, "matmuls_saved" what each matmul with a kernel made of the tokens.
+      MLP's, too, "matmuls_saved" the output of each matmul of tokens with a kernel.
   """
   wide = 2.0 * tokens * model.width
   block = 2.0 * tokens * (16 * model.width + 2 * model.mlp_width)
@@ -258,7 +258,7 @@ def gpu_bytes(state: float, params: float, model, tokens: float, remat: str) -> 
 
 
 def cost(steps: int, step_seconds: float, chips: int, price: float) -> dict:
-  """Hours, chip-hours and price of a run; price: of one chip for an hour."""
+  """Returns hours, chip-hours and cost of a run; price: of one chip for an hour."""
   hours = steps * step_seconds / 3600
   return {
     "steps": steps,

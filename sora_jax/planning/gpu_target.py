@@ -1,8 +1,8 @@
 """Descriptions of GPUs that XLA compiles for without having one.
 
-What programs depend on, of XLA's own `h100_sxm.txtpb` (xla/backends/gpu/target_config):
-the H200 has more memory than it; of the B200, cores, caches and memory are those of its
-data sheet, and the rest is the H100's.
+They hold what programs depend on, after XLA's own `h100_sxm.txtpb` (in
+xla/backends/gpu/target_config). The H200 is an H100 with more memory. Cores, caches and
+memory of the B200 are those of its data sheet, and the rest is the H100's.
 """
 
 from sora_jax.planning.hardware import Chip
@@ -41,7 +41,7 @@ _SIZES = {
 
 
 def describe(chip: Chip) -> str:
-  """XLA's GpuTargetConfigProto of a GPU, as text.
+  """Returns XLA's GpuTargetConfigProto of a GPU, as text.
 
   Raises:
     ValueError: for one that is not known here.

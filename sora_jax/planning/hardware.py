@@ -22,7 +22,7 @@ class Chip:
     clock: Hz of the matrix units, by which the compiler's cycles become seconds.
     devices: that JAX sees of one chip.
     full_axis: an axis of a slice is a ring if it has a multiple of this many chips.
-    attention: share of the peak that the attention kernel reaches, see `estimate`.
+    attention: share of the peak that the attention kernel reaches, see cost_model.py.
   """
 
   name: str
@@ -43,7 +43,7 @@ GIB = 2.0**30
 # all its links, / 2 / links. The network of v4 is not documented: as that of v5e.
 # Clocks: peak / (2 FLOPs x cells of the chip's matrix units: 8 of 128x128 in v4 and
 # v5p, 4 in v5e, 4 of 256x256 in v6e, 8 in tpu7x).
-# attention: 0.53 fits MaxDiffusion's published 36.0 s a step (see estimate.py) on v5p;
+# attention: 0.53 fits MaxDiffusion's published 36.0 s a step on v5p (cost_model.py);
 # v4 and v5e have the same matrix units (128 wide). The units of 256 leave the softmax
 # twice the share: 0.30 fits its published 17 % MFU on 64 chips of tpu7x.
 _CHIPS = (
@@ -69,35 +69,35 @@ class Topology:
 
   @property
   def name(self) -> str:
-    """As `parse` reads it."""
+    """The text that `parse` reads as this shape of this chip."""
     return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
   @property
   def chips(self) -> int:
-    """Of all slices."""
+    """Number of chips of all slices."""
     return self.slices * math.prod(self.shape)
 
   @property
   def devices(self) -> int:
-    """That JAX sees."""
+    """Number of devices that JAX sees."""
     return self.chips * self.chip.devices
 
   @property
   def wrap(self) -> tuple[bool, bool, bool]:
-    """Which axes are rings. Slices below a full cube of a 3D torus have none."""
+    """Tells which axes are rings: none in less than a full cube of a 3D torus."""
     full = [size % self.chip.full_axis == 0 for size in self.shape]
     if self.chip.axes == 3 and not all(full):
       full = [False] * 3
     return (*full, *[False] * (3 - len(full)))
 
   def one_host(self) -> "Topology":
-    """The four chips of one host, on which VAE and sampler run; GPUs: eight."""
+    """Returns the chips of one host, on which VAE and sampler run: 4, or 8 GPUs."""
     shape = {0: (8,), 2: (2, 2), 3: (2, 2, 1)}[self.chip.axes]
     return Topology(self.chip, shape)
 
 
 def parse(text: str, slices: int = 1) -> Topology:
-  """Topology of "v5p:4x4x4", "v6e:16x16" or "h100:64".
+  """Reads a topology, such as "v5p:4x4x4", "v6e:16x16" or "h100:64".
 
   Raises:
     ValueError: for an unknown chip, a wrong number of axes, sizes that are not

@@ -46,7 +46,7 @@ _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
 def devices(topology: Topology) -> list:
-  """Devices of a topology to compile for; they cannot run anything.
+  """Returns devices of a topology to compile for; they cannot run anything.
 
   Raises:
     ValueError: without libtpu, and for a shape that no slice has.
@@ -74,12 +74,12 @@ def devices(topology: Topology) -> list:
 
 
 def compiles_for_gpus() -> bool:
-  """Whether JAX's plugin for CUDA is installed."""
+  """Returns whether JAX's plugin for CUDA is installed."""
   return importlib.util.find_spec("jax_cuda13_plugin") is not None
 
 
 def _gpus(topology: Topology) -> list:
-  """Up to 8 of them a host."""
+  """Returns the GPUs of a topology, up to 8 of them a host."""
   each = math.gcd(topology.chips, 8)
   described = topologies.get_topology_desc(
     platform="cuda",
@@ -90,7 +90,10 @@ def _gpus(topology: Topology) -> list:
 
 
 def compiler_options(topology: Topology) -> dict:
-  """For GPUs, since none can be asked which of its kernels are quickest."""
+  """Returns what the compiler needs to be told.
+
+  No GPU is there to be asked which of its kernels is quickest, so nothing is tuned.
+  """
   if topology.chip.axes:
     return {}
   options = {"xla_gpu_autotune_level": 0}
@@ -100,7 +103,7 @@ def compiler_options(topology: Topology) -> dict:
 
 
 def places(mesh, topology: Topology) -> np.ndarray:
-  """(slice, x, y, z, core) of each partition of a program on the mesh: int [D, 5]."""
+  """Returns (slice, x, y, z, core) of each partition of a program: int [D, 5]."""
   rows = []
   for index, device in enumerate(mesh.devices.flat):
     if hasattr(device, "coords"):
@@ -130,9 +133,12 @@ class Program(NamedTuple):
 
 
 def compile_program(name: str, lowered, options=None) -> Program:
-  """Compiles; that the memory does not suffice is a result and not an error.
+  """Compiles a program; that the memory does not suffice is a result, not an error.
 
-  options: of the compiler.
+  Args:
+    name: of the program, for reports.
+    lowered: what `jit(...).lower` returned.
+    options: of the compiler.
   """
   begin = time.monotonic()
   # The text of a compiled object cannot be read where parts run on SparseCores.
@@ -179,7 +185,7 @@ def _placed(shapes, shardings):
 
 
 def _batch(row, rows, mesh):
-  """Shapes of a batch of such rows, where the train loop puts them."""
+  """Returns the shapes of a batch of such rows, where the train loop puts them."""
   shapes = {
     name: jax.ShapeDtypeStruct((rows, *value.shape), value.dtype)
     for name, value in row.items()
@@ -189,18 +195,18 @@ def _batch(row, rows, mesh):
 
 
 def dit_batch(recipe: recipes.Recipe, mesh) -> dict:
-  """Shapes of the batches of the stage "dit"."""
+  """Returns the shapes of the batches of the stage "dit"."""
   return _batch(build.empty_row(recipe), recipe.dit.rows, mesh)
 
 
 def dit_state(recipe: recipes.Recipe, mesh) -> loop.Built:
-  """The stage's functions, and the shapes and shardings of its state."""
+  """Returns the stage's functions, and the shapes and shardings of its state."""
   task, rules = build.make_task(recipe)
   return loop.build(task, recipe.dit.train, mesh, rules, recipe.seed)
 
 
 def dit_step(recipe: recipes.Recipe, mesh):
-  """The lowered train step of the stage "dit".
+  """Lowers the train step of the stage "dit".
 
   Raises:
     ValueError: if its sizes do not divide by the mesh.
@@ -213,7 +219,7 @@ def dit_step(recipe: recipes.Recipe, mesh):
 
 
 def vae_encode(recipe: recipes.Recipe, mesh):
-  """The lowered encoding of the longest and largest clips, `config.encode.batch_size`.
+  """Lowers the encoding of `config.encode.batch_size` of the longest, largest clips.
 
   The stage runs on each host by itself.
   """
@@ -221,8 +227,8 @@ def vae_encode(recipe: recipes.Recipe, mesh):
   edge = data.size_multiple
   height = max(edge, int((data.max_pixels * 9 / 16) ** 0.5) // edge * edge)
   width = max(edge, data.max_pixels // height // edge * edge)
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  size = -(-recipe.encode.batch_size // ways) * ways
+  shards = sharding.batch_shards(mesh)
+  size = -(-recipe.encode.batch_size // shards) * shards
   frames = buckets.frame_bucket(data.max_frames, recipe.encode.frame_buckets)
   shape = (frames, height, width, 3)
   video = _batch({"x": jax.ShapeDtypeStruct(shape, jnp.uint8)}, size, mesh)["x"]
@@ -237,7 +243,7 @@ def vae_encode(recipe: recipes.Recipe, mesh):
 
 
 def sampling(recipe: recipes.Recipe, mesh):
-  """The lowered program that makes `config.sample.rows` rows of latents.
+  """Lowers the program that samples `config.sample.rows` rows of latents.
 
   All steps of the solver are inside. It runs on each host by itself.
   """
@@ -247,8 +253,8 @@ def sampling(recipe: recipes.Recipe, mesh):
   task, rules = build.make_task(recipe)
   shapes = jax.eval_shape(task.init, jax.random.key(0))
   params = _placed(shapes, sharding.param_shardings(shapes, rules, mesh))
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  rows = -(-options.rows // ways) * ways
+  shards = sharding.batch_shards(mesh)
+  rows = -(-options.rows // shards) * shards
   caption = (
     np.zeros((1, recipe.text.width), jnp.bfloat16) if frozen else np.zeros(1, np.int32)
   )
@@ -278,6 +284,6 @@ def sampling(recipe: recipes.Recipe, mesh):
 
 
 def on_accelerator(recipe: recipes.Recipe) -> recipes.Recipe:
-  """The recipe with the precision that it has there, this being a CPU host."""
+  """Returns the recipe with the precision of an accelerator, which this host is not."""
   precision = "bfloat16" if recipe.precision == "auto" else recipe.precision
   return dataclasses.replace(recipe, precision=precision)

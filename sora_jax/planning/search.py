@@ -13,7 +13,7 @@ from sora_jax.planning import hardware, report
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding
 
-# Remat policies, those that keep most and repeat least first; and as they are tried.
+# Remat policies: those that keep most and repeat least come first.
 _KEEPING = (
   "none",
   "matmuls_saved",
@@ -22,11 +22,12 @@ _KEEPING = (
   "full",
   "offload",
 )
+# They are tried from the middle on: to keep more may not fit, to keep less is slower.
 _TRIED = (*_KEEPING[2:], *_KEEPING[1::-1])
 
 
 def candidates(recipe: recipes.Recipe, topology: hardware.Topology) -> list[dict]:
-  """Overrides of a config to try: meshes x remat x row length, likely ones first.
+  """Returns overrides of a config to try: meshes x remat x row length, likely first.
 
   A step keeps its tokens: rows of twice the length are half as many. Only what divides.
   """
@@ -38,16 +39,16 @@ def candidates(recipe: recipes.Recipe, topology: hardware.Topology) -> list[dict
       continue
     for context in (1, 2, 4, 8, 16):
       for tensor in (1, 2, 4):
-        ways, rest = divmod(topology.devices, context * tensor)
+        batch_shards, rest = divmod(topology.devices, context * tensor)
         divides = (
           not rest
-          and ways % topology.slices == 0
-          and rows % (ways * stage.train.grad_accumulation) == 0
+          and batch_shards % topology.slices == 0
+          and rows % (batch_shards * stage.train.grad_accumulation) == 0
           and tokens % (128 * context) == 0
           and stage.model.heads % tensor == 0
         )
         for remat in dit.REMAT_POLICIES if divides else ():
-          mesh = (topology.slices, ways // topology.slices, context, tensor)
+          mesh = (topology.slices, batch_shards // topology.slices, context, tensor)
           found.append(
             {f"mesh.{axis}": n for axis, n in zip(sharding.AXES, mesh, strict=True)}
             | {"dit.model.remat": remat, "dit.rows": rows, "dit.tokens": tokens}
@@ -65,7 +66,7 @@ def candidates(recipe: recipes.Recipe, topology: hardware.Topology) -> list[dict
 
 
 def needless(overrides: dict, trials: list[dict]) -> bool:
-  """Whether trials with other remat policies tell that this one is not worth a trial.
+  """Returns whether trials of other remat policies make this one needless.
 
   What keeps more than one that does not fit does not fit either; what keeps less than
   one that fits is slower.
@@ -147,7 +148,7 @@ def search(
 
 
 def file_name(topology: hardware.Topology) -> str:
-  """Of a plan's files, without ending."""
+  """Returns the name of a plan's files, without ending."""
   return f"{topology.name.replace(':', '-')}-{topology.slices}"
 
 

@@ -21,7 +21,7 @@ def of_recipe(
   manifest: str | None = None,
   clip_tokens: int = 0,
 ) -> cost_model.Load:
-  """Load of the recipe's rows.
+  """Returns what the recipe's rows will hold.
 
   Args:
     recipe: for the size of a row.
@@ -57,7 +57,7 @@ def _manifests(workdir):
 
 
 def _lengths(recipe, path):
-  """(tokens, text tokens) of each training clip; the longest text if it has no length.
+  """Returns (tokens, text tokens) of each training clip; the longest text if unknown.
 
   Image latents that a visit may append are not counted.
   """
@@ -81,14 +81,14 @@ def _lengths(recipe, path):
 
 
 def _packed(lengths, budget, seed):
-  """(rows of lengths, fill of all)."""
+  """Packs as training does; returns rows of lengths, and how full all rows are."""
   rows = planner.plan(lengths, budget, seed, epoch=0)
   full = planner.fill(lengths, rows, budget)
   return [[lengths[i] for i in row] for row in rows[:_ROWS]], full
 
 
 def of_rows(rows, fill: float, budget: planner.Budget, source: str) -> cost_model.Load:
-  """Load of rows of (tokens, text tokens) of each clip; means over them."""
+  """Returns the mean load of rows, each a list of a clip's (tokens, text tokens)."""
   sums = np.zeros(7)
   for row in rows:
     tokens, texts = (np.array(column) for column in zip(*row, strict=True))
@@ -101,7 +101,7 @@ def of_rows(rows, fill: float, budget: planner.Budget, source: str) -> cost_mode
 
 
 def _ids(lengths, total):
-  """Segment ids of a row: 1, 2, ..., then 0 for padding."""
+  """Returns the segment ids of a row: 1, 2, ..., then 0 for padding."""
   ids = np.zeros(total, np.int32)
   used = np.repeat(1 + np.arange(len(lengths)), lengths)
   ids[: len(used)] = used
@@ -109,7 +109,7 @@ def _ids(lengths, total):
 
 
 def _visited(ids_L, ids_S):
-  """Share of the blocks that the attention kernel visits."""
+  """Returns the share of all blocks that the attention kernel visits."""
   blocks, padded = [], []
   for ids in (ids_L, ids_S):
     length, block = splash_tpu.whole_blocks(len(ids))

@@ -1,4 +1,14 @@
-"""Numbers as people read them."""
+"""Numbers and tables as people read them, in plain text."""
+
+import io
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+# A log has no width: no line of a table is ever broken.
+_WIDTH = 1000
 
 
 def format_seconds(seconds: float) -> str:
@@ -9,3 +19,27 @@ def format_seconds(seconds: float) -> str:
     if seconds >= size:
       return f"{seconds // size}{name}{seconds % size // part:02d}{low}"
   return f"{seconds}s"
+
+
+def table_lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+  """Returns the lines of a table: a head, a rule, and a line for each row.
+
+  The first column is aligned to the left, and the others, which hold numbers, to the
+  right. No line ends in blanks.
+
+  Raises:
+    ValueError: if a row has not as many cells as the head.
+  """
+  table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
+  for i, name in enumerate(head):
+    table.add_column(name, justify="right" if i else "left", no_wrap=True)
+  for row in rows:
+    if len(row) != len(head):
+      raise ValueError(f"a row of {len(row)} cells in a table of {len(head)}: {row}")
+    table.add_row(*row)
+  out = io.StringIO()
+  # Neither a terminal's colours nor markup such as "[bold]" belong into a log.
+  console = Console(file=out, width=_WIDTH, color_system=None, force_terminal=False,
+                    markup=False, highlight=False)  # fmt: skip
+  console.print(table)
+  return [line.rstrip() for line in out.getvalue().splitlines()]

@@ -1,6 +1,12 @@
-"""What the VAE learns: L1, KL, and by config squared error, LPIPS and a critic."""
+"""The task of the VAE: L1 and KL, and by config squared error, LPIPS and a critic.
+
+Clips of a batch are padded to one size, so that every term is a mean over the pixels
+(or latents, or cells of the critic) that belong to a clip.
+"""
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +19,9 @@ from sora_jax.models.partition import PARAMS
 from sora_jax.models.vae import VAE, VAEConfig
 from sora_jax.tasks import Task
 
-# Of the adaptive weight, as VQGAN's authors have them.
+# The adaptive weight is |g1| / (|g2| + _DELTA), at most _MOST: VQGAN's own figures.
 _DELTA, _MOST = 1e-4, 1e4
-# A clip's padding, as the data pipeline fills it.
+# The data pipeline fills a clip's padding with black.
 _BLACK = -1.0
 
 
@@ -29,6 +35,7 @@ class VAELossConfig:
     latent_noise: most noise on the latents that the decoder learns from, relative to
       their standard deviation; each clip gets a random share. So it learns to draw a
       steady video of latents that are not quite right, as generated ones are.
+    kl_weight: of the posterior's divergence from the standard normal.
     lpips_weight: of the perceptual distance of frames (models/lpips.py); it needs
       lpips_file, a .safetensors file with the names of weights/lpips.py.
     lpips_frames: random frames of each clip that it looks at; 0 = all.
@@ -70,139 +77,245 @@ def make(
   dtype: jnp.dtype = jnp.float32,
   lpips_params=None,
 ) -> Task:
-  """The task over batches of `data.pipeline.ClipDataset`.
+  """Returns the task over batches of `data.pipeline.ClipDataset`.
 
-  lpips_params: as of `weights.lpips.load`, where the loss has LPIPS; they stay frozen.
+  Args:
+    model: sizes of the VAE.
+    loss_config: the terms of the loss and their weights.
+    dtype: of the computation; params and losses are float32.
+    lpips_params: what `weights.lpips.load` returns, where the loss has LPIPS. They are
+      the task's frozen params and are not trained.
   """
-  vae = VAE(model, dtype)
-  critic_sizes = loss_config.discriminator_width, loss_config.discriminator_depth
-  discriminator = Discriminator(*critic_sizes, dtype=dtype)
-  adversarial = loss_config.gan_weight > 0
+  networks = _Networks(model, loss_config, dtype)
+  return Task(
+    init=networks.init,
+    loss=functools.partial(_loss, networks),
+    evaluate=functools.partial(_evaluate, networks),
+    frozen={"lpips": lpips_params} if loss_config.lpips_weight > 0 else None,
+  )
 
-  def init(key: Array):
+
+@dataclasses.dataclass(frozen=True)
+class _Networks:
+  """The VAE and the networks that judge what it decodes, as functions of params."""
+
+  model: VAEConfig
+  loss_config: VAELossConfig
+  dtype: jnp.dtype
+
+  @property
+  def adversarial(self) -> bool:
+    """Whether there is a discriminator."""
+    return self.loss_config.gan_weight > 0
+
+  def init(self, key: Array) -> dict:
+    """Initialises the params of all networks that are trained, on the least clips."""
     vae_key, discriminator_key = jax.random.split(key)
-    frames = 1 + model.time_factor
-    video = jnp.zeros((1, frames, model.space_factor, model.space_factor, 3))
-    params = {"vae": VAE(model).init(vae_key, video)["params"]}
-    if adversarial:
-      video = jnp.zeros((1, 5, 32, 32, 3))
-      params["discriminator"] = Discriminator(*critic_sizes).init(
-        discriminator_key, video
-      )["params"]
+    frames, size = 1 + self.model.time_factor, self.model.space_factor
+    video_BTHWC = jnp.zeros((1, frames, size, size, 3))
+    params = {"vae": VAE(self.model).init(vae_key, video_BTHWC)["params"]}
+    if self.adversarial:
+      video_BTHWC = jnp.zeros((1, 5, 32, 32, 3))
+      discriminator = self._discriminator(jnp.float32)
+      variables = discriminator.init(discriminator_key, video_BTHWC)
+      params["discriminator"] = variables["params"]
     return params
 
-  def apply(params, method, x):
-    return vae.apply({"params": params["vae"]}, x, method=method)
+  def encode(self, params, video_BTHWC: Array) -> tuple[Array, Array]:
+    """Returns the mean and the log-variance of the posterior."""
+    return self._apply_vae(params, VAE.encode, video_BTHWC)
 
-  def critic(params, video_BTHWC):
-    logit_BTHW = discriminator.apply({"params": params["discriminator"]}, video_BTHWC)
-    return logit_BTHW[..., None]
+  def decode(self, params, latent_BTHWC: Array) -> Array:
+    """Returns the video of a latent."""
+    return self._apply_vae(params, VAE.decode, latent_BTHWC)
 
-  def lpips(frozen, clips, key):
-    network = LPIPS(dtype=dtype)
-    clips = choose_frames(clips, key, loss_config.lpips_frames)
-    x, y, mask = (clip.reshape(-1, *clip.shape[2:]) for clip in clips)
-    distance = network.apply({"params": frozen["lpips"]}, x, y, mask[..., 0])
-    real = mask[:, 0, 0, 0]
-    return jnp.sum(distance * real) / jnp.maximum(jnp.sum(real), 1.0)
+  def criticize(self, params, video_BTHWC: Array) -> Array:
+    """Returns the discriminator's logits, one channel of the cells of a video."""
+    discriminator = self._discriminator(self.dtype)
+    variables = {"params": params["discriminator"]}
+    return discriminator.apply(variables, video_BTHWC)[..., None]
 
-  def loss(params, batch, key: Array, frozen=None):
-    video_BTHWC = to_float(batch["video_THWC"])
-    mask_BTHWC = valid_mask(batch)
-    mean_BTHWC, logvar_BTHWC = apply(params, VAE.encode, video_BTHWC)
-    eps_BTHWC = jax.random.normal(key, mean_BTHWC.shape)
-    latent_BTHWC = mean_BTHWC + jnp.exp(0.5 * logvar_BTHWC) * eps_BTHWC
-    if loss_config.latent_noise > 0:
-      latent_BTHWC += loss_config.latent_noise * noise_like(latent_BTHWC, key)
-    kl_BTHWC = 0.5 * (mean_BTHWC**2 + jnp.exp(logvar_BTHWC) - 1.0 - logvar_BTHWC)
-    kl = _masked_mean(kl_BTHWC, latent_mask(model, batch))
+  def lpips(self, frozen, clips, key: Array) -> Array:
+    """Returns the mean LPIPS of random frames of two clips.
 
-    def on_black(video_BTHWC):
-      # Networks that judge see the same where there is no clip, whatever is there.
-      return jnp.where(mask_BTHWC > 0, video_BTHWC, _BLACK)
+    clips: two videos and their mask, as for `choose_frames`.
+    """
+    network = LPIPS(dtype=self.dtype)
+    clips = choose_frames(clips, key, self.loss_config.lpips_frames)
+    x_BHWC, y_BHWC, mask_BHWC = (clip.reshape(-1, *clip.shape[2:]) for clip in clips)
+    variables = {"params": frozen["lpips"]}
+    distance_B = network.apply(variables, x_BHWC, y_BHWC, mask_BHWC[..., 0])
+    # Frames of the padding have no pixel at all, not even the first.
+    real_B = mask_BHWC[:, 0, 0, 0]
+    return jnp.sum(distance_B * real_B) / jnp.maximum(jnp.sum(real_B), 1.0)
 
-    def reconstruction(decoded_BTHWC):
-      l1 = _masked_mean(jnp.abs(decoded_BTHWC - video_BTHWC), mask_BTHWC)
-      total, metrics = l1 + loss_config.kl_weight * kl, {"l1": l1, "kl": kl}
-      if loss_config.mse_weight > 0:
-        metrics["mse"] = _masked_mean((decoded_BTHWC - video_BTHWC) ** 2, mask_BTHWC)
-        total += loss_config.mse_weight * metrics["mse"]
-      if loss_config.lpips_weight > 0:
-        clips = on_black(decoded_BTHWC), on_black(video_BTHWC), mask_BTHWC
-        metrics["lpips"] = lpips(frozen, clips, jax.random.fold_in(key, 1))
-        total += loss_config.lpips_weight * metrics["lpips"]
-      return total, metrics
+  def _apply_vae(self, params, method, x_BTHWC):
+    vae = VAE(self.model, self.dtype)
+    return vae.apply({"params": params["vae"]}, x_BTHWC, method=method)
 
-    if not adversarial:
-      return reconstruction(apply(params, VAE.decode, latent_BTHWC))
+  def _discriminator(self, dtype):
+    config = self.loss_config
+    sizes = config.discriminator_width, config.discriminator_depth
+    return Discriminator(*sizes, dtype=dtype)
 
-    cells = slice(None, None, 2**loss_config.discriminator_depth)
-    mask_cells = mask_BTHWC[:, cells, cells, cells]
 
-    def generator(decoded_BTHWC):
-      logit = critic(jax.lax.stop_gradient(params), on_black(decoded_BTHWC))
-      return -_masked_mean(logit, mask_cells)
+class _Clips(NamedTuple):
+  """Real clips [B, T, H, W, 3] in [-1, 1], and 1 where they have pixels [.., 1]."""
 
-    if loss_config.gan_adaptive:
-      decoded_BTHWC, (total, metrics), feeling, scale = _balanced(
-        lambda last: apply(_with_last(params, last), VAE.decode, latent_BTHWC),
-        _last(params),
-        reconstruction,
-        generator,
-      )
-      metrics = {**metrics, "gan_scale": scale}
-    else:
-      decoded_BTHWC = apply(params, VAE.decode, latent_BTHWC)
-      total, metrics = reconstruction(decoded_BTHWC)
-      feeling, scale = generator(decoded_BTHWC), 1.0
+  video_BTHWC: Array
+  mask_BTHWC: Array
 
-    def hinge(sign, video_BTHWC):
-      logit = critic(params, on_black(jax.lax.stop_gradient(video_BTHWC)))
-      return _masked_mean(jax.nn.relu(1.0 - sign * logit), mask_cells)
+  def on_black(self, video_BTHWC: Array) -> Array:
+    """Returns a video that is black where the clips are padded.
 
-    judging = hinge(1.0, video_BTHWC) + hinge(-1.0, decoded_BTHWC)
-    on = (batch["step"] >= loss_config.gan_start).astype(jnp.float32)
-    total += loss_config.gan_weight * on * scale * feeling + 0.5 * judging
-    return total, {**metrics, "gan_generator": feeling, "gan_critic": judging}
+    Networks that judge thus see the same there, whatever was decoded.
+    """
+    return jnp.where(self.mask_BTHWC > 0, video_BTHWC, _BLACK)
 
-  def evaluate(params, batch, key: Array, frozen=None):
-    # The posterior's mean is decoded: no noise.
-    video_BTHWC = to_float(batch["video_THWC"])
-    decoded_BTHWC = apply(params, VAE.decode, apply(params, VAE.encode, video_BTHWC)[0])
-    mask_BTHWC = valid_mask(batch)
-    squared = (jnp.clip(decoded_BTHWC, -1.0, 1.0) - video_BTHWC) ** 2
-    axes = tuple(range(1, 5))
-    pixels_B = jnp.maximum(jnp.sum(mask_BTHWC, axes) * 3, 1.0)
-    mse_B = jnp.sum(squared * mask_BTHWC, axes) / pixels_B
-    psnr_B = 10.0 * jnp.log10(4.0 / jnp.maximum(mse_B, 1e-10))
-    real_B = jnp.sum(mask_BTHWC, axes) > 0
-    metrics = {"psnr": jnp.sum(psnr_B * real_B) / jnp.maximum(jnp.sum(real_B), 1)}
-    if frozen is not None:
-      clips = (
-        jnp.where(mask_BTHWC > 0, jnp.clip(clip, -1.0, 1.0), _BLACK)
-        for clip in (decoded_BTHWC, video_BTHWC)
-      )
-      metrics["lpips"] = lpips(frozen, (*clips, mask_BTHWC), key)
-    return metrics
 
-  frozen = None
-  if loss_config.lpips_weight > 0:
-    frozen = {"lpips": lpips_params}
-  return Task(init, loss, evaluate, frozen)
+def _loss(networks: _Networks, params, batch, key: Array, frozen=None):
+  """Returns the total of all terms, the critic's own included, and the metrics.
+
+  Stop-gradients keep the terms apart: the generator's does not reach the params of the
+  discriminator, and the critic's does not reach those of the VAE.
+  """
+  config = networks.loss_config
+  clips = _Clips(to_float(batch["video_THWC"]), valid_mask(batch))
+  moments = networks.encode(params, clips.video_BTHWC)
+  latent_BTHWC = _draw_latent(*moments, config.latent_noise, key)
+  kl = _masked_mean(_kl_divergence(*moments), latent_mask(networks.model, batch))
+  reconstruction = functools.partial(
+    _reconstruction_loss, networks, clips, kl, frozen, key
+  )
+  if not networks.adversarial:
+    return reconstruction(networks.decode(params, latent_BTHWC))
+
+  generator = functools.partial(_generator_loss, networks, params, clips)
+  if config.gan_adaptive:
+    decoded_BTHWC, (total, metrics), generator_loss, scale = _balanced(
+      lambda last: networks.decode(_with_last(params, last), latent_BTHWC),
+      _last(params),
+      reconstruction,
+      generator,
+    )
+    metrics = {**metrics, "gan_scale": scale}
+  else:
+    decoded_BTHWC = networks.decode(params, latent_BTHWC)
+    total, metrics = reconstruction(decoded_BTHWC)
+    generator_loss, scale = generator(decoded_BTHWC), 1.0
+  critic_loss = _critic_loss(networks, params, clips, decoded_BTHWC)
+  on = (batch["step"] >= config.gan_start).astype(jnp.float32)
+  total += config.gan_weight * on * scale * generator_loss + 0.5 * critic_loss
+  return total, {**metrics, "gan_generator": generator_loss, "gan_critic": critic_loss}
+
+
+def _draw_latent(mean_BTHWC, logvar_BTHWC, latent_noise: float, key: Array) -> Array:
+  """Draws from the posterior, and adds the noise that the decoder is to be used to."""
+  eps_BTHWC = jax.random.normal(key, mean_BTHWC.shape)
+  latent_BTHWC = mean_BTHWC + jnp.exp(0.5 * logvar_BTHWC) * eps_BTHWC
+  if latent_noise > 0:
+    latent_BTHWC += latent_noise * noise_like(latent_BTHWC, key)
+  return latent_BTHWC
+
+
+def _kl_divergence(mean_BTHWC, logvar_BTHWC) -> Array:
+  """Returns the divergence of each number's posterior from the standard normal."""
+  return 0.5 * (mean_BTHWC**2 + jnp.exp(logvar_BTHWC) - 1.0 - logvar_BTHWC)
+
+
+def _reconstruction_loss(
+  networks: _Networks, clips: _Clips, kl: Array, frozen, key: Array, decoded_BTHWC
+):
+  """Returns (L1 + KL + squared error + LPIPS by their weights, each of them)."""
+  config = networks.loss_config
+  video_BTHWC, mask_BTHWC = clips
+  l1 = _masked_mean(jnp.abs(decoded_BTHWC - video_BTHWC), mask_BTHWC)
+  total, metrics = l1 + config.kl_weight * kl, {"l1": l1, "kl": kl}
+  if config.mse_weight > 0:
+    metrics["mse"] = _masked_mean((decoded_BTHWC - video_BTHWC) ** 2, mask_BTHWC)
+    total += config.mse_weight * metrics["mse"]
+  if config.lpips_weight > 0:
+    compared = clips.on_black(decoded_BTHWC), clips.on_black(video_BTHWC), mask_BTHWC
+    metrics["lpips"] = networks.lpips(frozen, compared, jax.random.fold_in(key, 1))
+    total += config.lpips_weight * metrics["lpips"]
+  return total, metrics
+
+
+def _generator_loss(networks: _Networks, params, clips: _Clips, decoded_BTHWC):
+  """Returns the hinge loss of the VAE: how little the critic takes its clips for real.
+
+  The gradient goes through the critic, but not to its params.
+  """
+  critic_params = jax.lax.stop_gradient(params)
+  logit_BTHWC = networks.criticize(critic_params, clips.on_black(decoded_BTHWC))
+  return -_masked_mean(logit_BTHWC, _cell_mask(networks, clips))
+
+
+def _critic_loss(networks: _Networks, params, clips: _Clips, decoded_BTHWC):
+  """Returns the hinge loss of the discriminator over real and decoded clips."""
+  mask_cells = _cell_mask(networks, clips)
+
+  def hinge(sign, video_BTHWC):
+    shown_BTHWC = clips.on_black(jax.lax.stop_gradient(video_BTHWC))
+    logit_BTHWC = networks.criticize(params, shown_BTHWC)
+    return _masked_mean(jax.nn.relu(1.0 - sign * logit_BTHWC), mask_cells)
+
+  return hinge(1.0, clips.video_BTHWC) + hinge(-1.0, decoded_BTHWC)
+
+
+def _cell_mask(networks: _Networks, clips: _Clips) -> Array:
+  """Returns 1 where the first pixel of a cell of the discriminator is the clip's."""
+  cells = slice(None, None, 2**networks.loss_config.discriminator_depth)
+  return clips.mask_BTHWC[:, cells, cells, cells]
+
+
+def _evaluate(networks: _Networks, params, batch, key: Array, frozen=None) -> dict:
+  """Returns the PSNR, and with frozen params the LPIPS, of decoded clips.
+
+  The posterior's mean is decoded, so that no noise is in the figures; key only chooses
+  the frames of LPIPS.
+  """
+  clips = _Clips(to_float(batch["video_THWC"]), valid_mask(batch))
+  mean_BTHWC, _ = networks.encode(params, clips.video_BTHWC)
+  decoded_BTHWC = networks.decode(params, mean_BTHWC)
+  metrics = {"psnr": _mean_psnr(jnp.clip(decoded_BTHWC, -1.0, 1.0), clips)}
+  if frozen is not None:
+    shown = (
+      clips.on_black(jnp.clip(video_BTHWC, -1.0, 1.0))
+      for video_BTHWC in (decoded_BTHWC, clips.video_BTHWC)
+    )
+    metrics["lpips"] = networks.lpips(frozen, (*shown, clips.mask_BTHWC), key)
+  return metrics
+
+
+def _mean_psnr(video_BTHWC, clips: _Clips) -> Array:
+  """Returns the mean PSNR in dB over the clips that have pixels, of these alone."""
+  axes = tuple(range(1, 5))
+  squared_BTHWC = (video_BTHWC - clips.video_BTHWC) ** 2
+  pixels_B = jnp.maximum(jnp.sum(clips.mask_BTHWC, axes) * 3, 1.0)
+  mse_B = jnp.sum(squared_BTHWC * clips.mask_BTHWC, axes) / pixels_B
+  # The range of values is 2, and an exact copy counts as 100 dB and not as infinite.
+  psnr_B = 10.0 * jnp.log10(4.0 / jnp.maximum(mse_B, 1e-10))
+  real_B = jnp.sum(clips.mask_BTHWC, axes) > 0
+  return jnp.sum(psnr_B * real_B) / jnp.maximum(jnp.sum(real_B), 1)
 
 
 def to_float(video_u8: Array) -> Array:
-  """uint8 pixels -> float32 in [-1, 1]."""
+  """Returns uint8 pixels as float32 in [-1, 1]."""
   return video_u8.astype(jnp.float32) / 127.5 - 1.0
 
 
 def to_uint8(video: Array) -> Array:
-  """Inverse of `to_float`, clipped and rounded."""
+  """Returns pixels in [-1, 1] as uint8, clipped and rounded; it inverts `to_float`."""
   return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
 def valid_mask(batch) -> Array:
-  """1 where a padded clip has pixels: float32 [B, T, H, W, 1]."""
+  """Returns 1 where a padded clip has pixels: float32 [B, T, H, W, 1].
+
+  batch: with `video_THWC` [B, T, H, W, 3] and `valid_3`, the (T, H, W) that each clip
+    fills from its first corner on.
+  """
   T, H, W = batch["video_THWC"].shape[1:4]
   valid_B3 = batch["valid_3"]
   t = jnp.arange(T)[None, :] < valid_B3[:, :1]
@@ -213,12 +326,16 @@ def valid_mask(batch) -> Array:
 
 
 def _masked_mean(value_BTHWC, mask_BTHWC):
+  """Returns the mean of the values whose mask, of one channel, is 1; 0 without any."""
   weight = jnp.sum(mask_BTHWC) * value_BTHWC.shape[-1]
   return jnp.sum(value_BTHWC * mask_BTHWC) / jnp.maximum(weight, 1.0)
 
 
 def noise_like(latent_BTHWC, key: Array):
-  """Noise with the deviation of each channel in the batch; each clip has a share."""
+  """Returns noise with the deviation that each channel has in the batch.
+
+  Each clip gets a random share of it between 0 and 1.
+  """
   share_key, noise_key = jax.random.split(jax.random.fold_in(key, 2))
   share_B = jax.random.uniform(share_key, latent_BTHWC.shape[:1])
   deviation_C = jnp.std(jax.lax.stop_gradient(latent_BTHWC), axis=(0, 1, 2, 3))
@@ -227,7 +344,7 @@ def noise_like(latent_BTHWC, key: Array):
 
 
 def choose_frames(clips, key: Array, count: int):
-  """The same `count` different random frames of each of the clips; 0 = all frames.
+  """Takes `count` random frames of each clip, alike from all arrays; 0 takes all.
 
   clips: arrays [B, T, H, W, ...], the last of them their mask. Where a clip is padded
   in time, its own frames come first: a shorter one gives all it has.
@@ -235,6 +352,7 @@ def choose_frames(clips, key: Array, count: int):
   if not 0 < count < clips[-1].shape[1]:
     return clips
   padding_BT = 1.0 - clips[-1][:, :, 0, 0, 0]
+  # A random order in which frames of the padding, at 1 and more, come last.
   order_BT = jax.random.uniform(key, padding_BT.shape) + padding_BT
   index_BT = jnp.argsort(order_BT, axis=1)[:, :count]
   index = index_BT[:, :, None, None, None]
@@ -244,45 +362,49 @@ def choose_frames(clips, key: Array, count: int):
 def _balanced(decode, last, reconstruction, generator):
   """Decodes, and weighs the generator's term against the reconstruction's.
 
-  The weight is the ratio of the norms of their gradients at the decoder's last kernel.
-  Both go back to the decoded clip once; from there one step gives those at the kernel,
-  and they are handed on to the params, so that nothing is differentiated twice.
+  The weight is the ratio of the norms of their gradients at the decoder's last kernel
+  (VQGAN, arXiv:2012.09841, equation 7). Both go back to the decoded clip once; from
+  there one step gives those at the kernel, and they are handed on to the params, so
+  that nothing is differentiated twice.
 
   Args:
-    decode: last kernel -> clip. last: that kernel.
-    reconstruction: clip -> (loss, metrics). generator: clip -> loss.
+    decode: last kernel -> clip.
+    last: the decoder's last kernel.
+    reconstruction: clip -> (loss, metrics).
+    generator: clip -> loss.
 
   Returns:
-    The clip, what reconstruction and generator give, and the weight.
+    The clip, what reconstruction and generator return, and the weight.
   """
   decoded, to_last = jax.vjp(decode, last)
   still = jax.lax.stop_gradient(decoded)
   (total, metrics), ours = jax.value_and_grad(reconstruction, has_aux=True)(still)
-  feeling, theirs = jax.value_and_grad(generator)(still)
+  generator_loss, theirs = jax.value_and_grad(generator)(still)
 
   def norm(gradient):
     return jnp.linalg.norm(jax.lax.stop_gradient(to_last(gradient)[0]))
 
   scale = jnp.clip(norm(ours) / (norm(theirs) + _DELTA), 0.0, _MOST)
-  # 0, and the gradient that is known already.
+  # The terms below are 0, but their gradient is the one that is known already.
   total += jnp.vdot(ours, decoded - still)
-  feeling += jnp.vdot(theirs, decoded - still)
-  return decoded, (total, metrics), feeling, scale
+  generator_loss += jnp.vdot(theirs, decoded - still)
+  return decoded, (total, metrics), generator_loss, scale
 
 
 def _last(params):
+  """Returns the kernel of the decoder's last layer."""
   return params["vae"]["decoder"]["conv_out"]["conv"]["kernel"]
 
 
 def _with_last(params, kernel):
-  """Params with another kernel in the decoder's last layer."""
+  """Returns the params with another kernel in the decoder's last layer."""
   decoder = params["vae"]["decoder"]
   conv = {**decoder["conv_out"]["conv"], "kernel": kernel}
   decoder = {**decoder, "conv_out": {"conv": conv}}
   return {"vae": {**params["vae"], "decoder": decoder}}
 
 
-# Of the params that `make` gets for LPIPS, below "lpips".
+# Sharding of the task's frozen params.
 LPIPS_RULES = (
   (r"lpips/vgg/.*/kernel", P(None, None, None, PARAMS)),
   (r"lpips/(vgg/.*/bias|head_\d)", P()),
@@ -290,7 +412,7 @@ LPIPS_RULES = (
 
 
 def sharding_rules(model: VAEConfig, loss_config: VAELossConfig):
-  """Sharding of the params: the output channels of every kernel over fsdp."""
+  """Returns the rules that shard the output channels of every kernel over fsdp."""
   rules = [
     (r"vae/.*/(conv|space|time)/kernel", P(None, None, None, None, PARAMS)),
     (r"vae/.*/(bias|scale)", P()),
@@ -307,7 +429,7 @@ def sharding_rules(model: VAEConfig, loss_config: VAELossConfig):
 
 
 def latent_mask(model: VAEConfig, batch) -> Array:
-  """1 where a latent's pixels are all valid: float32 [B, t, h, w, 1]."""
+  """Returns 1 where a latent's pixels are all valid: float32 [B, t, h, w, 1]."""
   shape = model.latent_shape(*batch["video_THWC"].shape[1:4])
   valid_B3 = batch["valid_3"]
   # A clip without frames has no latent either.

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from golden import make_ssim
 
-from sora_jax import evaluate
 from sora_jax.data import shapes, sources, video
 from sora_jax.data.clips import Clip, read_rows
-from sora_jax.evaluation import quality
+from sora_jax.evaluation import attributes, heldout, quality
+from sora_jax.evaluation.reconstruction import reconstruction
 from sora_jax.run import recipe as recipes
 
 
@@ -25,24 +25,30 @@ def test_psnr():
   a_THWC = np.full((2, 16, 16, 3), 100, np.uint8)
   # Both ways round: the difference must not be taken in uint8.
   for value in (110, 90):
-    assert evaluate.psnr(a_THWC, np.full_like(a_THWC, value)) == pytest.approx(
+    assert quality.psnr(a_THWC, np.full_like(a_THWC, value)) == pytest.approx(
       20 * np.log10(255 / 10)
     )
   one_off = a_THWC.copy()
   one_off[0, 0, 0, 0] += 1
   expected = 10 * np.log10(255**2 * a_THWC.size)
-  assert evaluate.psnr(a_THWC, one_off) == pytest.approx(expected)
-  assert evaluate.psnr(a_THWC, a_THWC) == 100
+  assert quality.psnr(a_THWC, one_off) == pytest.approx(expected)
+  assert quality.psnr(a_THWC, a_THWC) == 100
+
+
+def test_ssim_needs_frames_as_large_as_its_window():
+  narrow_THWC = np.zeros((2, 11, 10, 3), np.uint8)
+  with pytest.raises(ValueError, match=r"at least 11x11, not \(11, 10\)"):
+    quality.ssim(narrow_THWC, narrow_THWC)
 
 
 def test_spread():
-  assert evaluate.spread(list("abc"), 5) == list("abc")
-  assert evaluate.spread(list(range(10)), 4) == [0, 2, 5, 7]
-  assert evaluate.spread(list(range(10)), 10) == list(range(10))
+  assert heldout.spread(list("abc"), 5) == list("abc")
+  assert heldout.spread(list(range(10)), 4) == [0, 2, 5, 7]
+  assert heldout.spread(list(range(10)), 10) == list(range(10))
 
 
 @pytest.fixture(scope="module")
-def heldout(tmp_path_factory):
+def heldout_rows(tmp_path_factory):
   """Held-out rows of generated clips, each with its file."""
   folder = tmp_path_factory.mktemp("shapes")
   shapes.generate(folder, num_train=0, num_heldout=40, seed=11)
@@ -52,12 +58,14 @@ def heldout(tmp_path_factory):
   ]
 
 
-def test_attributes_of_real_and_of_shuffled_files(heldout):
+def test_attributes_of_real_and_of_shuffled_files(heldout_rows):
   """Real files score near 100 %, those of other prompts near chance."""
-  groups = [[r for r in heldout if (r["truth"]["frames"] == 1) == s] for s in (1, 0)]
+  groups = [
+    [r for r in heldout_rows if (r["truth"]["frames"] == 1) == s] for s in (1, 0)
+  ]
   rows = [row for group in groups for row in group]
   wrong = [row for group in groups for row in group[1:] + group[:1]]
-  table = evaluate.attribute_table(
+  table = attributes.attribute_table(
     [row["truth"] for row in rows],
     [row["path"] for row in wrong],
     [row["path"] for row in rows],
@@ -73,19 +81,19 @@ def test_attributes_of_real_and_of_shuffled_files(heldout):
     assert table[name]["samples"] < 0.5
 
 
-def test_attributes_of_files_that_show_nothing(heldout, tmp_path):
+def test_attributes_of_files_that_show_nothing(heldout_rows, tmp_path):
   """What an untrained model makes has no attribute right, and is not an error."""
   path = tmp_path / "grey.mp4"
   video.write(path, np.full((9, 64, 64, 3), 90, np.uint8), 12)
-  row = next(row for row in heldout if row["truth"]["frames"] > 1)
-  table = evaluate.attribute_table([row["truth"]], [path], [row["path"]])
+  row = next(row for row in heldout_rows if row["truth"]["frames"] > 1)
+  table = attributes.attribute_table([row["truth"]], [path], [row["path"]])
   assert {column["samples"] for column in table.values()} == {0.0}
   assert {column["real"] for column in table.values()} == {1.0}
 
 
 def test_format_table():
   table = {"color": {"samples": 0.5, "chance": 0.125, "real": 1.0, "n": 64}}
-  head, line = evaluate.format_table(table).splitlines()
+  head, _, line = attributes.format_table(table)
   assert head.split() == ["attribute", "samples", "+-", "chance", "real", "n"]
   # 1.96 sqrt(0.25 / 64)
   assert line.split() == ["color", "50.0%", "12.2%", "12.5%", "100.0%", "64"]
@@ -117,22 +125,22 @@ def test_reconstruction(tmp_path):
   (tmp_path / "broken.mp4").write_bytes(b"no video")
   config = recipes.Encode(batch_size=2, frame_buckets=(1, 9))
   batches = []
-  made = evaluate.reconstruction([*clips, broken], copies(batches), config)
-  assert made == {"psnr": 100.0, "ssim": pytest.approx(1.0), "clips": 3, "unread": 1}
+  result = reconstruction([*clips, broken], copies(batches), config)
+  assert result == {"psnr": 100.0, "ssim": pytest.approx(1.0), "clips": 3, "unread": 1}
   assert sorted(batches) == [(2, 1, 32, 32, 3), (2, 9, 32, 32, 3)]
 
   # Only the clip's own frames count, not those that a shorter one is padded with.
   def spoil_the_end(x):
     return np.where(np.arange(x.shape[1])[:, None, None, None] < 5, x, 0)
 
-  made = evaluate.reconstruction([clips[1]], copies([], spoil_the_end), config)
-  assert made["psnr"] == 100.0
-  made = evaluate.reconstruction([clips[0]], copies([], spoil_the_end), config)
-  assert made["psnr"] < 20
+  result = reconstruction([clips[1]], copies([], spoil_the_end), config)
+  assert result["psnr"] == 100.0
+  result = reconstruction([clips[0]], copies([], spoil_the_end), config)
+  assert result["psnr"] < 20
 
 
 def test_reconstruction_without_a_readable_clip(tmp_path):
   broken = make_clip(tmp_path / "broken.mp4")
   (tmp_path / "broken.mp4").write_bytes(b"no video")
   with pytest.raises(ValueError, match="none of 1 held-out clips could be read"):
-    evaluate.reconstruction([broken], copies([]), recipes.Encode())
+    reconstruction([broken], copies([]), recipes.Encode())

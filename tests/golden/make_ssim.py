@@ -1,4 +1,4 @@
-"""Makes ssim.json: structural similarity by scikit-image, for evaluate.ssim.
+"""Makes ssim.json: structural similarity by scikit-image, for evaluation/quality.py.
 
 pip install scikit-image && python tests/golden/make_ssim.py
 """

@@ -130,8 +130,8 @@ def test_slurm_command():
                *MAIN)  # fmt: skip
   assert line.startswith("sbatch --job-name=sora_jax --nodes=2 --ntasks-per-node=4 ")
   assert "--partition=p" in line
-  made = slurm.command(MAIN, name="a", nodes=1, gpus=8, cpus=8, time="1:00:00")
-  assert made[-3:] == [str(slurm.SCRIPT), *MAIN]
+  command = slurm.command(MAIN, name="a", nodes=1, gpus=8, cpus=8, time="1:00:00")
+  assert command[-3:] == [str(slurm.SCRIPT), *MAIN]
 
 
 TPU = ("--name=mine", "--zone=z", "--project=p", "--dry-run")
@@ -218,15 +218,15 @@ def check(value, schema, where="jobset"):
 
 def test_the_jobset_fits_its_schema():
   schema = json.loads((ROOT / "tests" / "launch" / "jobset_schema.json").read_text())
-  made = gke.jobset(MAIN, **JOB)
-  check(made, schema)
+  jobset = gke.jobset(MAIN, **JOB)
+  check(jobset, schema)
   # The template alone has empty places, which the schema must see.
   with pytest.raises(AssertionError, match="name"):
     check(gke.yaml.safe_load(gke.TEMPLATE.read_text()), schema)
   flags = [f"--{key}={value}" for key, value in JOB.items()]
   text = shown("gke.py", *flags, "--dry-run", "--", *MAIN)
-  assert gke.yaml.safe_load(text) == made
-  (job,) = made["spec"]["replicatedJobs"]
+  assert gke.yaml.safe_load(text) == jobset
+  (job,) = jobset["spec"]["replicatedJobs"]
   assert job["replicas"] == 2 and job["template"]["spec"]["completions"] == 16
   pod = job["template"]["spec"]["template"]["spec"]
   assert pod["terminationGracePeriodSeconds"] == 120

@@ -96,8 +96,8 @@ def test_a_table_has_a_column_for_what_any_run_has(tmp_path):
 
 def test_curves_are_drawn(tmp_path):
   points = [(x, 1.0 / (1 + x)) for x in range(20)]
-  made = {"falls": points, "flat": [(0, 0.5), (19, 0.5)], "nan": [(3, np.nan)]}
-  curves.draw(tmp_path / "a.png", made, "loss")
+  lines = {"falls": points, "flat": [(0, 0.5), (19, 0.5)], "nan": [(3, np.nan)]}
+  curves.draw(tmp_path / "a.png", lines, "loss")
   with PIL.Image.open(tmp_path / "a.png") as image:
     pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
   found = {tuple(int(v) for v in pixel) for pixel in np.unique(pixels, axis=0)}
@@ -107,8 +107,8 @@ def test_curves_are_drawn(tmp_path):
 
 
 def test_launchers_get_the_arguments_of_each_run():
-  made = launcher.command("c.py", "w", {"seed": 1}, "launch/slurm.py --nodes=2")
-  assert made[1:] == ["launch/slurm.py", "--nodes=2", "--", "--config=c.py",
+  command = launcher.command("c.py", "w", {"seed": 1}, "launch/slurm.py --nodes=2")
+  assert command[1:] == ["launch/slurm.py", "--nodes=2", "--", "--config=c.py",
                       "--workdir=w", "--config.seed=1"]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Attention: forms agree, segments do not mix, padding is finite; rotary positions."""
+"""Attention: backends agree, segments do not mix, padding is finite; and RoPE."""
 
 import functools
 
@@ -42,20 +42,20 @@ def by_chunks(*inputs):
   return blockwise.chunked_attention(*inputs, 3)
 
 
-FORMS = [attention.reference_attention, per_head.attention_by_head, by_chunks]
+BACKENDS = [attention.reference_attention, per_head.attention_by_head, by_chunks]
 
 
-@pytest.fixture(scope="module", params=FORMS)
-def form(request):
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request):
   return request.param
 
 
 @functools.cache
-def compiled(form):
+def compiled(backend):
   """Jitted: q, k, v, keys' segments, weight of each output -> out, gradients."""
 
   def total(q, k, v, segments_k, weight):
-    out = form(q, k, v, SEGMENTS_Q, segments_k)
+    out = backend(q, k, v, SEGMENTS_Q, segments_k)
     return jnp.sum(out.astype(jnp.float32) * weight), out
 
   @fast_jit
@@ -71,27 +71,29 @@ def weights():
   return np.cos(np.arange(np.prod(shape), dtype=np.float32)).reshape(shape)
 
 
-def test_forms_equal_loops(form):
+def test_backends_equal_loops(backend):
   q, k, v = draw()
-  out, _ = compiled(form)(q, k, v, SEGMENTS_K, weights())
+  out, _ = compiled(backend)(q, k, v, SEGMENTS_K, weights())
   expected = naive(q, k, v, SEGMENTS_Q, SEGMENTS_K)
   real = SEGMENTS_Q > 0
   np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=2e-6)
 
 
-@pytest.mark.parametrize("other", FORMS[1:])
+@pytest.mark.parametrize("other", BACKENDS[1:])
 def test_gradients_equal_those_of_the_reference(other):
   arguments = (*draw(), SEGMENTS_K, weights())
-  reference, found = (compiled(form)(*arguments)[1] for form in (FORMS[0], other))
+  reference, found = (
+    compiled(backend)(*arguments)[1] for backend in (BACKENDS[0], other)
+  )
   for a, b in zip(reference, found, strict=True):
     assert np.abs(a).max() > 0.1
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_segments_do_not_mix(form):
+def test_segments_do_not_mix(backend):
   """Gradients of one segment reach its own queries, keys and values only."""
   of_segment_2 = weights() * (SEGMENTS_Q == 2)[:, :, None, None]
-  _, gradients = compiled(form)(*draw(), SEGMENTS_K, of_segment_2)
+  _, gradients = compiled(backend)(*draw(), SEGMENTS_K, of_segment_2)
   for gradient, segments in zip(
     gradients, (SEGMENTS_Q, SEGMENTS_K, SEGMENTS_K), strict=True
   ):
@@ -101,22 +103,22 @@ def test_segments_do_not_mix(form):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_padding_is_finite(form, dtype):
+def test_padding_is_finite(backend, dtype):
   """Also where a query has no key at all, and where scores are huge."""
   q, k, v = draw(dtype)
   nothing = np.full_like(SEGMENTS_K, 9)
   for segments_k in (SEGMENTS_K, nothing):
-    out, gradients = compiled(form)(
+    out, gradients = compiled(backend)(
       q * dtype(1e3), k * dtype(1e3), v, segments_k, weights()
     )
     for value in (out, *gradients):
       assert np.isfinite(value).all()
 
 
-def test_bfloat16_is_close_to_float32(form):
+def test_bfloat16_is_close_to_float32(backend):
   q, k, v = draw(jnp.bfloat16)
-  assert jax.eval_shape(form, q, k, v, SEGMENTS_Q, SEGMENTS_K).dtype == jnp.bfloat16
-  out, _ = compiled(form)(q, k, v, SEGMENTS_K, weights())
+  assert jax.eval_shape(backend, q, k, v, SEGMENTS_Q, SEGMENTS_K).dtype == jnp.bfloat16
+  out, _ = compiled(backend)(q, k, v, SEGMENTS_K, weights())
   expected = naive(q, k, v, SEGMENTS_Q, SEGMENTS_K)
   real = SEGMENTS_Q > 0
   # bfloat16 has 8 bits: weights and output are each rounded once.

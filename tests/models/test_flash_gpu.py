@@ -1,4 +1,4 @@
-"""The GPU's attention kernels, interpreted on CPU, equal the plain form."""
+"""The GPU's attention kernels, interpreted on CPU, equal plain attention."""
 
 import functools
 
@@ -47,12 +47,12 @@ def seen(queries, keys):
 
 
 @functools.partial(fast_jit, static_argnums=0)
-def run(form, qkv, queries, keys, dout):
+def run(backend, qkv, queries, keys, dout):
   """(output, gradients of queries, keys and values), of any dtype, as float32."""
-  out, pull = jax.vjp(lambda *qkv: form(*qkv, queries, keys), *qkv)
-  made = (out, *pull(dout.astype(out.dtype)))
-  assert [x.dtype for x in made] == [x.dtype for x in (out, *qkv)]
-  return [x.astype(jnp.float32) for x in made]
+  out, pull = jax.vjp(lambda *qkv: backend(*qkv, queries, keys), *qkv)
+  results = (out, *pull(dout.astype(out.dtype)))
+  assert [x.dtype for x in results] == [x.dtype for x in (out, *qkv)]
+  return [x.astype(jnp.float32) for x in results]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def run(form, qkv, queries, keys, dout):
 def test_kernels_equal_the_plain_form(queries, keys, width, dtype, atol):
   qkv, dout = draw(queries, keys, width, dtype)
   found = run(kernel, qkv, queries, keys, dout)
-  # The plain form of the same numbers in float32: its own rounding is no measure.
+  # Plain attention of the same numbers in float32: its own rounding is no measure.
   exact = [x.astype(jnp.float32) for x in qkv]
   expected = run(attention.reference_attention, exact, queries, keys, dout)
   real = seen(queries, keys)
@@ -121,13 +121,13 @@ def test_the_parts_of_a_ring():
   qkv, dout = draw(CLIPS, CAPTIONS)
 
   @functools.partial(fast_jit, static_argnums=(0, 1))
-  def run(form, options):
+  def run(backend, options):
     options = dict(options)
     inputs = (*qkv, jnp.asarray(CLIPS), jnp.asarray(CAPTIONS))
-    out, lse = form.forward(*inputs, **options)
+    out, lse = backend.forward(*inputs, **options)
     # Of all keys of the ring there are more than of these.
     of_all = jnp.logaddexp(lse, 3.0)
-    return out, lse, form.backward(*inputs, out, of_all, dout, **options)
+    return out, lse, backend.backward(*inputs, out, of_all, dout, **options)
 
   out, lse, found = run(flash_gpu, (("interpret", True),))
   other, other_lse, expected = run(blockwise, ())
@@ -154,9 +154,9 @@ def test_gpus_use_them_and_else_chunks(monkeypatch):
     return "packed_attention" in text
 
   assert not packed()  # this machine has no GPU, and these are float32
-  assert attention.form(32, jnp.float32)[0] == "chunked"
-  monkeypatch.setattr(flash_gpu, "refusal", lambda *_: None)
-  assert packed() and attention.form(32, jnp.float32) == ("flash", "")
+  assert attention.backend(32, jnp.float32)[0] == "chunked"
+  monkeypatch.setattr(flash_gpu, "unsupported_reason", lambda *_: None)
+  assert packed() and attention.backend(32, jnp.float32) == ("flash", "")
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,9 @@ def test_gpus_use_them_and_else_chunks(monkeypatch):
     ("Tesla T4", 64, jnp.bfloat16, "Tesla T4 is none of A100"),
   ],
 )
-def test_refusals(kind, width, dtype, refused, monkeypatch):
+def test_unsupported_reasons(kind, width, dtype, refused, monkeypatch):
   monkeypatch.setattr(partition, "device_kind", lambda: kind)
-  reason = flash_gpu.refusal(width, dtype)
+  reason = flash_gpu.unsupported_reason(width, dtype)
   assert reason is None if refused is None else refused in reason
 
 

@@ -283,7 +283,7 @@ def test_a_run_leaves_its_base(lora_run, tiny_run):
 
 def test_sampling_the_run_or_the_base_with_its_adapter(lora_run, tiny_run, commands):
   run, _ = lora_run
-  made = []
+  videos = []
   for name, more in (
     ("merged", [f"--checkpoint={run.workdir}"]),
     (
@@ -296,8 +296,8 @@ def test_sampling_the_run_or_the_base_with_its_adapter(lora_run, tiny_run, comma
   ):
     out = run.workdir.parent / f"{name}.png"
     commands.run("sample", *more, "--prompt=a star", "--steps=2", f"--out={out}")
-    made.append(video.read(out))
-  np.testing.assert_array_equal(made[0], made[1])
+    videos.append(video.read(out))
+  np.testing.assert_array_equal(videos[0], videos[1])
 
 
 def test_an_interrupted_run_of_adapters_goes_on_exactly(lora_run, tiny_run, commands):

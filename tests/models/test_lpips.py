@@ -18,8 +18,8 @@ NARROW = (8, 16, 32, 64, 64)
 
 
 def tensors():
-  made = {e.name: random_tensor(e.name, e.shape) for e in lpips.names(NARROW)}
-  return {n: np.abs(v) if n.startswith("lin") else v for n, v in made.items()}
+  tensors = {e.name: random_tensor(e.name, e.shape) for e in lpips.names(NARROW)}
+  return {n: np.abs(v) if n.startswith("lin") else v for n, v in tensors.items()}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The TPU's attention kernel, interpreted on CPU, equals the plain form."""
+"""The TPU's attention kernel, interpreted on CPU, equals plain attention."""
 
 import functools
 
@@ -52,12 +52,12 @@ def draw(keys, dtype=jnp.float32):
 
 
 @functools.partial(fast_jit, static_argnums=0)
-def run(form, qkv, keys, dout):
+def run(backend, qkv, keys, dout):
   """(output, gradients of queries, keys and values), of any dtype, as float32."""
-  out, pull = jax.vjp(lambda *qkv: form(*qkv, QUERIES, keys), *qkv)
-  made = (out, *pull(dout.astype(out.dtype)))
-  assert [x.dtype for x in made] == [x.dtype for x in (out, *qkv)]
-  return [x.astype(jnp.float32) for x in made]
+  out, pull = jax.vjp(lambda *qkv: backend(*qkv, QUERIES, keys), *qkv)
+  results = (out, *pull(dout.astype(out.dtype)))
+  assert [x.dtype for x in results] == [x.dtype for x in (out, *qkv)]
+  return [x.astype(jnp.float32) for x in results]
 
 
 DTYPES = [(jnp.float32, 1e-5), pytest.param(jnp.bfloat16, 0.03, marks=pytest.mark.slow)]
@@ -75,7 +75,7 @@ DTYPES = [(jnp.float32, 1e-5), pytest.param(jnp.bfloat16, 0.03, marks=pytest.mar
 def test_kernel_equals_the_plain_form(keys, dtype, atol):
   qkv, dout = draw(keys, dtype)
   found = run(kernel, qkv, keys, dout)
-  # The plain form of the same numbers in float32: its own rounding is no measure.
+  # Plain attention of the same numbers in float32: its own rounding is no measure.
   expected = run(
     attention.reference_attention, [x.astype(jnp.float32) for x in qkv], keys, dout
   )
@@ -108,12 +108,12 @@ def test_the_parts_of_a_ring(keys):
   qkv, dout = draw(keys)
 
   @functools.partial(fast_jit, static_argnums=0)
-  def run(form):
+  def run(backend):
     inputs = (*qkv, jnp.asarray(QUERIES), jnp.asarray(keys))
-    out, lse = form.forward(*inputs)
+    out, lse = backend.forward(*inputs)
     # Of all keys of the ring there are more than of these.
     of_all = jnp.logaddexp(lse, 3.0)
-    return out, lse, form.backward(*inputs, out, of_all, dout)
+    return out, lse, backend.backward(*inputs, out, of_all, dout)
 
   class Splash:
     def forward(q, *others):

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sora_jax.planning import hlo
+from sora_jax.planning import hlo, hlo_text
 from sora_jax.runtime import sharding
 
 
@@ -202,14 +202,14 @@ def test_what_slices_send_each_other(cycles):
 
 def test_other_text_is_an_error():
   with pytest.raises(ValueError, match="ENTRY"):
-    hlo.parse("module @jit_f {}")
+    hlo_text.parse("module @jit_f {}")
 
 
 def test_bytes_of_types():
-  assert hlo.num_bytes("(f32[2,3]{1,0:T(8,128)}, bf16[4], pred[], s4[6])") == (
+  assert hlo_text.num_bytes("(f32[2,3]{1,0:T(8,128)}, bf16[4], pred[], s4[6])") == (
     24 + 8 + 1 + 3
   )
-  assert np.isclose(hlo.num_bytes("f8e4m3fn[10]"), 10)
+  assert np.isclose(hlo_text.num_bytes("f8e4m3fn[10]"), 10)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_bytes_of_types():
   ],
 )
 def test_groups_of_chips(text, group):
-  assert hlo._group(text, 8) == group
+  assert hlo_text.chip_group(text, 8) == group
 
 
 @pytest.mark.parametrize("between, hidden", [("dot", 1.0), ("copy", 0.0)])

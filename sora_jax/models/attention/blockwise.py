@@ -1,8 +1,7 @@
 """Attention in chunks of plain JAX: linear memory, blocks of other clips are skipped.
 
-FlashAttention-2 (arXiv:2307.08691) as loops over blocks: the form for what `flash` is
-not for on GPUs, and the reference for `ring`, which needs forward and backward pass
-apart.
+FlashAttention-2 (arXiv:2307.08691) as loops over blocks: the backend for GPUs that
+flash_gpu.py is not for, and for a ring on CPU, which needs the two passes apart.
 """
 
 import functools
@@ -14,14 +13,18 @@ from jax import Array
 from sora_jax.models.attention import custom_vjp
 
 BLOCK = 512
-# A score: finite, so that a row whose keys are all masked gives a mean, not NaN.
+# The score of what is not seen is finite, so that a row whose keys are all masked gives
+# a mean, not NaN.
 MASKED = -1e30
 
 
 def chunked_attention(
   q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, block: int = BLOCK
 ) -> Array:
-  """`attention` of at most block x block scores at a time."""
+  """Computes `attention` from at most block x block scores at a time.
+
+  Shapes are those of `attention`; block: tokens of a block of queries, and of keys.
+  """
   attend = custom_vjp.differentiable(
     functools.partial(forward, block=block), functools.partial(backward, block=block)
   )
@@ -29,12 +32,12 @@ def chunked_attention(
 
 
 def forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, block=BLOCK):
-  """(output [B, L, N, K] like v, log-sum-exp [B, L, N] float32).
+  """Returns (output [B, L, N, K] like v, log-sum-exp [B, L, N] float32).
 
   A query without keys of its segment gets about -1e30 for the latter.
   """
-  # Masks must not look as if they could be made before the layers: JAX would, for all
-  # blocks at once, and keep them.
+  # Masks must not look as if they could be computed before the layers: JAX would do it,
+  # for all blocks at once, and keep them.
   q_BLNK, segments_q_BL, segments_k_BS = jax.lax.optimization_barrier(
     (q_BLNK, segments_q_BL, segments_k_BS)
   )
@@ -46,6 +49,7 @@ def forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, block=BLOCK):
 
     def visit(state, key):
       k, v, segments_k = key
+      # Online softmax: sums so far are brought to the new peak before more is added.
       out, total, peak = state
       score, _ = _score(q, k, segments_q, segments_k)
       higher = jnp.maximum(peak, score.max(axis=-1))
@@ -71,6 +75,7 @@ def forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, block=BLOCK):
       jnp.full((B, N, L), MASKED, jnp.float32),
     )
     (out, total, peak), _ = jax.lax.scan(step, state, keys)
+    # Blocks of which a query meets no key were skipped: it has no sum to divide by.
     total = jnp.where(total > 0, total, 1.0)
     out = (out / total[..., None]).astype(v_BSNK.dtype)
     return out.swapaxes(1, 2), (peak + jnp.log(total)).swapaxes(1, 2)
@@ -90,7 +95,11 @@ def backward(
   dout_BLNK,
   block=BLOCK,
 ):
-  """(dq, dk, dv) in the dtypes of q, k and v, from what `forward` gave."""
+  """Returns (dq, dk, dv) in the dtypes of q, k and v, from what `forward` returned.
+
+  The outer loop is over keys, whose gradients are complete after one turn; the queries'
+  are carried along, since each block of keys adds to all of them.
+  """
   scale = q_BLNK.shape[-1] ** -0.5
   delta_BLN = jnp.sum(
     out_BLNK.astype(jnp.float32) * dout_BLNK.astype(jnp.float32), axis=-1
@@ -128,25 +137,33 @@ def backward(
 
   dq = jnp.zeros(queries[0].shape, jnp.float32)
   dq, (dk, dv) = jax.lax.scan(of_keys, dq, keys)
-  made = ((dq, q_BLNK), (dk, k_BSNK), (dv, v_BSNK))
-  return tuple(_join(x, like.shape[1]).astype(like.dtype) for x, like in made)
+  pairs = ((dq, q_BLNK), (dk, k_BSNK), (dv, v_BSNK))
+  return tuple(_join(x, like.shape[1]).astype(like.dtype) for x, like in pairs)
 
 
 def _score(q, k, segments_q, segments_k):
+  """Returns the scores [B, N, L, S] of two blocks, scaled and masked, and the mask."""
   mask = (segments_q[:, :, None] == segments_k[:, None, :])[:, None]
   score = jnp.einsum("blnk,bsnk->bnls", q, k, preferred_element_type=jnp.float32)
   return jnp.where(mask, score * q.shape[-1] ** -0.5, MASKED), mask
 
 
 def _meet(segments_q, segments_k):
-  """Whether the ranges of ids overlap in any row."""
+  """Returns whether the ranges of ids overlap in any row.
+
+  Segments need not be contiguous: ranges that overlap without a common id cost time,
+  and the mask keeps them apart.
+  """
   low_q, high_q = segments_q.min(axis=1), segments_q.max(axis=1)
   low_k, high_k = segments_k.min(axis=1), segments_k.max(axis=1)
   return jnp.any((low_q <= high_k) & (low_k <= high_q))
 
 
 def _cut(arrays, block, fill):
-  """[B, L, ...] each -> [blocks, B, block, ...]; the last, ids, is padded with fill."""
+  """Cuts arrays [B, L, ...] into [blocks, B, block, ...], filled up to whole blocks.
+
+  The last array holds ids and is filled with `fill`, the others with 0.
+  """
   length = arrays[0].shape[1]
   block = min(block, length)
   missing = -length % block
@@ -162,6 +179,6 @@ def _cut(arrays, block, fill):
 
 
 def _join(x, length):
-  """Inverse of `_cut`."""
+  """Joins what `_cut` has cut, without what it has added."""
   x = x.swapaxes(0, 1)
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

@@ -8,7 +8,7 @@ only what is skipped.
 
 tokamax's kernels for GPUs (0.0.12) are not used: forwards they skip blocks, backwards
 none of them does. jax deprecates Pallas for Triton from 0.11 on; without it attention
-is `chunked`.
+is that of blockwise.py.
 """
 
 import functools
@@ -34,10 +34,12 @@ _MOST_CHANNELS = 128
 _LEAST = 16  # of any side of a matmul
 
 
-def refusal(width: int, dtype) -> str | None:
-  """Why the kernels are not for heads of that width on the program's GPU.
+def unsupported_reason(width: int, dtype) -> str | None:
+  """Returns why the kernels are not for heads of that width, or None where they are.
 
-  None: they are.
+  Args:
+    width: channels of a head.
+    dtype: of queries, keys and values; the GPU is the one that the program is for.
   """
   if width > _MOST_CHANNELS:
     return f"heads of {width} channels do not fit the registers"
@@ -75,7 +77,7 @@ def flash_attention(
 
 
 def forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, *, interpret=False):
-  """As `chunked.forward`."""
+  """Returns what `blockwise.forward` does: (output, log-sum-exp)."""
   L = q_BLNK.shape[1]
   (q_BLNK,), ids_q = _fill(segments_q_BL, -1, q_BLNK)
   keys, ids_k = _fill(segments_k_BS, -2, k_BSNK, v_BSNK)
@@ -103,7 +105,7 @@ def backward(
   *,
   interpret=False,
 ):
-  """As `chunked.backward`."""
+  """Returns what `blockwise.backward` does: (dq, dk, dv)."""
   L, S = q_BLNK.shape[1], k_BSNK.shape[1]
   dout_BLNK = dout_BLNK.astype(q_BLNK.dtype)
   delta_BLN = jnp.einsum(
@@ -133,7 +135,9 @@ def backward(
 
 
 def ranges(ids_kept_BL: Array, ids_visited_BS: Array) -> tuple[Array, Array]:
-  """(first, last + 1) block that each block of KEPT tokens visits: int32 [B, blocks].
+  """Returns (first, last + 1) block that each block of KEPT tokens visits.
+
+  Both are int32 [B, blocks].
 
   Negative ids are padding, which no block is visited for. Lengths are whole blocks.
   """
@@ -149,14 +153,21 @@ def ranges(ids_kept_BL: Array, ids_visited_BS: Array) -> tuple[Array, Array]:
 
 
 def _range(ids_BL, block):
-  """Lowest and highest id of each block; of one that is all padding: beyond all ids."""
+  """Returns the lowest and highest id of each block.
+
+  A block that is all padding gets a range beyond all ids, so that it meets nothing.
+  """
   blocks = ids_BL.reshape(len(ids_BL), -1, block)
   low = jnp.where(blocks < 0, jnp.iinfo(jnp.int32).max, blocks).min(axis=2)
   return low, blocks.max(axis=2)
 
 
 def _fill(segments_BL, padding, *arrays):
-  """Arrays [B, L, ...] filled up to whole blocks, and ids, `padding` for segment 0."""
+  """Fills arrays [B, L, ...] up to whole blocks.
+
+  Returns them, and the segment ids with `padding` in the place of segment 0: queries
+  and keys get different ones, so that padding does not see padding.
+  """
   missing = -segments_BL.shape[1] % max(KEPT, VISITED)
 
   def fill(x):
@@ -208,8 +219,9 @@ def _call(kernel, name, *, kept, visited, out, interpret):
 
 
 def _parts(width: int) -> list[tuple[int, int, int]]:
-  """A head's channels in matrices whose width is a power of two: (start, width, real).
+  """Cuts a head's channels into matrices whose width is a power of two.
 
+  Returns (start, width, channels that are real) of each: Triton has no others, and
   72 channels are 64 and 8, which fill half of 16: 11 % for nothing, 128 would be 78 %.
   """
   parts, start = [], 0
@@ -221,16 +233,17 @@ def _parts(width: int) -> list[tuple[int, int, int]]:
 
 
 def _load(ref, width, rows=slice(None)):
-  """Tokens as a list of matrices, see `_parts`."""
-  made = []
+  """Loads tokens as a list of matrices, see `_parts`."""
+  loaded = []
   for start, size, real in _parts(width):
     at = ref.at[rows, pl.ds(start, size)]
     mask = None if real == size else (jnp.arange(size) < real)[None]
-    made.append(_triton().load(at, mask=mask, other=None if mask is None else 0.0))
-  return made
+    loaded.append(_triton().load(at, mask=mask, other=None if mask is None else 0.0))
+  return loaded
 
 
 def _store(ref, width, parts):
+  """Stores matrices where `_load` would read them."""
   for (start, size, real), x in zip(_parts(width), parts, strict=True):
     mask = None if real == size else (jnp.arange(size) < real)[None]
     _triton().store(ref.at[:, pl.ds(start, size)], x.astype(ref.dtype), mask=mask)
@@ -241,14 +254,14 @@ def _zeros(rows, width):
 
 
 def _products(a, b):
-  """a b^T, summed over the parts of the channels."""
+  """Returns a b^T, summed over the parts of the channels."""
   return functools.reduce(
     jnp.add, (_triton().dot(x, y.T) for x, y in zip(a, b, strict=True))
   )
 
 
 def _add(total, weight, values):
-  """total + weight values, part by part."""
+  """Returns total + weight values, part by part."""
   return [
     t + _triton().dot(weight.astype(v.dtype), v)
     for t, v in zip(total, values, strict=True)
@@ -259,10 +272,12 @@ def _forward_kernel(
   q_ref, ids_q_ref, first_ref, last_ref, k_ref, v_ref, ids_k_ref, out_ref, lse_ref,
   *, width,
 ):  # fmt: skip
+  """Output and log-sum-exp of a block of queries, over the blocks of keys they meet."""
   q, ids_q = _load(q_ref, width), ids_q_ref[...]
   scale = width**-0.5 * _LOG2_E
 
   def visit(j, state):
+    # Online softmax: sums so far are brought to the new peak before more is added.
     out, total, peak = state
     here = pl.ds(j * VISITED, VISITED)
     seen = ids_q[:, None] == ids_k_ref[here][None]
@@ -281,6 +296,7 @@ def _forward_kernel(
   out, total, peak = jax.lax.fori_loop(first_ref[...], last_ref[...], visit, state)
   total = jnp.where(total > 0, total, 1.0)
   _store(out_ref, width, [x / total[:, None] for x in out])
+  # Others take it to the base e.
   lse_ref[...] = (peak + jnp.log2(total)) / _LOG2_E
 
 
@@ -289,6 +305,7 @@ def _queries_kernel(
   k_ref, v_ref, ids_k_ref, dq_ref,
   *, width,
 ):  # fmt: skip
+  """dq of a block of queries, over the blocks of keys they meet."""
   q, dout, ids_q = _load(q_ref, width), _load(dout_ref, width), ids_q_ref[...]
   lse, delta, scale = lse_ref[...] * _LOG2_E, delta_ref[...], width**-0.5
 
@@ -297,6 +314,7 @@ def _queries_kernel(
     k = _load(k_ref, width, here)
     seen = ids_q[:, None] == ids_k_ref[here][None]
     score = jnp.where(seen, _products(q, k) * (scale * _LOG2_E), MASKED)
+    # The weights again, from the log-sum-exp: cheaper than to have kept them.
     weight = jnp.exp2(score - lse[:, None])
     dweight = _products(dout, _load(v_ref, width, here))
     return _add(dq, weight * (dweight - delta[:, None]), k)
@@ -311,6 +329,7 @@ def _keys_kernel(
   q_ref, dout_ref, lse_ref, delta_ref, ids_q_ref, dk_ref, dv_ref,
   *, width,
 ):  # fmt: skip
+  """dk and dv of a block of keys, over the blocks of queries that meet it."""
   k, v, ids_k = _load(k_ref, width), _load(v_ref, width), ids_k_ref[...]
   scale = width**-0.5
 

@@ -1,4 +1,4 @@
-"""Attention head by head: the form for CPUs, where one head's scores fit the cache.
+"""Attention head by head: the backend for CPUs, where a head's scores fit the cache.
 
 As FlashAttention-2 (arXiv:2307.08691) it keeps the output and the log-sum-exp for the
 backward pass, which makes the scores again: cheaper there than writing all heads' to
@@ -14,13 +14,17 @@ from sora_jax.models.attention.blockwise import MASKED
 
 
 def attention_by_head(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS) -> Array:
-  """`attention` of one head at a time."""
+  """Computes `attention` one head at a time.
+
+  Shapes are those of `attention`. Scores are [B, L, S], so that long rows are for the
+  other backends.
+  """
   attend = custom_vjp.differentiable(_forward, _backward)
   return attend(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
 
 
 def _forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS):
-  """(output [B, L, N, K] like v, log-sum-exp [N, B, L] float32)."""
+  """Returns (output [B, L, N, K] like v, log-sum-exp [N, B, L] float32)."""
   bias_BLS = _bias(segments_q_BL, segments_k_BS)
   scale = q_BLNK.shape[-1] ** -0.5
 
@@ -43,13 +47,15 @@ def _forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS):
 def _backward(
   q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, out_BLNK, lse_NBL, dout_BLNK
 ):
-  """(dq, dk, dv) in the dtypes of q, k and v."""
+  """Returns (dq, dk, dv) in the dtypes of q, k and v."""
   bias_BLS = _bias(segments_q_BL, segments_k_BS)
   scale = q_BLNK.shape[-1] ** -0.5
 
   def one_head(inputs):
     q_BLK, k_BSK, v_BSK, out_BLK, lse_BL, dout_BLK = inputs
     q_BLK = q_BLK * scale
+    # The softmax's own gradient: sum over keys of weight x its gradient, which is the
+    # product of the output and the output's gradient (FlashAttention-2, algorithm 2).
     delta_BL1 = jnp.sum(
       out_BLK.astype(jnp.float32) * dout_BLK.astype(jnp.float32), -1, keepdims=True
     )
@@ -66,6 +72,7 @@ def _backward(
 
 
 def _bias(segments_q_BL, segments_k_BS):
+  """Returns what is added to all heads' scores: 0 within a segment, MASKED across."""
   mask_BLS = segments_q_BL[:, :, None] == segments_k_BS[:, None, :]
   return jnp.where(mask_BLS, 0.0, MASKED)
 

@@ -21,7 +21,7 @@ class Ring(NamedTuple):
   Attributes:
     axis: mesh axis.
     size: chips in a ring. stride: between neighbours; the axis holds `stride` rings.
-    forward, backward: as of `chunked`, of local arrays.
+    forward, backward: the passes of a backend (see blockwise.py), of local arrays.
   """
 
   axis: str
@@ -31,7 +31,7 @@ class Ring(NamedTuple):
   backward: Callable
 
   def pass_on(self, tree):
-    """Each chip's arrays to its neighbour."""
+    """Sends each chip's arrays to its neighbour, and returns those that arrive."""
     rings = self.size * self.stride
     to = [(i, (i + self.stride) % rings) for i in range(rings)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, to), tree)
@@ -40,7 +40,10 @@ class Ring(NamedTuple):
 def ring_attention(
   q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, ring: Ring
 ) -> Array:
-  """`attention` of local queries to the keys of all chips of the ring."""
+  """Computes `attention` of local queries to the keys of all chips of the ring.
+
+  Arrays are one chip's, inside of `jax.shard_map`; shapes are those of `attention`.
+  """
   attend = custom_vjp.differentiable(
     functools.partial(_forward, ring), functools.partial(_backward, ring)
   )
@@ -50,9 +53,11 @@ def ring_attention(
 def _forward(ring, q, k, v, segments_q, segments_k):
   def step(state, _):
     (out, lse), here = state
+    # Sent before the computation that does not need it, so that both go on together.
     following = ring.pass_on(here)
     k, v, segments_k = here
     part, part_lse = ring.forward(q, k, v, segments_q, segments_k)
+    # Each part is a softmax over its own keys: weighed by its share of the sum of all.
     both = jnp.logaddexp(lse, part_lse)
     out = out * jnp.exp(lse - both)[..., None]
     out += part.astype(jnp.float32) * jnp.exp(part_lse - both)[..., None]

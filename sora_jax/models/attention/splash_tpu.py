@@ -35,7 +35,7 @@ def splash_attention(
 
   Args:
     q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS: as for `attention`, but the
-      queries scaled already: where they are made, that costs no pass of its own.
+      queries are scaled already: where they come from, that costs no pass of its own.
     interpret: run without a TPU (`pltpu.InterpretParams()`), for tests.
 
   Raises:
@@ -50,19 +50,19 @@ def splash_attention(
 
 
 def forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, *, interpret=False):
-  """As `chunked.forward`, of scaled queries."""
+  """Returns what `blockwise.forward` does, from scaled queries."""
   inputs = (q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
   return _forward(*inputs, interpret, keep=True)
 
 
 def _forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, interpret, keep):
-  """(output,), and with keep the log-sum-exp."""
+  """Returns (output,), and with keep the log-sum-exp beside it."""
   kernel = _kernel()
 
   def one_row(q_NLK, k_NSK, v_NSK, segments_L, segments_S):
     config = _sizes(segments_L, segments_S, interpret)
     active = active_blocks(segments_L, segments_S, config.block_q, config.block_kv)
-    made = kernel._splash_attention_forward(
+    result = kernel._splash_attention_forward(
       _visits(active),
       q_NLK,
       k_NSK,
@@ -77,13 +77,13 @@ def _forward(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS, interpret, ke
       fwd_mask_sparsity=1.0,
     )
     if not keep:
-      return (made,)
-    out_NLK, kept = made
+      return (result,)
+    out_NLK, kept = result
     return out_NLK, kept["logsumexp"] * math.log(2.0)  # it works with powers of two
 
   rows = _heads_first(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS)
-  made = _by_row(one_row, rows)
-  return tuple(x.swapaxes(1, 2)[:, : q_BLNK.shape[1]] for x in made)
+  results = _by_row(one_row, rows)
+  return tuple(x.swapaxes(1, 2)[:, : q_BLNK.shape[1]] for x in results)
 
 
 def backward(
@@ -98,7 +98,7 @@ def backward(
   *,
   interpret=False,
 ):
-  """As `chunked.backward`, of scaled queries, and their gradient."""
+  """Returns what `blockwise.backward` does, from scaled queries: dq is theirs."""
 
   def one_row(q_NLK, k_NSK, v_NSK, segments_L, segments_S, out_NLK, lse_NL, dout_NLK):
     config = _sizes(segments_L, segments_S, interpret)
@@ -120,7 +120,7 @@ def backward(
 
 
 def whole_blocks(length: int) -> tuple[int, int]:
-  """(tokens of a row of that length once it is filled up, tokens of its blocks)."""
+  """Returns the length that a row is filled up to, and the tokens of its blocks."""
   block = BLOCK if length <= _MOST_BLOCKS * BLOCK else 2 * BLOCK
   # For short rows, filling up to blocks of full size is too much.
   length += -length % (block if length >= 8 * BLOCK else LANES)
@@ -128,7 +128,7 @@ def whole_blocks(length: int) -> tuple[int, int]:
 
 
 def active_blocks(segments_L, segments_S, block_q: int, block_k: int) -> Array:
-  """Whether a block of queries meets one of keys: bool [L / block_q, S / block_k].
+  """Returns which blocks of queries meet which of keys: [L / block_q, S / block_k].
 
   A block of queries without keys of its own segments gets the first one, or its softmax
   would have no terms at all. Padding meets nothing: nobody reads its output.
@@ -141,14 +141,17 @@ def active_blocks(segments_L, segments_S, block_q: int, block_k: int) -> Array:
 
 
 def _range(segments_L, block):
-  """Lowest and highest id of each block; of one that is all padding: beyond all ids."""
+  """Returns the lowest and highest id of each block.
+
+  A block that is all padding gets a range beyond all ids, so that it meets nothing.
+  """
   blocks = segments_L.reshape(-1, block)
   low = jnp.where(blocks == 0, jnp.iinfo(jnp.int32).max, blocks).min(axis=1)
   return low, blocks.max(axis=1)
 
 
 def _heads_first(q_BLNK, k_BSNK, v_BSNK, segments_q_BL, segments_k_BS):
-  """The kernel's arguments, rows leading: lengths padded to whole blocks."""
+  """Returns the kernel's arguments, rows leading: lengths padded to whole blocks."""
   values = (_whole_blocks(x).swapaxes(1, 2) for x in (q_BLNK, k_BSNK, v_BSNK))
   return (*values, _whole_blocks(segments_q_BL), _whole_blocks(segments_k_BS))
 
@@ -159,14 +162,18 @@ def _whole_blocks(x):
 
 
 def _by_row(one_row, rows):
-  # The blocks to visit, and with them the kernel's grid, depend on the row.
+  """Runs the kernel for each row: the blocks to visit, and its grid, depend on it."""
   if len(rows[0]) == 1:
     return jax.tree.map(lambda x: x[None], one_row(*(x[0] for x in rows)))
   return jax.lax.map(lambda row: one_row(*row), rows)
 
 
 def _sizes(segments_L, segments_S, interpret):
-  """The kernel's."""
+  """Returns the kernel's sizes of blocks.
+
+  Raises:
+    ValueError: if the list of pairs of blocks does not fit the scalar memory.
+  """
   block_q, block_k = (whole_blocks(len(x))[1] for x in (segments_L, segments_S))
   if len(segments_L) * len(segments_S) > block_q * block_k * _MOST_BLOCKS**2:
     raise ValueError(
@@ -193,9 +200,12 @@ def _kernel():
 
 
 def _visits(active, first=False):
-  """The kernel's list of blocks to visit, row by row; only its first n count.
+  """Returns the kernel's list of blocks to visit, row by row; its first n count.
 
-  first: as of `splash_tpu_backward.first_visits`.
+  The list has one length for all rows of clips, since shapes are static; how many of it
+  are visited is an argument of the kernel.
+
+  first: what `splash_tpu_backward.first_visits` returns.
   """
   from tokamax._src.ops.experimental.tpu.splash_attention import (
     splash_attention_mask_info as mask_info,

@@ -1,4 +1,4 @@
-"""The backward pass of `splash`, around tokamax's kernel for it.
+"""The backward pass of splash_tpu.py, around tokamax's kernel for it.
 
 A block of dq adds up over the blocks of keys, in one of three buffers, since the next
 visit reads before the last one has written. tokamax fills them with zeros and sums
@@ -22,7 +22,7 @@ LANES, _SUBLANES = 128, 8
 
 
 def first_visits(active) -> Array:
-  """Which pairs of blocks are the first in their buffer of dq.
+  """Returns which pairs of blocks are the first in their buffer of dq.
 
   active: bool [blocks of keys, blocks of queries], visited row by row.
   """
@@ -56,14 +56,16 @@ def gradients(
   config,
   kernel,
 ) -> tuple[Array, Array, Array]:
-  """(dq, dk, dv) of one row.
+  """Returns (dq, dk, dv) of one row.
 
   Args:
     q_NLK, k_NSK, v_NSK, segments_L, segments_S: whole blocks; queries scaled.
     lse_NL: log-sum-exp of the scores to the base 2.
     dout_NLK, delta_NL: gradient of the output, and its product with the output.
-    active: as for `first_visits`; visits: its list, a MaskInfo.
-    config: the kernel's sizes. kernel: tokamax's module.
+    active: as for `first_visits`.
+    visits: the list of these pairs, a MaskInfo.
+    config: the kernel's sizes.
+    kernel: tokamax's module.
   """
   (N, L, K), S = q_NLK.shape, k_NSK.shape[1]
   block_q, block_k = config.block_q_dkv, config.block_kv_dkv
