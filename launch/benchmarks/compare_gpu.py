@@ -43,10 +43,10 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from sora_jax.data import pipeline  # noqa: E402
 from sora_jax.models import attention, dit, layers  # noqa: E402
 from sora_jax.models.attention import blockwise, flash_gpu, per_head  # noqa: E402
 from sora_jax.packing import (
+  packed_row,  # noqa: E402
   patches,  # noqa: E402
   planner,  # noqa: E402
 )
@@ -111,7 +111,8 @@ def sizes_of(name: str) -> Sizes:
 def make_batch(sizes: Sizes) -> dict[str, np.ndarray]:
   """Rows as `train_dit` has them, of noise; tokens that do not divide are padding."""
   budget = planner.Budget(sizes.tokens, sizes.clips * sizes.text, sizes.clips)
-  row = pipeline.empty_row(budget, sizes.model.patch_width, sizes.model.text_width)
+  size = packed_row.RowSize(budget, sizes.model.patch_width, sizes.model.text_width)
+  row = packed_row.empty(packed_row.PackedRow, size)
   del row["clip_N"]
   rng = np.random.default_rng(0)
   clip = sizes.tokens // sizes.clips

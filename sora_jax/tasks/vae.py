@@ -70,7 +70,7 @@ def make(
   dtype: jnp.dtype = jnp.float32,
   lpips_params=None,
 ) -> Task:
-  """The task over batches of `data.pipeline.ClipDataset`.
+  """The task over batches of `data.clip_dataset.ClipDataset`.
 
   lpips_params: as of `weights.lpips.load`, where the loss has LPIPS; they stay frozen.
   """
