@@ -78,8 +78,7 @@ class Autoencoder:
 
   def batch_size(self, wanted: int) -> int:
     """Smallest multiple of the mesh's batch shards that is at least `wanted`."""
-    ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-    return -(-wanted // ways) * ways
+    return sharding.whole_batch(wanted, self.mesh)
 
   def _stream(self, step, chunks, tile, scale_in, scale_out):
     tiles = None

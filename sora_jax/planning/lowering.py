@@ -221,8 +221,7 @@ def vae_encode(recipe: recipes.Recipe, mesh):
   edge = data.size_multiple
   height = max(edge, int((data.max_pixels * 9 / 16) ** 0.5) // edge * edge)
   width = max(edge, data.max_pixels // height // edge * edge)
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  size = -(-recipe.encode.batch_size // ways) * ways
+  size = sharding.whole_batch(recipe.encode.batch_size, mesh)
   frames = buckets.frame_bucket(data.max_frames, recipe.encode.frame_buckets)
   shape = (frames, height, width, 3)
   video = _batch({"x": jax.ShapeDtypeStruct(shape, jnp.uint8)}, size, mesh)["x"]
@@ -247,8 +246,7 @@ def sampling(recipe: recipes.Recipe, mesh):
   task, rules = build.make_task(recipe)
   shapes = jax.eval_shape(task.init, jax.random.key(0))
   params = _placed(shapes, sharding.param_shardings(shapes, rules, mesh))
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  rows = -(-options.rows // ways) * ways
+  rows = sharding.whole_batch(options.rows, mesh)
   caption = (
     np.zeros((1, recipe.text.width), jnp.bfloat16) if frozen else np.zeros(1, np.int32)
   )

@@ -45,10 +45,10 @@ def check_rows(key: str, rows: int, config, mesh) -> None:
 
   config: a loop.TrainConfig.
   """
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if rows % (ways * config.grad_accumulation):
+  shards = sharding.batch_shards(mesh)
+  if rows % (shards * config.grad_accumulation):
     raise ValueError(
-      f"{key} {rows} must be a multiple of {ways} (devices along data and fsdp) x "
+      f"{key} {rows} must be a multiple of {shards} (devices along data and fsdp) x "
       f"{config.grad_accumulation} (grad_accumulation); set it, or config.mesh"
     )
 

@@ -175,6 +175,17 @@ def host_shard(mesh: Mesh) -> tuple[int, int]:
   return groups.index(tuple(sorted(shards[jax.process_index()]))), len(groups)
 
 
+def batch_shards(mesh: Mesh) -> int:
+  """Parts that the rows of a batch are shared out in: devices along data and fsdp."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def whole_batch(rows: int, mesh: Mesh) -> int:
+  """The number of rows rounded up, so that each of the batch shards has as many."""
+  shards = batch_shards(mesh)
+  return -(-rows // shards) * shards
+
+
 def batch_shardings(batch, mesh: Mesh, hosts: int = 1) -> dict[str, NamedSharding]:
   """Where `shard_batch` puts the arrays of a batch, or of their shapes.
 
@@ -184,10 +195,10 @@ def batch_shardings(batch, mesh: Mesh, hosts: int = 1) -> dict[str, NamedShardin
   if len(set(sizes.values())) > 1:
     raise ValueError(f"arrays of a batch have different numbers of rows: {sizes}")
   size = hosts * next(iter(sizes.values()), 0)
-  ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-  if size % ways or (sizes and not size):
+  shards = batch_shards(mesh)
+  if size % shards or (sizes and not size):
     raise ValueError(
-      f"a batch of {size} rows does not divide by {ways} devices "
+      f"a batch of {size} rows does not divide by {shards} devices "
       f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
     )
   rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
@@ -221,13 +232,13 @@ def shard_alike(batch, mesh: Mesh):
   batch: dict of numpy arrays [rows, ...], equal on all processes of the mesh; scalars
   are replicated. ValueError if the rows do not divide by the mesh.
   """
-  ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  shards = batch_shards(mesh)
   placed = {}
   for name, value in batch.items():
     value = np.asarray(value)
-    if value.ndim and len(value) % ways:
+    if value.ndim and len(value) % shards:
       raise ValueError(
-        f"a batch of {len(value)} rows does not divide by {ways} devices "
+        f"a batch of {len(value)} rows does not divide by {shards} devices "
         f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
       )
     spec = PartitionSpec(BATCH_AXES) if value.ndim else PartitionSpec()
