@@ -205,10 +205,8 @@ def check_network(sizes: Sizes, dtype, path: pathlib.Path) -> None:
   @jax.jit
   def both(params, batch, t_BG, noise_BLP):
     def loss(params):
-      text_BSE = batch["text_SE"]
-      out = dit_task.predict(
-        model, params, batch["patch_LP"], t_BG, batch, text_BSE, dtype
-      )
+      context = dit.Context.of_batch(batch, batch["text_SE"])
+      out = dit_task.predict(model, params, batch["patch_LP"], t_BG, context, dtype)
       real_BL1 = (batch["segment_L"] > 0)[..., None]
       return jnp.sum(jnp.square(out - noise_BLP) * real_BL1) / real_BL1.sum()
 

@@ -71,7 +71,7 @@ class CaptionFeatures:
 
   Attributes:
     empty: the features that take the place of no caption.
-    max_tokens: as the features were made.
+    max_tokens: longest text that the encoder was given.
     pad_to: zero features that are attended fill up each caption to that many.
   """
 
@@ -81,12 +81,12 @@ class CaptionFeatures:
 
   @property
   def width(self) -> int:
-    """Of the features."""
+    """Numbers of each text token's features."""
     return self.empty.features_SE.shape[1]
 
   @property
   def fingerprint(self) -> list:
-    """The encoder, and the padding."""
+    """The encoder that made the features, and their padding."""
     return [[self.empty.encoder, self.pad_to]]
 
   def lengths(self, clips: Sequence[LatentClip]) -> np.ndarray:

@@ -15,7 +15,7 @@ leading axis of rows, under the same name.
 import dataclasses
 import typing
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple, TypedDict, TypeVar, cast
 
 import ml_dtypes
 import numpy as np
@@ -65,6 +65,8 @@ class PackedRow(PackedText, total=False):
 # The same with a leading axis of rows.
 PackedBatch = PackedRow
 
+Row = TypeVar("Row")  # a type of the fields of a row, such as PackedRow
+
 _IDS, _FEATURES = ("text_S", "text_position_S"), ("text_SE",)
 
 
@@ -82,7 +84,7 @@ class RowSize(NamedTuple):
   text_width: int | None = None
 
 
-def empty(kind: type, size: RowSize, *rows: int) -> Any:
+def empty(kind: type[Row], size: RowSize, *rows: int) -> Row:
   """A row of padding, or a batch of that many rows, of a type with `Field`s.
 
   Shapes are what the names of the fields say. Ids or features are left out, whichever
@@ -91,18 +93,19 @@ def empty(kind: type, size: RowSize, *rows: int) -> Any:
   L, S, N = dataclasses.astuple(size.budget)
   lengths = {"L": L, "S": S, "N": N, "P": size.patch_width, "E": size.text_width}
   left_out = _FEATURES if size.text_width is None else _IDS
-  arrays = {}
+  arrays: dict[str, np.ndarray] = {}
   for name, hint in typing.get_type_hints(kind, include_extras=True).items():
     if name not in left_out:
       (field,), dims = hint.__metadata__, name.rpartition("_")[2]
       shape = (lengths[d] if d in lengths else int(d) for d in dims)
       arrays[name] = np.full((*rows, *shape), field.padding, field.dtype)
-  return arrays
+  return cast(Row, arrays)
 
 
-def row_of(batch: Any, index: int) -> Any:
+def row_of(batch: Row, index: int) -> Row:
   """Views of one row of a batch, to write into."""
-  return {name: value[index] for name, value in batch.items()}
+  arrays = cast(dict[str, np.ndarray], batch)
+  return cast(Row, {name: value[index] for name, value in arrays.items()})
 
 
 class Segment(NamedTuple):

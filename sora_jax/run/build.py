@@ -63,7 +63,7 @@ def make_task(recipe: recipes.Recipe) -> tuple[Task, sharding.Rules]:
     stage.loss,
     stage.segments,
     recipe.dtype,
-    adds_up=stage.train.grad_accumulation > 1,
+    accumulate_fp32=stage.train.grad_accumulation > 1,
   )
   return task, dit_task.DIT_RULES if frozen else dit_task.SHARDING_RULES
 
