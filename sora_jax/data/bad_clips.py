@@ -17,7 +17,7 @@ class BadClips:
     if folder is not None:
       os.makedirs(folder, exist_ok=True)
       self._path = os.path.join(os.fspath(folder), _FILE)
-    self._seen = set()
+    self._seen: set[str] = set()
 
   def add(self, clip_id: str, reason: str) -> None:
     """Logs a clip and appends {"id", "reason"}."""

@@ -11,6 +11,7 @@ import json
 import sys
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class EndlessDataset:
   def __init__(self, fingerprint):
     self.fingerprint = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
     self._starts = [0]  # element that each epoch begins with
-    self._plans = {}
+    self._plans: dict[int, Sequence] = {}
     self._lock = threading.Lock()
 
   def __len__(self):
@@ -59,6 +60,14 @@ class EndlessDataset:
     with self._lock:
       if len(starts) > len(self._starts):
         self._starts = [int(start) for start in starts]
+
+  def _plan(self, epoch: int) -> Sequence:
+    """What makes each element of an epoch."""
+    raise NotImplementedError
+
+  def _load(self, epoch: int, entry) -> Any:
+    """The element of an entry of the epoch's plan."""
+    raise NotImplementedError
 
   def _find(self, index):
     while index >= self._starts[-1]:

@@ -8,12 +8,16 @@ from jax import Array
 from sora_jax.diffusion.solvers import Options
 
 
+def _row_mean(x_BL):
+  return jnp.broadcast_to(jnp.mean(x_BL, axis=1, keepdims=True), x_BL.shape)
+
+
 def guide(
   conditional: Array,
   unconditional: Array,
   scale,
   options: Options | None = None,
-  clip_mean: Callable[[Array], Array] | None = None,
+  clip_mean: Callable[[Array], Array] = _row_mean,
 ) -> Array:
   """Classifier-free guidance of predictions of a target [B, L, P].
 
@@ -22,7 +26,7 @@ def guide(
     scale: strength, broadcasts against them; 1 = none.
     options: for guidance_rescale and cfg_zero; None: neither.
     clip_mean: [B, L] -> mean over the clip of each token, [B, L]; clips in one row do
-      not change each other. Needed for those two.
+      not change each other. By default a row is one clip.
   """
   options = options or Options()
   if options.cfg_zero:

@@ -239,7 +239,7 @@ def scan(call: Callable[[Any, Table, Array], Any], carry: Any, table: Table) -> 
 
 
 def integrate(
-  predict: Callable[[Array, Array, Array], Array],
+  predict: Callable[[Array, Any, Array], Array],
   x: Array,
   table: Table,
   noise: Callable[[Array], Array] | None = None,

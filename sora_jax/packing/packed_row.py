@@ -30,8 +30,9 @@ class Field(NamedTuple):
   padding: float = 0
 
 
-Float32 = Annotated[np.ndarray, Field(np.float32)]
-Int32 = Annotated[np.ndarray, Field(np.int32)]
+# Arrays are numpy's on the host, and JAX's under jit.
+Float32 = Annotated[Any, Field(np.float32)]
+Int32 = Annotated[Any, Field(np.int32)]
 
 
 class PackedText(TypedDict, total=False):
@@ -43,7 +44,7 @@ class PackedText(TypedDict, total=False):
   text_S: Int32
   text_position_S: Int32
   # Or the features themselves.
-  text_SE: Annotated[np.ndarray, Field(ml_dtypes.bfloat16)]
+  text_SE: Annotated[Any, Field(ml_dtypes.bfloat16)]
 
 
 class PackedRow(PackedText, total=False):
@@ -59,7 +60,7 @@ class PackedRow(PackedText, total=False):
   # 2 * slot + given; 0 for padding.
   group_L: Int32
   # Index of each segment's clip in its list, -1 for none. It stays on the host.
-  clip_N: Annotated[np.ndarray, Field(np.int32, -1)]
+  clip_N: Annotated[Any, Field(np.int32, -1)]
 
 
 # The same with a leading axis of rows.

@@ -35,7 +35,8 @@ class RowClip:
 
 def size_of(unit: list[RowClip]) -> tuple[int, int, int]:
   """(tokens, text tokens, slots) of a unit."""
-  return tuple(map(sum, zip(*[clip.size for clip in unit], strict=True)))
+  tokens, texts, slots = map(sum, zip(*[clip.size for clip in unit], strict=True))
+  return tokens, texts, slots
 
 
 def budget_of(sizes, meta: dict, batch_shards: int = 1) -> Budget:
@@ -76,7 +77,7 @@ def row_length(wanted: int, trained: int) -> int:
 
 def plan_rows(sizes, budget: Budget) -> list[list[int]]:
   """Rows of indices: each clip, longest first, into the first row with room."""
-  rows = []
+  rows: list[list[int]] = []
   for index in sorted(range(len(sizes)), key=lambda i: -sizes[i][0]):
     for row in rows:
       if budget.fits(sizes[index], *(sizes[i] for i in row)):

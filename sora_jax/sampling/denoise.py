@@ -51,6 +51,7 @@ class Denoiser:
     self.model = DiTConfig(**from_json(meta["model"]))
     text_config = None
     if "features" in meta["text"]:
+      assert encode_text is not None, "a model of features needs their encoder"
       pad_to, limit = meta["text"]["pad_to"], meta["max_text_tokens"]
       self._encode_texts = lambda texts: [
         caption_texts.pad_features(features_SE, pad_to)

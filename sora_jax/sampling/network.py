@@ -67,8 +67,12 @@ class Rows(NamedTuple):
   @classmethod
   def of_batch(cls, packed: PackedBatch, sampling: SamplingBatch, text_BSE) -> "Rows":
     """Rows with the texts of `packed`, of these features."""
-    names = ("given_level_N", "turn_L2", "turn_step_L")
-    return cls(Context.of_batch(packed, text_BSE), *(sampling[name] for name in names))
+    return cls(
+      Context.of_batch(packed, text_BSE),
+      sampling["given_level_N"],
+      sampling["turn_L2"],
+      sampling["turn_step_L"],
+    )
 
   def followed_by(self, other: "Rows") -> "Rows":
     """Both in one batch."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Annotated, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple, TypedDict, cast
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class SamplingRow(TypedDict):
   # What tokens begin as, at the first level; given ones hold their data, and keep it.
   start_LP: Float32
   # Noise level above which a token's known patch stands for what the network predicts.
-  follow_L: Annotated[np.ndarray, Field(np.float32, np.inf)]
+  follow_L: Annotated[Any, Field(np.float32, np.inf)]
   # Loops, whose positions turn: (latent frame, latent frames), and time of a frame.
   turn_L2: Int32
   turn_step_L: Float32
@@ -45,8 +45,8 @@ class SamplingRow(TypedDict):
   twin_L: Int32
   twin_weight_L: Float32
   # Noise of a token in solvers that draw some: seed of its clip, and its index there.
-  seed_L: Annotated[np.ndarray, Field(np.uint32)]
-  token_L: Annotated[np.ndarray, Field(np.uint32)]
+  seed_L: Annotated[Any, Field(np.uint32)]
+  token_L: Annotated[Any, Field(np.uint32)]
   # Level of noise that the network sees on the given tokens of each slot.
   given_level_N: Float32
   # Guidance scale of each slot.
@@ -72,12 +72,16 @@ class SampleBatch(NamedTuple):
 
   def row(self, index: int) -> "SampleBatch":
     """Views of one row, to write into."""
-    return SampleBatch(*(packed_row.row_of(part, index) for part in self))
+    return SampleBatch(
+      packed_row.row_of(self.packed, index),
+      packed_row.row_of(self.negative, index),
+      packed_row.row_of(self.sampling, index),
+    )
 
   def on_device(self) -> "SampleBatch":
     """The arrays that go to the devices: all but `clip_N`."""
     packed = {name: x for name, x in self.packed.items() if name != "clip_N"}
-    return self._replace(packed=packed)
+    return self._replace(packed=cast(PackedBatch, packed))
 
 
 class SolverSlots(NamedTuple):
@@ -151,7 +155,7 @@ class RowLayout:
     """Writes the units of a row, by their index."""
     writer, negatives = RowWriter(row.packed), TextWriter(row.negative)
     for index, unit in units.items():
-      places = []
+      places: list[Place] = []
       for clip in unit:
         known = self._known(clip.prompt)
         # The first of two that are blended is the result.
@@ -303,6 +307,7 @@ def latent_of(patch_LP: np.ndarray, prompt: Prompt, patch_size) -> np.ndarray:
   if prompt.given_THW is None:
     return latent_THWC
   # With noise on given tokens, the network saw them noisy; the result has them as is.
+  assert prompt.latent_THWC is not None
   given = prompt.given_THW
   for dim, patch in enumerate(patch_size):
     given = np.repeat(given, patch, axis=dim)

@@ -1,6 +1,7 @@
 """What the DiT learns: the target of noisy tokens, given clean ones and a caption."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -214,7 +215,7 @@ def predict(
   dtype: jnp.dtype = jnp.float32,
   reuse: dit_cache.Reuse | None = None,
   accumulate_fp32: bool = False,
-) -> Array | tuple[Array, dit_cache.Reuse]:
+) -> Any:
   """The network's output [B, L, P] for packed rows, float32; see `DiT`.
 
   Args:
@@ -224,7 +225,8 @@ def predict(
     t_BG: noise level of each group.
     context: what the DiT sees beside them.
     dtype: of the computation.
-    reuse: from the call before; the result is then (output, next reuse).
+    reuse: from the call before; the result is then (output, next reuse), otherwise
+      the output alone.
     accumulate_fp32: cast the blocks' kernels block by block, so that gradients are
       added, block by block, to a total in float32; all at once otherwise, which takes
       less memory.

@@ -329,3 +329,15 @@ def test_a_negative_prompt_needs_guidance():
 def test_options_out_of_range(wrong):
   with pytest.raises(ValueError, match=f"sampling {next(iter(wrong))}"):
     solvers.Options(**wrong)
+
+
+def test_a_row_is_one_clip_by_default():
+  conditional, unconditional, _, _ = two_clips()
+  options = solvers.Options(cfg_zero=True)
+
+  def row_mean(x_BL):
+    return jnp.full_like(x_BL, x_BL.mean())
+
+  out = guidance.guide(conditional, unconditional, 3.0, options)
+  expected = guidance.guide(conditional, unconditional, 3.0, options, row_mean)
+  np.testing.assert_allclose(out, expected, rtol=1e-5)
