@@ -222,7 +222,7 @@ class RowLayout:
     sampling["start_LP"][here] = known.start(noise_LP, self.process)
     sampling["seed_L"][here] = (request.seed + 1_000_003 * prompt.start) % 2**32
     sampling["token_L"][here] = np.arange(len(noise_LP))
-    if prompt.strength_THW is not None:
+    if prompt.latent_THWC is not None and prompt.strength_THW is not None:
       follow_L = prompt.strength_THW.reshape(-1)
       sampling["follow_L"][here.start : here.start + len(follow_L)] = follow_L
     if prompt.loop:
