@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from absl import logging
 
-from sora_jax.data import pipeline, records, video
+from sora_jax.data import records, video
+from sora_jax.data.bad_clips import BadClips, report_bad_clips
 from sora_jax.data.buckets import frame_bucket, limit_sizes, plan_shards
 from sora_jax.data.clips import read_manifest
 from sora_jax.data.records import EMPTY_TEXT
@@ -47,7 +48,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   encode_text = _text_encoder(recipe, folder, mesh)
   sized = limit_sizes(clips, recipe.encode.max_sizes)
   shards = plan_shards(sized, recipe.encode.clips_per_shard)
-  bad_clips = pipeline.BadClips(folder)
+  bad_clips = BadClips(folder)
   mine = list(enumerate(shards))[jax.process_index() :: jax.process_count()]
   total = sum(len(shard) for _, shard in mine)
   with Progress("encoded", total, "clips", jax.process_index()) as progress:
@@ -64,7 +65,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   sharding.sync("encode")
   if jax.process_index() == 0:
     _write_manifest(folder, len(shards))
-  pipeline.report_bad_clips(folder, len(clips))
+  report_bad_clips(folder, len(clips))
   sharding.sync("encode manifest")
 
 

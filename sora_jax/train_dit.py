@@ -11,7 +11,11 @@ import jax
 import numpy as np
 from absl import logging
 
-from sora_jax.data import pipeline, records, tokenizer
+from sora_jax.data import records, tokenizer
+from sora_jax.data.bad_clips import report_bad_clips
+from sora_jax.data.batches import Batches, first_batches
+from sora_jax.data.caption_texts import CaptionFeatures, CaptionIds, CaptionTexts
+from sora_jax.data.packed_dataset import PackedDataset, PackedOptions
 from sora_jax.encoders import autoencoder
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.models import attention, dit
@@ -33,46 +37,38 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
   folder = workdir / "dit"
   task, rules, initial = init_from.begin(recipe, *make_task(recipe), workdir, mesh)
   latents = records.read_latents_manifest(str(workdir / "encode" / "latents.jsonl"))
-  frozen = bool(recipe.text.folder)
-  if frozen:
-    empty_text = records.read_empty_text(workdir / "encode" / records.EMPTY_TEXT)
-    texts = {
-      "tokenizer": None,
-      "empty_text": empty_text,
-      "pad_text_to": recipe.text.pad_to,
-      "max_text_tokens": recipe.text.max_tokens,
-    }
-  else:
-    texts = {
-      "tokenizer": _tokenizer(stage, latents, folder / "tokenizer.model"),
-      "max_text_tokens": stage.max_text_tokens,
-    }
+  texts = _texts(recipe, workdir, latents)
   host, hosts = sharding.host_shard(mesh)
   shard = {"process_index": host, "process_count": hosts}
+  options = PackedOptions(
+    budget(stage),
+    stage.model.patch_size,
+    stage.reference_fps,
+    caption_dropout=stage.caption_dropout,
+    given_prob=stage.given_prob,
+    extra_prob=stage.extra_prob,
+  )
+  heldout = dataclasses.replace(options, caption_dropout=0.0)
 
-  def dataset(seed, **kwargs):
-    return pipeline.PackedDataset(
+  def dataset(options, seed, split):
+    return PackedDataset(
       latents,
       str(workdir / "encode"),
-      budget=budget(stage),
-      patch_size=stage.model.patch_size,
-      seed=seed,
-      reference_fps=stage.reference_fps,
-      given_prob=stage.given_prob,
-      extra_prob=stage.extra_prob,
+      texts,
+      options,
+      seed,
+      split=split,
       bad_clips_folder=str(folder),
-      **texts,
-      **kwargs,
     )
 
-  training = dataset(recipe.seed, caption_dropout=stage.caption_dropout)
+  training = dataset(options, recipe.seed, "train")
   return loop.Setup(
     task=task,
     rules=rules,
     initial=initial,
-    data=pipeline.Batches(training, stage.rows, workers=recipe.data.workers, **shard),
-    eval_batches=pipeline.first_batches(
-      dataset(0, split="heldout", caption_dropout=0.0),
+    data=Batches(training, stage.rows, workers=recipe.data.workers, **shard),
+    eval_batches=first_batches(
+      dataset(heldout, 0, "heldout"),
       stage.rows,
       stage.eval_batches,
       **shard,
@@ -82,6 +78,16 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
     units=lambda batch: int(np.count_nonzero(batch["segment_L"])),
     captioned=any(clip.captions for clip in latents if clip.split == "train"),
   )
+
+
+def _texts(recipe, workdir, latents) -> CaptionTexts:
+  """Captions as the rows hold them."""
+  stage, text = recipe.dit, recipe.text
+  if not text.folder:
+    words = _tokenizer(stage, latents, workdir / "dit" / "tokenizer.model")
+    return CaptionIds(words, stage.max_text_tokens)
+  empty_text = records.read_empty_text(workdir / "encode" / records.EMPTY_TEXT)
+  return CaptionFeatures(empty_text, text.max_tokens, text.pad_to)
 
 
 def _tokenizer(stage, latents, path):
@@ -172,7 +178,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   checkpoint.save_model(folder / "model", params, meta)
   if jax.process_index() == 0 and not recipe.text.folder:
     shutil.copyfile(vocabulary, folder / "model" / "tokenizer.model")
-  pipeline.report_bad_clips(folder, len(made.names))
+  report_bad_clips(folder, len(made.names))
   logging.info("the DiT is in %s", folder / "model")
 
 

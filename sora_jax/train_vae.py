@@ -13,7 +13,9 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax.data import pipeline
+from sora_jax.data.bad_clips import report_bad_clips
+from sora_jax.data.batches import Batches, first_batches
+from sora_jax.data.clip_dataset import ClipDataset
 from sora_jax.data.clips import read_manifest
 from sora_jax.models.vae import VAE
 from sora_jax.run import cli, init_from, stages
@@ -34,13 +36,13 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
       stage.model, stage.loss, recipe.dtype, _lpips_params(stage.loss, mesh)
     ),
     rules=vae_task.sharding_rules(stage.model, stage.loss),
-    data=pipeline.Batches(
+    data=Batches(
       _dataset(recipe, workdir, "train"),
       stage.batch_size,
       workers=recipe.data.workers,
       **_shard(mesh),
     ),
-    eval_batches=pipeline.first_batches(
+    eval_batches=first_batches(
       _dataset(recipe, workdir, "heldout"),
       stage.batch_size,
       stage.eval_batches,
@@ -74,7 +76,7 @@ def _clips(workdir):
 
 
 def _dataset(recipe, workdir, split):
-  return pipeline.ClipDataset(
+  return ClipDataset(
     _clips(workdir),
     recipe.vae.crop,
     recipe.seed,
@@ -116,7 +118,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   params = state.ema["vae"]
   made.data.close()
   # The first batches, whatever the iterator has done: the same after a resume.
-  batches = pipeline.first_batches(
+  batches = first_batches(
     _dataset(recipe, workdir, "train"),
     stage.batch_size,
     _STATISTICS_BATCHES,
@@ -131,7 +133,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     "id": stages.fingerprint("vae", workdir),
   }
   checkpoint.save_model(workdir / "vae" / "model", params, meta)
-  pipeline.report_bad_clips(workdir / "vae", len(made.names))
+  report_bad_clips(workdir / "vae", len(made.names))
   logging.info("the VAE is in %s", workdir / "vae" / "model")
 
 

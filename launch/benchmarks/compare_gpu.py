@@ -45,10 +45,9 @@ import numpy as np  # noqa: E402
 import record  # noqa: E402
 from absl import app, flags  # noqa: E402
 
-from sora_jax.data import pipeline  # noqa: E402
 from sora_jax.models import attention, dit, layers  # noqa: E402
 from sora_jax.models.attention import blockwise, flash_gpu, per_head  # noqa: E402
-from sora_jax.packing import patches, planner  # noqa: E402
+from sora_jax.packing import packed_row, patches, planner  # noqa: E402
 from sora_jax.runtime import sharding  # noqa: E402
 from sora_jax.tasks import dit as dit_task  # noqa: E402
 from sora_jax.training import loop, metrics  # noqa: E402
@@ -111,7 +110,8 @@ def sizes_of(name: str) -> Sizes:
 def make_batch(sizes: Sizes) -> dict[str, np.ndarray]:
   """Rows as `train_dit` has them, of noise; tokens that do not divide are padding."""
   budget = planner.Budget(sizes.tokens, sizes.clips * sizes.text, sizes.clips)
-  row = pipeline.empty_row(budget, sizes.model.patch_width, sizes.model.text_width)
+  size = packed_row.RowSize(budget, sizes.model.patch_width, sizes.model.text_width)
+  row = packed_row.empty(packed_row.PackedRow, size)
   del row["clip_N"]
   rng = np.random.default_rng(0)
   clip = sizes.tokens // sizes.clips
@@ -204,10 +204,8 @@ def check_network(sizes: Sizes, dtype, path: pathlib.Path) -> None:
   @jax.jit
   def both(params, batch, t_BG, noise_BLP):
     def loss(params):
-      text_BSE = batch["text_SE"]
-      out = dit_task.predict(
-        model, params, batch["patch_LP"], t_BG, batch, text_BSE, dtype
-      )
+      context = dit.Context.of_batch(batch, batch["text_SE"])
+      out = dit_task.predict(model, params, batch["patch_LP"], t_BG, context, dtype)
       real_BL1 = (batch["segment_L"] > 0)[..., None]
       return jnp.sum(jnp.square(out - noise_BLP) * real_BL1) / real_BL1.sum()
 

@@ -31,6 +31,7 @@ from sora_jax.data.clips import read_manifest
 from sora_jax.diffusion.solvers import Options
 from sora_jax.evaluation import shape_attributes
 from sora_jax.evaluation.quality import psnr
+from sora_jax.models import dit
 from sora_jax.packing import patches
 from sora_jax.sampling import pipeline
 from sora_jax.sampling.conditioning import Request
@@ -128,7 +129,11 @@ def compare_guidance(model) -> dict[str, record.Figure]:
       text_BSE = rng.standard_normal((rows, segments * texts, config.text_width))
       level_BG = np.full((rows, 2 * segments), 0.5, np.float32)
       inputs = jax.device_put(
-        (x_BLP.astype(np.float32), level_BG, batch, text_BSE.astype(np.float32))
+        (
+          x_BLP.astype(np.float32),
+          level_BG,
+          dit.Context.of_batch(batch, text_BSE.astype(np.float32)),
+        )
       )
 
       def call(inputs=inputs):

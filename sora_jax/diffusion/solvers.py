@@ -1,4 +1,4 @@
-"""Solvers and guidance, as pure functions of a network's prediction of the data.
+"""Solvers, as pure functions of a network's prediction of the data.
 
 Every solver here is linear in what it has seen: the state, the state before it, and
 the last three predictions. So a method is a table of coefficients, made in float64 from
@@ -40,7 +40,8 @@ class Options:
     cfg_zero: project the unconditional prediction on the conditional one first, and
       stay still for the first `zero_steps` steps (CFG-Zero*, arXiv:2503.18886).
     reuse: of what the blocks of the network added in an earlier step, while what enters
-      them has changed by less than this share since; see `models.dit.Reuse`. 0 = never.
+      them has changed by less than this share since; see
+      `models.dit_cache.Reuse`. 0 = never.
   """
 
   steps: int = _field(32, "Steps of the solver.", least=1)
@@ -191,14 +192,69 @@ def make_table(method: str, levels, process: str = "flow", eta: float = 0.0) -> 
   return Table(*columns)
 
 
+class State(NamedTuple):
+  """What the next call depends on, each like the state itself.
+
+  Attributes:
+    x: the state that the network is asked at.
+    before: the corrected state of the call before.
+    data_1, data_2: data that the last two calls predicted.
+  """
+
+  x: Array
+  before: Array
+  data_1: Array
+  data_2: Array
+
+
+def start(x: Array) -> State:
+  """Before the first call; tables give what is not there yet no weight."""
+  zeros = jnp.zeros_like(x)
+  return State(x, zeros, zeros, zeros)
+
+
+def step(
+  state: State,
+  row: Table,
+  data: Array,
+  noise: Array | None = None,
+  expand: Callable[[Array], Array] = lambda c: c,
+) -> State:
+  """The state after a call of the network.
+
+  Args:
+    state: at which the network was asked.
+    row: of the table, for this call.
+    data: what the network predicts of the data that the state comes from.
+    noise: standard normal, for methods that need it.
+    expand: a coefficient [...] -> something that broadcasts against the state.
+  """
+
+  def combine(coefficients, values):
+    terms = zip(coefficients, values, strict=True)
+    return sum(expand(c) * value for c, value in terms)
+
+  x, before, data_1, data_2 = state
+  corrected = combine(row.correct, (x, before, data, data_1, data_2))
+  following = combine(row.predict, (corrected, data, data_1))
+  if noise is not None:
+    following += expand(row.noise) * noise
+  return State(following, corrected, data, data_1)
+
+
+def scan(call: Callable[[Any, Table, Array], Any], carry: Any, table: Table) -> Any:
+  """Runs carry = call(carry, row of the table, its index) over the whole table."""
+  table = jax.tree.map(jnp.asarray, table)
+  rows = (table, jnp.arange(len(table.level)))
+  return jax.lax.scan(lambda carry, row: (call(carry, *row), None), carry, rows)[0]
+
+
 def integrate(
-  predict: Callable[..., Array | tuple[Array, Any]],
+  predict: Callable[[Array, Any, Array], Array],
   x: Array,
   table: Table,
   noise: Callable[[Array], Array] | None = None,
   expand: Callable[[Array], Array] = lambda c: c,
-  given: Array | None = None,
-  memory: Any = None,
 ) -> Array:
   """Runs a solver.
 
@@ -208,33 +264,14 @@ def integrate(
     x: state at the first level.
     table: of the method.
     noise: index of the call -> standard normal noise like x; for methods that need it.
-    expand: a coefficient [...] -> something that broadcasts against x.
-    given: True where x is data and stays exactly as it is; broadcasts against x.
-    memory: if there is one, predict gets it last, and returns it after the data.
+    expand: as for `step`.
   """
 
-  def combine(coefficients, values):
-    terms = zip(coefficients, values, strict=True)
-    return sum(expand(c) * value for c, value in terms)
+  def call(state, row, index):
+    data = predict(state.x, row.level, index)
+    return step(state, row, data, noise(index) if noise else None, expand)
 
-  def step(state, row):
-    (x, before, data_1, data_2, memory), (row, index) = state, row
-    if memory is None:
-      data = predict(x, row.level, index)
-    else:
-      data, memory = predict(x, row.level, index, memory)
-    corrected = combine(row.correct, (x, before, data, data_1, data_2))
-    following = combine(row.predict, (corrected, data, data_1))
-    if noise is not None:
-      following += expand(row.noise) * noise(index)
-    if given is not None:
-      following = jnp.where(given, x, following)
-    return (following, corrected, data, data_1, memory), None
-
-  table = jax.tree.map(jnp.asarray, table)
-  zeros = jnp.zeros_like(x)
-  rows = (table, jnp.arange(len(table.level)))
-  return jax.lax.scan(step, (x, zeros, zeros, zeros, memory), rows)[0][0]
+  return scan(call, start(x), table).x
 
 
 def _keep(level):
@@ -303,36 +340,3 @@ def _unipc_correct(alpha, sigma, log_snr, i, order):
       weight * old,
     ]
   )
-
-
-def guide(
-  conditional: Array,
-  unconditional: Array,
-  scale,
-  options: Options = Options(),
-  clip_mean: Callable[[Array], Array] | None = None,
-) -> Array:
-  """Classifier-free guidance of predictions of a target [B, L, P].
-
-  Args:
-    conditional, unconditional: predictions with and without the caption.
-    scale: strength, broadcasts against them; 1 = none.
-    options: for guidance_rescale and cfg_zero.
-    clip_mean: [B, L] -> mean over the clip of each token, [B, L]; clips in one row do
-      not change each other. Needed for those two.
-  """
-  if options.cfg_zero:
-    product = clip_mean(jnp.mean(conditional * unconditional, axis=-1))
-    square = clip_mean(jnp.mean(jnp.square(unconditional), axis=-1))
-    unconditional = (product / jnp.maximum(square, 1e-12))[..., None] * unconditional
-  guided = unconditional + scale * (conditional - unconditional)
-  if options.guidance_rescale:
-
-    def deviation(x_BLP):
-      mean_BL = clip_mean(jnp.mean(x_BLP, axis=-1))
-      square_BL = jnp.mean(jnp.square(x_BLP - mean_BL[..., None]), axis=-1)
-      return jnp.sqrt(clip_mean(square_BL))[..., None]
-
-    rescaled = guided * deviation(conditional) / jnp.maximum(deviation(guided), 1e-12)
-    guided += options.guidance_rescale * (rescaled - guided)
-  return guided

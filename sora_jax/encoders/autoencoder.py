@@ -86,8 +86,7 @@ class Autoencoder:
 
   def batch_size(self, wanted: int) -> int:
     """Smallest multiple of the mesh's batch shards that is at least `wanted`."""
-    shards = sharding.batch_shards(self.mesh)
-    return -(-wanted // shards) * shards
+    return sharding.whole_batch(wanted, self.mesh)
 
   def _by_parts(self, step, tile, scale_in, scale_out):
     tiles, caches = None, []

@@ -82,8 +82,7 @@ class FrozenTextEncoder:
     ids = [self._tokenizer.encode(clean(text), max_tokens) for text in texts]
     features = [None] * len(ids)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    shards = sharding.batch_shards(self._mesh)
-    rows = -(-_BATCH // shards) * shards
+    rows = sharding.whole_batch(_BATCH, self._mesh)
     for start in range(0, len(order), rows):
       part = order[start : start + rows]
       longest = len(ids[part[-1]])

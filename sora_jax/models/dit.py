@@ -18,6 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sora_jax.models import layers, partition
 from sora_jax.models.attention import attention
+from sora_jax.models.dit_cache import Reuse, run_or_reuse
+from sora_jax.packing.packed_row import PackedBatch
 
 # What a block may keep for the backward pass beside its input, by the names given here
 # and in `attention`. "offload" keeps both in the host's memory.
@@ -100,30 +102,37 @@ PRESETS = {
 }
 
 
-class Reuse(NamedTuple):
-  """What the steps of sampling hand on, so that blocks need not run in each of them.
-
-  After TeaCache (arXiv:2411.19108), without its rescaling: the blocks run again once
-  what enters them has changed by a share `limit` since, and what they added last is
-  added again otherwise. Padding has no say, but all clips of a batch have.
+class Context(NamedTuple):
+  """What the DiT sees beside patches and noise levels, for rows of L and S tokens.
 
   Attributes:
-    seen_BLD: modulated tokens as the first block got them in the call before.
-    added_BLD: what the blocks added when they ran last.
-    change: sum of the relative changes since then; infinite before the first call.
-    limit: of change, below which they do not run.
+    group_BL: noise group of each token. Groups 2n and 2n + 1 see the text n + 1: a clip
+      has one, or several that change with time.
+    segment_BL: clip of each token, 0 = padding.
+    position_BL3: (t, h, w) of each token, may be fractional.
+    text_BSE, text_segment_BS: caption features, and the text that each belongs to; of
+      a clip with one text, the number of its segment.
+    text_states: from `dit_cache.text_states`, computed once for many calls; None: the
+      call computes them.
   """
 
-  seen_BLD: Array
-  added_BLD: Array
-  change: Array
-  limit: Array
+  group_BL: Array
+  segment_BL: Array
+  position_BL3: Array
+  text_BSE: Array
+  text_segment_BS: Array
+  text_states: tuple[Array, Array] | None = None
 
   @classmethod
-  def start(cls, rows: int, tokens: int, width: int, dtype) -> "Reuse":
-    """Before the first call, which runs."""
-    zeros_BLD = jnp.zeros((rows, tokens, width), dtype)
-    return cls(zeros_BLD, zeros_BLD, jnp.array(jnp.inf), jnp.array(0.0))
+  def of_batch(cls, batch: PackedBatch, text_BSE: Array) -> "Context":
+    """What a batch says of its tokens and texts; text_BSE: features of those."""
+    return cls(
+      batch["group_L"],
+      batch["segment_L"],
+      batch["position_L3"],
+      text_BSE,
+      batch["text_segment_S"],
+    )
 
 
 class DiT(nn.Module):
@@ -132,14 +141,8 @@ class DiT(nn.Module):
   Args of call:
     x_BLP: noisy and given patches.
     t_BG: noise level of each group, in [0, 1]; given groups hold 0.
-    group_BL: group of each token. Groups 2n and 2n + 1 see the text n + 1: a clip has
-      one, or several that change with time.
-    segment_BL: clip of each token, 0 = padding.
-    position_BL3: (t, h, w) of each token, may be fractional.
-    text_BSE, text_segment_BS: caption features, and the text that each belongs to; of
-      a clip with one text, the number of its segment.
-    text_states: of `text_states`, made once for many calls; None: made here.
-    reuse: from the call before, see `Reuse`.
+    reuse: from the call before, see `dit_cache.Reuse`.
+    The others are the fields of `Context`, in its order.
 
   Returns:
     [B, L, P] float32; with reuse, that and what the next call gets.
@@ -161,71 +164,80 @@ class DiT(nn.Module):
     text_states: tuple[Array, Array] | None = None,
     reuse: Reuse | None = None,
   ) -> Array | tuple[Array, Reuse]:
-    c, dtype = self.config, self.dtype
-
-    def dense(features, name, **kwargs):
-      return layers.Dense(features, name=name, **{"dtype": dtype, **kwargs})
-
+    c = self.config
     x_BLP = partition.constrain(x_BLP, partition.ROWS, partition.TOKENS)
-    x_BLD = _shard(dense(c.width, "patch_embed")(x_BLP.astype(dtype)))
+    x_BLD = _shard(self._dense(c.width, "patch_embed")(x_BLP.astype(self.dtype)))
     text_BSE = partition.constrain(text_BSE, partition.ROWS, "context")
-    text_BSD = None
-    if text_states is None:
-      text_BSD = dense(c.width, "text_embed_1")(text_BSE.astype(dtype))
-      text_BSD = dense(c.width, "text_embed_2")(nn.gelu(text_BSD))
+    text_BSD = self._embed_text(text_BSE) if text_states is None else None
 
-    # The modulation is small (a row per group) and steers everything: float32.
-    t_BGD = layers.timestep_embedding(t_BG, c.frequency_width)
-    t_BGD = dense(c.width, "time_embed_1", dtype=jnp.float32)(t_BGD)
-    t_BGD = dense(c.width, "time_embed_2", dtype=jnp.float32)(nn.silu(t_BGD))
-    if c.pooled_text:
-      pooled_BGE = _mean_text(text_BSE, text_segment_BS, t_BG.shape[1])
-      t_BGD = t_BGD + dense(c.width, "text_pooled", dtype=jnp.float32)(pooled_BGE)
-    modulation_BG6D = dense(
-      6 * c.width,
-      "time_projection",
-      dtype=jnp.float32,
-      kernel_init=nn.initializers.zeros,
-    )(nn.silu(t_BGD)).reshape(*t_BG.shape, 6, c.width)
-
+    t_BGD = self._embed_time(t_BG, text_BSE, text_segment_BS)
+    modulation_BG6D = self._modulation(t_BGD)
     rope = layers.rope_angles(position_BL3, layers.video_rope_dims(c.width // c.heads))
     text_BL = jnp.where(segment_BL > 0, group_BL // 2 + 1, 0)
     segments = (segment_BL, text_BL, text_segment_BS)
     context = (modulation_BG6D, group_BL, segments, rope, text_BSD)
 
-    def run(_, x_BLD):
-      block = _Block
-      if c.remat != "none":
-        block = nn.remat(block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
-      blocks = nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast, 0),
-        length=c.depth,
-      )(c, name="blocks")
-      return blocks(x_BLD, context, text_states)[0]
+    def blocks(module, x_BLD):
+      return module._blocks(x_BLD, context, text_states)
 
     if reuse is None:
-      x_BLD = run(self, x_BLD)
+      x_BLD = blocks(self, x_BLD)
     else:
       shift_BLD, scale_BLD = _per_token(modulation_BG6D[:, :, :2], group_BL)
       seen_BLD = layers.layer_norm(x_BLD) * (1 + scale_BLD) + shift_BLD
       seen_BLD = jnp.where(segment_BL[..., None] > 0, seen_BLD, 0.0)
-      moved = jnp.sum(jnp.abs(seen_BLD - reuse.seen_BLD))
-      size = jnp.sum(jnp.abs(reuse.seen_BLD))
-      change = reuse.change + moved / jnp.maximum(size, 1e-6)
-      fresh = change >= reuse.limit
-      added_BLD = nn.cond(
-        fresh,
-        lambda module, x_BLD: run(module, x_BLD) - x_BLD,
-        lambda _, x_BLD: reuse.added_BLD,
-        *(self, x_BLD),
-      )
-      x_BLD += added_BLD
-      change = jnp.where(fresh, 0.0, change)
-      reuse = Reuse(seen_BLD.astype(dtype), added_BLD, change, reuse.limit)
+      x_BLD, reuse = run_or_reuse(self, blocks, x_BLD, seen_BLD, reuse)
 
+    out_BLP = self._head(x_BLD, t_BGD, group_BL)
+    return out_BLP if reuse is None else (out_BLP, reuse)
+
+  def _dense(self, features, name, dtype=None, **kwargs):
+    return layers.Dense(features, name=name, dtype=dtype or self.dtype, **kwargs)
+
+  def _embed_text(self, text_BSE):
+    text_BSD = self._dense(self.config.width, "text_embed_1")(
+      text_BSE.astype(self.dtype)
+    )
+    return self._dense(self.config.width, "text_embed_2")(nn.gelu(text_BSD))
+
+  # The modulation is small (a row per group) and steers everything: float32.
+
+  def _embed_time(self, t_BG, text_BSE, text_segment_BS):
+    """Embedding of each group's noise level, and of its clip's text: [B, G, D]."""
+    c = self.config
+    t_BGD = layers.timestep_embedding(t_BG, c.frequency_width)
+    t_BGD = self._dense(c.width, "time_embed_1", jnp.float32)(t_BGD)
+    t_BGD = self._dense(c.width, "time_embed_2", jnp.float32)(nn.silu(t_BGD))
+    if c.pooled_text:
+      pooled_BGE = _mean_text(text_BSE, text_segment_BS, t_BG.shape[1])
+      t_BGD = t_BGD + self._dense(c.width, "text_pooled", jnp.float32)(pooled_BGE)
+    return t_BGD
+
+  def _modulation(self, t_BGD):
+    """Shift, scale and gate of attention and MLP, which all blocks share."""
+    project = self._dense(
+      6 * self.config.width,
+      "time_projection",
+      jnp.float32,
+      kernel_init=nn.initializers.zeros,
+    )
+    return project(nn.silu(t_BGD)).reshape(*t_BGD.shape[:2], 6, self.config.width)
+
+  def _blocks(self, x_BLD, context, text_states):
+    c, block = self.config, _Block
+    if c.remat != "none":
+      block = nn.remat(block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+    blocks = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(nn.broadcast, 0),
+      length=c.depth,
+    )(c, name="blocks")
+    return blocks(x_BLD, context, text_states)[0]
+
+  def _head(self, x_BLD, t_BGD, group_BL):
+    c = self.config
     table_2D = self.param(
       "head_modulation",
       nn.initializers.normal(c.width**-0.5),
@@ -234,10 +246,9 @@ class DiT(nn.Module):
     )
     shift_BLD, scale_BLD = _per_token(table_2D + t_BGD[:, :, None], group_BL)
     x_BLD = layers.layer_norm(x_BLD).astype(jnp.float32) * (1 + scale_BLD) + shift_BLD
-    out_BLP = dense(
-      c.patch_width, "head", dtype=jnp.float32, kernel_init=nn.initializers.zeros
+    return self._dense(
+      c.patch_width, "head", jnp.float32, kernel_init=nn.initializers.zeros
     )(x_BLD)
-    return out_BLP if reuse is None else (out_BLP, reuse)
 
 
 class _Block(nn.Module):
@@ -298,31 +309,6 @@ class _Block(nn.Module):
     h_BLD = checkpoint_name(_shard(dense(c.width, "mlp_down")(h_BLD)), "mlp")
     x_BLD = x_BLD + gate2 * h_BLD
     return x_BLD, None
-
-
-def text_states(
-  config: DiTConfig, params, text_BSE: Array, dtype=jnp.float32
-) -> tuple[Array, Array]:
-  """Keys and values of the text in all blocks [depth, B, S, D]; steps share them.
-
-  params: of the DiT.
-  """
-
-  def dense(params, name, x):
-    layer = layers.Dense(config.width, dtype=dtype)
-    return layer.apply({"params": params[name]}, x)
-
-  def of_block(block):
-    k_BSD = dense(block, "cross_key", text_BSD)
-    k_BSD = layers.RMSNorm().apply({"params": block["cross_key_norm"]}, k_BSD)
-    return k_BSD, dense(block, "cross_value", text_BSD)
-
-  text_BSE = partition.constrain(text_BSE, partition.ROWS, "context")
-  text_BSD = dense(params, "text_embed_1", text_BSE.astype(dtype))
-  text_BSD = dense(params, "text_embed_2", nn.gelu(text_BSD))
-  names = ("cross_key", "cross_key_norm", "cross_value")
-  # Block by block, as their params are gathered.
-  return jax.lax.map(of_block, {name: params["blocks"][name] for name in names})
 
 
 def _shard(x_BLD: Array) -> Array:

@@ -60,3 +60,18 @@ def grid_positions(grid):
   """Positions (t, h, w) of each token of a grid, in patches: float32 [L, 3]."""
   axes = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in grid), indexing="ij")
   return np.stack(axes, -1).reshape(-1, 3)
+
+
+def clip_positions(grid, step, extra_times=()):
+  """Positions of a clip's tokens, then of those of extra images: float32 [L, 3].
+
+  Args:
+    grid: patches (t, h, w) of the clip; an image has (1, h, w).
+    step: time from one patch to the next.
+    extra_times: when each image is shown, in the same unit.
+  """
+  position_L3 = grid_positions(grid)
+  position_L3[:, 0] *= step
+  extra_L3 = np.tile(grid_positions((1, *grid[1:])), (len(extra_times), 1))
+  extra_L3[:, 0] = np.repeat(np.asarray(extra_times, np.float32), grid[1] * grid[2])
+  return np.concatenate([position_L3, extra_L3])

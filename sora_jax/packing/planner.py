@@ -17,11 +17,21 @@ _CLIP_MASK = (1 << _CLIP_BITS) - 1
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-  """What one row can hold: latent tokens, text tokens and segments (clips)."""
+  """What one row can hold: latent tokens, text tokens and segments (clips).
+
+  While sampling, a clip whose text changes with time counts as a segment a text.
+  """
 
   tokens: int
   text_tokens: int
   segments: int
+
+  def fits(self, *sizes: tuple[int, int, int]) -> bool:
+    """Whether clips of these (tokens, text tokens, segments) share a row."""
+    room = dataclasses.astuple(self)
+    return all(
+      sum(size) <= r for size, r in zip(zip(*sizes, strict=True), room, strict=True)
+    )
 
 
 def plan(

@@ -23,12 +23,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax.data import buckets
 from sora_jax.encoders import autoencoder
+from sora_jax.packing import packed_row
 from sora_jax.planning import gpu_target
 from sora_jax.planning.hardware import Topology
 from sora_jax.run import build
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding
-from sora_jax.sampling import batching, denoise
+from sora_jax.sampling import integrate, sample_batch
 from sora_jax.tasks import vae as vae_task
 from sora_jax.training import loop
 
@@ -227,8 +228,7 @@ def vae_encode(recipe: recipes.Recipe, mesh):
   edge = data.size_multiple
   height = max(edge, int((data.max_pixels * 9 / 16) ** 0.5) // edge * edge)
   width = max(edge, data.max_pixels // height // edge * edge)
-  shards = sharding.batch_shards(mesh)
-  size = -(-recipe.encode.batch_size // shards) * shards
+  size = sharding.whole_batch(recipe.encode.batch_size, mesh)
   frames = buckets.frame_bucket(data.max_frames, recipe.encode.frame_buckets)
   shape = (frames, height, width, 3)
   video = _batch({"x": jax.ShapeDtypeStruct(shape, jnp.uint8)}, size, mesh)["x"]
@@ -253,33 +253,22 @@ def sampling(recipe: recipes.Recipe, mesh):
   task, rules = build.make_task(recipe)
   shapes = jax.eval_shape(task.init, jax.random.key(0))
   params = _placed(shapes, sharding.param_shardings(shapes, rules, mesh))
-  shards = sharding.batch_shards(mesh)
-  rows = -(-options.rows // shards) * shards
-  caption = (
-    np.zeros((1, recipe.text.width), jnp.bfloat16) if frozen else np.zeros(1, np.int32)
+  rows = sharding.whole_batch(options.rows, mesh)
+  text_width = recipe.text.width if frozen else None
+  size = packed_row.RowSize(build.budget(stage), stage.model.patch_width, text_width)
+  batch = sample_batch.empty_batch(1, size).row(0)
+  batch = sample_batch.SampleBatch(*(_batch(part, rows, mesh) for part in batch))
+  shape = (rows, stage.segments)
+  slots = sample_batch.SolverSlots(
+    np.full(shape, stage.tokens // stage.segments), np.ones(shape)
   )
-  budget = batching.RowBudget(stage.tokens, stage.text_tokens, stage.segments)
-  batch = batching.empty_batch(1, budget, stage.model.patch_width, caption)
-  batch = _batch({name: value[0] for name, value in batch.items()}, rows, mesh)
-  tokens_BN = np.full((rows, stage.segments), stage.tokens // stage.segments)
-  table = denoise.solver_table(
-    tokens_BN, np.ones_like(tokens_BN), options, stage.loss.process
-  )
-  program = denoise.program(
-    stage.model,
-    text,
-    recipe.dtype,
-    mesh,
-    process=stage.loss.process,
-    target=stage.loss.target,
+  table = integrate.solver_table(slots, options, stage.loss.process)
+  networks = integrate.Networks(
+    stage.model, text, recipe.dtype, stage.loss.process, stage.loss.target
   )
   with jax.set_mesh(mesh):
-    return program.lower(
-      params,
-      batch,
-      table,
-      options.guidance_scale,
-      options=denoise.static_options(options),
+    return integrate.program(networks, mesh).lower(
+      params, batch, table, options=integrate.static_options(options)
     )
 
 

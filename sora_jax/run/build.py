@@ -1,10 +1,8 @@
 """What a recipe stands for: its tasks, sharding rules, rows, and the mesh they need."""
 
 import jax
-import numpy as np
 
-from sora_jax.data import pipeline
-from sora_jax.packing import planner
+from sora_jax.packing import packed_row, planner
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding
 from sora_jax.tasks import Task
@@ -65,7 +63,7 @@ def make_task(recipe: recipes.Recipe) -> tuple[Task, sharding.Rules]:
     stage.loss,
     stage.segments,
     recipe.dtype,
-    adds_up=stage.train.grad_accumulation > 1,
+    accumulate_fp32=stage.train.grad_accumulation > 1,
   )
   return task, dit_task.DIT_RULES if frozen else dit_task.SHARDING_RULES
 
@@ -75,8 +73,9 @@ def budget(stage: recipes.DiTStage) -> planner.Budget:
   return planner.Budget(stage.tokens, stage.text_tokens, stage.segments)
 
 
-def empty_row(recipe: recipes.Recipe) -> dict[str, np.ndarray]:
-  """A row of padding as the stage's data has it, see `pipeline.empty_row`."""
+def empty_row(recipe: recipes.Recipe) -> packed_row.PackedRow:
+  """A row of padding as the stage's data has it."""
   text_width = recipe.text.width if recipe.text.folder else None
   stage = recipe.dit
-  return pipeline.empty_row(budget(stage), stage.model.patch_width, text_width)
+  size = packed_row.RowSize(budget(stage), stage.model.patch_width, text_width)
+  return packed_row.empty(packed_row.PackedRow, size)

@@ -180,6 +180,12 @@ def batch_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def whole_batch(rows: int, mesh: Mesh) -> int:
+  """The number of rows rounded up, so that each of the batch shards has as many."""
+  shards = batch_shards(mesh)
+  return -(-rows // shards) * shards
+
+
 def batch_shardings(batch, mesh: Mesh, hosts: int = 1) -> dict[str, NamedSharding]:
   """Where `shard_batch` puts the arrays of a batch, or of their shapes.
 

@@ -1,6 +1,7 @@
 """What the DiT learns: the target of noisy tokens, given clean ones and a caption."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,9 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from sora_jax.diffusion import noise_process
-from sora_jax.models import dit
+from sora_jax.models import dit, dit_cache
 from sora_jax.models.caption_encoder import TextEncoder, TextEncoderConfig
-from sora_jax.models.dit import DiT, DiTConfig, Reuse
+from sora_jax.models.dit import DiT, DiTConfig
 from sora_jax.models.partition import PARAMS
 from sora_jax.tasks import Task
 
@@ -54,45 +55,70 @@ class DiTLossConfig:
       raise ValueError(f"dit shift {self.shift} is not positive")
 
 
-def make(
-  model: DiTConfig,
-  text: TextEncoderConfig | None,
-  loss_config: DiTLossConfig,
-  segments: int,
-  dtype: jnp.dtype = jnp.float32,
-  adds_up: bool = False,
-) -> Task:
-  """The task over packed rows as `data.pipeline.PackedDataset` makes them.
+@dataclasses.dataclass(frozen=True)
+class _Objective:
+  """The three functions of the task; see `make` for the fields."""
 
-  Args:
-    model, text, loss_config: sizes and noise levels; text None: batches hold features
-      (text_SE) of a frozen encoder.
-    segments: most clips that a row can hold.
-    dtype: of the computation; params, modulation and loss are float32.
-    adds_up: whether gradients of several microbatches are added up, see `predict`.
-  """
-  process, target = loss_config.process, loss_config.target
+  model: DiTConfig
+  text: TextEncoderConfig | None
+  loss_config: DiTLossConfig
+  segments: int
+  dtype: jnp.dtype
+  accumulate_fp32: bool
 
-  def init(key: Array):
+  def init(self, key: Array):
+    """Params of the DiT, and of the text encoder if it is trained."""
     text_key, dit_key = jax.random.split(key)
     ids_BL = jnp.zeros((1, 1), jnp.int32)
-    dit_params = DiT(model).init(
-      dit_key,
-      jnp.zeros((1, 1, model.patch_width)),
-      jnp.zeros((1, 2)),
-      ids_BL,
-      ids_BL,
-      jnp.zeros((1, 1, 3)),
-      jnp.zeros((1, 1, model.text_width)),
-      ids_BL,
-    )["params"]
-    if text is None:
+    context = dit.Context(
+      group_BL=ids_BL,
+      segment_BL=ids_BL,
+      position_BL3=jnp.zeros((1, 1, 3)),
+      text_BSE=jnp.zeros((1, 1, self.model.text_width)),
+      text_segment_BS=ids_BL,
+    )
+    x_BLP, t_BG = jnp.zeros((1, 1, self.model.patch_width)), jnp.zeros((1, 2))
+    dit_params = DiT(self.model).init(dit_key, x_BLP, t_BG, *context)["params"]
+    if self.text is None:
       return {"dit": dit_params}
-    text_params = TextEncoder(text).init(text_key, ids_BL, ids_BL, ids_BL)["params"]
+    encoder = TextEncoder(self.text)
+    text_params = encoder.init(text_key, ids_BL, ids_BL, ids_BL)["params"]
     return {"text": text_params, "dit": dit_params}
 
-  def errors(params, batch, key: Array, t_BN: Array):
-    """Squared error of every token that is noisy, its weight and its noise level."""
+  def loss(self, params, batch, key: Array):
+    """Mean error of noisy tokens at random levels, and metrics."""
+    t_key, eps_key = jax.random.split(key)
+    t_BN = _draw_levels(self.loss_config, t_key, batch["segment_L"], self.segments)
+    error_BL, noisy_BL, t_BL = self._errors(params, batch, eps_key, t_BN)
+    real_BL = batch["segment_L"] > 0
+    config = self.loss_config
+    metrics = {
+      "padding": 1.0 - jnp.mean(real_BL),
+      "given": 1.0 - jnp.sum(noisy_BL) / jnp.maximum(jnp.sum(real_BL), 1),
+      **noise_process.loss_bins(error_BL, noisy_BL, t_BL, config.bins),
+    }
+    if config.min_snr_gamma:
+      error_BL *= noise_process.loss_weight(
+        t_BL, config.min_snr_gamma, config.target, config.process
+      )
+    return _mean(error_BL, noisy_BL), metrics
+
+  def evaluate(self, params, batch, key: Array):
+    """The loss without weights."""
+    # Levels spread evenly over (0, 1), so that few batches give a steady number.
+    rows, segments = len(batch["segment_L"]), self.segments
+    t_BN = ((0.5 + jnp.arange(rows * segments)) * 0.618034 % 1.0).reshape(
+      rows, segments
+    )
+    error_BL, noisy_BL, _ = self._errors(params, batch, key, t_BN)
+    return {"loss": _mean(error_BL, noisy_BL)}
+
+  def _errors(self, params, batch, key: Array, t_BN: Array):
+    """Squared error of every token, whether it is noisy, and its noise level: [B, L].
+
+    t_BN: noise level of each segment's noisy tokens.
+    """
+    process, target = self.loss_config.process, self.loss_config.target
     x0_BLP = batch["patch_LP"]
     # Segments have two groups each: the noisy tokens at level t, the given ones at 0.
     t_BG = jnp.stack([t_BN, jnp.zeros_like(t_BN)], -1).reshape(len(t_BN), -1)
@@ -100,61 +126,67 @@ def make(
     eps_BLP = jax.random.normal(key, x0_BLP.shape)
     t_BL1 = t_BL[..., None]
     x_BLP = noise_process.add_noise(x0_BLP, eps_BLP, t_BL1, process)
-    text_BSE = encode_text(text, params, batch, dtype)
+    text_BSE = encode_text(self.text, params, batch, self.dtype)
     predicted_BLP = predict(
-      model, params, x_BLP, t_BG, batch, text_BSE, dtype, adds_up=adds_up
+      self.model,
+      params,
+      x_BLP,
+      t_BG,
+      dit.Context.of_batch(batch, text_BSE),
+      self.dtype,
+      accumulate_fp32=self.accumulate_fp32,
     )
     target_BLP = noise_process.make_target(x0_BLP, eps_BLP, t_BL1, target, process)
     error_BLP = jnp.square(predicted_BLP - target_BLP)
     noisy_BL = (batch["segment_L"] > 0) & (batch["group_L"] % 2 == 0)
     return error_BLP.mean(-1), noisy_BL.astype(jnp.float32), t_BL
 
-  def mean(error_BL, noisy_BL):
-    return jnp.sum(error_BL * noisy_BL) / jnp.maximum(jnp.sum(noisy_BL), 1.0)
 
-  def draw_levels(key, segment_BL):
-    t_BN = noise_process.sample_timesteps(
-      key,
-      (len(segment_BL), segments),
-      loss_config.timesteps,
-      mean=loss_config.logit_mean,
-      std=loss_config.logit_std,
-      mode_scale=loss_config.mode_scale,
-    )
-    if loss_config.shift == 1.0 and not loss_config.shift_tokens:
-      return t_BN
-    ids_N = 1 + jnp.arange(segments)
-    tokens_BN = jnp.sum(segment_BL[:, :, None] == ids_N, axis=1)
-    shift_BN = noise_process.resolution_shift(
-      loss_config.shift, jnp.maximum(tokens_BN, 1), loss_config.shift_tokens
-    )
-    return noise_process.shift_timesteps(t_BN, shift_BN)
+def make(
+  model: DiTConfig,
+  text: TextEncoderConfig | None,
+  loss_config: DiTLossConfig,
+  segments: int,
+  dtype: jnp.dtype = jnp.float32,
+  accumulate_fp32: bool = False,
+) -> Task:
+  """The task over batches of packed rows, `packing.packed_row.PackedBatch`.
 
-  def loss(params, batch, key: Array):
-    t_key, eps_key = jax.random.split(key)
-    t_BN = draw_levels(t_key, batch["segment_L"])
-    error_BL, noisy_BL, t_BL = errors(params, batch, eps_key, t_BN)
-    real_BL = batch["segment_L"] > 0
-    metrics = {
-      "padding": 1.0 - jnp.mean(real_BL),
-      "given": 1.0 - jnp.sum(noisy_BL) / jnp.maximum(jnp.sum(real_BL), 1),
-      **noise_process.loss_bins(error_BL, noisy_BL, t_BL, loss_config.bins),
-    }
-    gamma = loss_config.min_snr_gamma
-    if gamma:
-      error_BL *= noise_process.loss_weight(t_BL, gamma, target, process)
-    return mean(error_BL, noisy_BL), metrics
+  Args:
+    model, text, loss_config: sizes and noise levels; text None: batches hold features
+      (text_SE) of a frozen encoder.
+    segments: most clips that a row can hold.
+    dtype: of the computation; params, modulation and loss are float32.
+    accumulate_fp32: whether gradients of several microbatches are added up, see
+      `predict`.
+  """
+  objective = _Objective(model, text, loss_config, segments, dtype, accumulate_fp32)
+  return Task(objective.init, objective.loss, objective.evaluate)
 
-  def evaluate(params, batch, key: Array):
-    # Levels spread evenly over (0, 1), so that few batches give a steady number.
-    rows = len(batch["segment_L"])
-    t_BN = ((0.5 + jnp.arange(rows * segments)) * 0.618034 % 1.0).reshape(
-      rows, segments
-    )
-    error_BL, noisy_BL, _ = errors(params, batch, key, t_BN)
-    return {"loss": mean(error_BL, noisy_BL)}
 
-  return Task(init, loss, evaluate)
+def _mean(error_BL, noisy_BL):
+  """Over the noisy tokens of all rows."""
+  return jnp.sum(error_BL * noisy_BL) / jnp.maximum(jnp.sum(noisy_BL), 1.0)
+
+
+def _draw_levels(config: DiTLossConfig, key, segment_BL, segments: int) -> Array:
+  """A random noise level for each segment, shifted by its length: [B, N]."""
+  t_BN = noise_process.sample_timesteps(
+    key,
+    (len(segment_BL), segments),
+    config.timesteps,
+    mean=config.logit_mean,
+    std=config.logit_std,
+    mode_scale=config.mode_scale,
+  )
+  if config.shift == 1.0 and not config.shift_tokens:
+    return t_BN
+  ids_N = 1 + jnp.arange(segments)
+  tokens_BN = jnp.sum(segment_BL[:, :, None] == ids_N, axis=1)
+  shift_BN = noise_process.resolution_shift(
+    config.shift, jnp.maximum(tokens_BN, 1), config.shift_tokens
+  )
+  return noise_process.shift_timesteps(t_BN, shift_BN)
 
 
 def encode_text(
@@ -177,37 +209,37 @@ def encode_text(
 def predict(
   config: DiTConfig,
   params,
-  x_BLP,
-  t_BG,
-  batch,
-  text_BSE,
-  dtype=jnp.float32,
-  text_states=None,
-  reuse: Reuse | None = None,
-  adds_up: bool = False,
-):
+  x_BLP: Array,
+  t_BG: Array,
+  context: dit.Context,
+  dtype: jnp.dtype = jnp.float32,
+  reuse: dit_cache.Reuse | None = None,
+  accumulate_fp32: bool = False,
+) -> Any:
   """The network's output [B, L, P] for packed rows, float32; see `DiT`.
 
-  adds_up: cast the blocks' kernels block by block, so that gradients are added, block
-  by block, to a total in float32; all at once otherwise, which takes less memory.
+  Args:
+    config: sizes of the DiT.
+    params: with those of the DiT under "dit".
+    x_BLP: noisy and given patches.
+    t_BG: noise level of each group.
+    context: what the DiT sees beside them.
+    dtype: of the computation.
+    reuse: from the call before; the result is then (output, next reuse), otherwise
+      the output alone.
+    accumulate_fp32: cast the blocks' kernels block by block, so that gradients are
+      added, block by block, to a total in float32; all at once otherwise, which takes
+      less memory.
   """
-  return DiT(config, dtype).apply(
-    {"params": params["dit"] if adds_up else _cast_kernels(params["dit"], dtype)},
-    x_BLP,
-    t_BG,
-    batch["group_L"],
-    batch["segment_L"],
-    batch["position_L3"],
-    text_BSE,
-    batch["text_segment_S"],
-    text_states,
-    reuse,
-  )
+  params = params["dit"] if accumulate_fp32 else _cast_kernels(params["dit"], dtype)
+  network = DiT(config, dtype)
+  return network.apply({"params": params}, x_BLP, t_BG, *context, reuse)
 
 
 def text_states(config: DiTConfig, params, text_BSE, dtype=jnp.float32):
-  """What `predict` needs of the texts, made once for many calls."""
-  return dit.text_states(config, _cast_kernels(params["dit"], dtype), text_BSE, dtype)
+  """States of the texts for `dit.Context`, computed once for many calls."""
+  params = _cast_kernels(params["dit"], dtype)
+  return dit_cache.text_states(config.width, params, text_BSE, dtype)
 
 
 def _cast_kernels(params, dtype):

@@ -77,7 +77,7 @@ def make(
   dtype: jnp.dtype = jnp.float32,
   lpips_params=None,
 ) -> Task:
-  """Returns the task over batches of `data.pipeline.ClipDataset`.
+  """Returns the task over batches of `data.clip_dataset.ClipDataset`.
 
   Args:
     model: sizes of the VAE.

@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 from sora_jax import encode
-from sora_jax.data import buckets, pipeline, records, video
+from sora_jax.data import buckets, records, video
+from sora_jax.data.bad_clips import BadClips
 from sora_jax.data.clips import Clip, write_manifest
 from sora_jax.encoders.autoencoder import Autoencoder
 from sora_jax.run import recipe as recipes
@@ -44,7 +45,7 @@ def spoil(clip):
 
 def encoded(clips, autoencoder, config=CONFIG, seed=0, folder=None):
   """id -> record, before it is rounded to float16."""
-  bad_clips = pipeline.BadClips(folder)
+  bad_clips = BadClips(folder)
   made = encode.encode_clips(clips, autoencoder, config, seed, bad_clips)
   return {record["id"]: record for record in made}
 

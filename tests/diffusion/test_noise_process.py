@@ -87,7 +87,7 @@ def test_shift():
 
 
 def alpha_bar(process):
-  """Of steps 1 to 1000, as the papers define them."""
+  """alpha^2 of steps 1 to 1000, as the papers define it."""
   if process == "ddpm_linear":
     return np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
   f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2

@@ -13,7 +13,9 @@ from markers import slow_but
 from sora_jax.diffusion import noise_process, solvers
 from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
-from sora_jax.sampling import denoise
+from sora_jax.packing.packed_row import RowSize
+from sora_jax.packing.planner import Budget
+from sora_jax.sampling import integrate, sample_batch
 from sora_jax.tasks import dit as dit_task
 
 MODEL = DiTConfig(
@@ -49,28 +51,28 @@ def rows():
   """One row: a clip of 6 tokens with a given one, one of 3, and padding."""
   rng = np.random.default_rng(0)
   segment_L = np.array([1] * 6 + [2] * 3 + [0])
-  group_L = np.array([1] + [0] * 5 + [2] * 3 + [0])
-  text_segment_S = np.array([1, 1, 2, 0])
-  batch = {
+  packed = {
     "patch_LP": rng.standard_normal((10, MODEL.patch_width)).astype(np.float32),
     "segment_L": segment_L,
-    "group_L": group_L,
+    "group_L": np.array([1] + [0] * 5 + [2] * 3 + [0]),
     "position_L3": rng.integers(0, 3, (10, 3)).astype(np.float32),
     "text_S": rng.integers(3, 300, 4),
-    "text_segment_S": text_segment_S,
+    "text_segment_S": np.array([1, 1, 2, 0]),
     "text_position_S": np.array([0, 1, 0, 0]),
+  }
+  names = ("text_S", "text_segment_S", "text_position_S")
+  size = RowSize(Budget(10, 4, SEGMENTS), MODEL.patch_width)
+  sampling = sample_batch.empty_batch(1, size).row(0).sampling
+  start_LP = rng.standard_normal(packed["patch_LP"].shape).astype(np.float32)
+  sampling |= {
+    "start_LP": start_LP,
     "seed_L": segment_L.astype(np.uint32),
     "token_L": np.arange(10, dtype=np.uint32),
+    "guidance_scale_N": np.full(SEGMENTS, 2.0, np.float32),
   }
-  batch["start_LP"] = rng.standard_normal(batch["patch_LP"].shape).astype(np.float32)
-  batch["given_level_N"] = np.zeros(SEGMENTS)
-  batch["turn_L2"] = np.zeros((10, 2), np.int32)
-  batch["turn_step_L"] = batch["twin_weight_L"] = np.zeros(10)
-  batch["twin_L"] = np.arange(10)
-  batch["known_LP"], batch["follow_L"] = batch["start_LP"], np.full(10, np.inf)
-  for name in ("text_S", "text_segment_S", "text_position_S"):
-    batch[f"empty_{name}"] = batch[name]
-  return {k: jnp.asarray(v)[None] for k, v in batch.items()}
+  negative = {name: packed[name] for name in names}
+  batch = sample_batch.SampleBatch(packed, negative, sampling)
+  return jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
 
 
 def task_of(process, target, **kwargs):
@@ -107,7 +109,9 @@ def test_trains(process, target):
     min_snr_gamma=5.0,
   )
   step = fast_jit(
-    jax.value_and_grad(lambda p: task.loss(p, rows(), jax.random.key(1)), has_aux=True)
+    jax.value_and_grad(
+      lambda p: task.loss(p, rows().packed, jax.random.key(1)), has_aux=True
+    )
   )
   (before, values), gradients = step(params(0))
   size = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradients)))
@@ -121,7 +125,8 @@ def test_trains(process, target):
 def program(process, target):
   return fast_jit(
     functools.partial(
-      denoise.integrate, MODEL, TEXT, jnp.float32, process=process, target=target
+      integrate.integrate,
+      integrate.Networks(MODEL, TEXT, jnp.float32, process, target),
     ),
     static_argnames="options",
   )
@@ -137,7 +142,7 @@ def sampled(process, target, method, params=None, **kwargs):
   # The program of the random methods does for all: the others have noise of size 0.
   options = solvers.Options(method="ddpm", **kwargs)
   run = program(process, target)
-  return np.asarray(run(params, rows(), table, 2.0, options=options))
+  return np.asarray(run(params, rows(), table, options=options))
 
 
 @pytest.mark.parametrize("process, target", PAIRS)
@@ -146,7 +151,7 @@ def test_samples(process, target):
     with pytest.raises(ValueError, match="starts from noise alone"):
       sampled(process, target, "euler", params(0))
     return
-  batch = {name: np.asarray(value) for name, value in rows().items()}
+  batch = {k: np.asarray(v) for k, v in (rows().packed | rows().sampling).items()}
   real, given = batch["segment_L"] > 0, batch["group_L"] % 2 == 1
   methods = TABLE[process, target]
   whole = {m: sampled(process, target, m, params(0)) for m in methods}
@@ -162,20 +167,21 @@ def test_samples(process, target):
 def test_a_network_that_says_zero():
   """Samples follow by hand."""
   zeros = jax.tree.map(np.zeros_like, params(0))
-  noise = np.asarray(rows()["start_LP"])
-  real = np.asarray(rows()["segment_L"])[..., None] > 0
+  noise = np.asarray(rows().sampling["start_LP"])
+  real = np.asarray(rows().packed["segment_L"])[..., None] > 0
   # A velocity of zero leaves the noise as it is; data of zero ends in zero.
   stay = sampled("flow", "velocity", "euler", zeros)
   np.testing.assert_allclose(stay, np.where(real, noise, 0), atol=1e-6)
-  given = np.asarray(rows()["group_L"])[..., None] % 2 == 1
+  given = np.asarray(rows().packed["group_L"])[..., None] % 2 == 1
   out = sampled("ddpm_linear", "x0", "ddpm", zeros)
   np.testing.assert_array_equal(out, np.where(given, noise, 0))
 
 
 def test_cfg_zero_stays_still_for_whole_steps():
   """Heun asks twice a step: three calls are one still step and half of the next."""
-  noise, noisy = (np.asarray(rows()[k]) for k in ("start_LP", "group_L"))
-  noisy = (noisy % 2 == 0) & (np.asarray(rows()["segment_L"]) > 0)
+  packed, _, sampling = jax.tree.map(np.asarray, rows())
+  noise = sampling["start_LP"]
+  noisy = (packed["group_L"] % 2 == 0) & (packed["segment_L"] > 0)
   levels = solvers.schedule(3, np.ones((1, SEGMENTS)))
   run = program("flow", "velocity")
 
@@ -183,7 +189,7 @@ def test_cfg_zero_stays_still_for_whole_steps():
     options = solvers.Options(method=method, cfg_zero=True)
     table = solvers.make_table(method, levels)
     table = jax.tree.map(lambda c: c[:calls], table)
-    out = np.asarray(run(params(0), rows(), table, 2.0, options=options))
+    out = np.asarray(run(params(0), rows(), table, options=options))
     return np.abs(out - noise)[noisy].max()
 
   assert moved("heun", 2) < 1e-6 < 1e-2 < moved("heun", 3)
@@ -194,10 +200,12 @@ def test_cfg_zero_stays_still_for_whole_steps():
 def test_ddpm_learns_and_samples():
   """Algorithms 1 and 2 of arXiv:2006.11239: a network learns tokens of a Gaussian."""
   mean, deviation, count = 1.0, 0.5, 16
-  one = {
-    k: v[:, :9] if k[-2:] in ("_L", "LP", "L2", "L3") else v for k, v in rows().items()
-  }
-  batch = {k: jnp.tile(v, (count, *[1] * (v.ndim - 1))) for k, v in one.items()}
+  tokens = ("_L", "LP", "L2", "L3")
+  one = jax.tree_util.tree_map_with_path(
+    lambda path, v: v[:, :9] if path[-1].key.endswith(tokens) else v, rows()
+  )
+  rows_B = jax.tree.map(lambda v: jnp.tile(v, (count, *[1] * (v.ndim - 1))), one)
+  batch = rows_B.packed
   batch["group_L"] = 2 * (batch["segment_L"] - 1)  # none is given
   task = task_of("ddpm_linear", "eps", timesteps="discrete")
   optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 800))
@@ -225,10 +233,11 @@ def test_ddpm_learns_and_samples():
     "ddpm", solvers.schedule(1000, np.ones((count, SEGMENTS))), "ddpm_linear"
   )
   key = jax.random.key(1)
-  batch["start_LP"] = jax.random.normal(key, batch["start_LP"].shape)
-  batch["seed_L"] += jnp.arange(count, dtype=jnp.uint32)[:, None] * 100
+  sampling = rows_B.sampling
+  sampling["start_LP"] = jax.random.normal(key, sampling["start_LP"].shape)
+  sampling["seed_L"] += jnp.arange(count, dtype=jnp.uint32)[:, None] * 100
   options = solvers.Options(method="ddpm", guidance_scale=0.0)
   run = program("ddpm_linear", "eps")
-  samples = np.asarray(run(trained, batch, table, 1.0, options=options))
+  samples = np.asarray(run(trained, rows_B, table, options=options))
   assert abs(samples.mean() - mean) < 0.1 * deviation
   assert abs(samples.std() / deviation - 1) < 0.1

@@ -14,7 +14,10 @@ import pytest
 import tiny
 
 from sora_jax import sample
-from sora_jax.data import pipeline, records, tokenizer
+from sora_jax.data import records, tokenizer
+from sora_jax.data.batches import Batches
+from sora_jax.data.caption_texts import CaptionFeatures
+from sora_jax.data.packed_dataset import PackedDataset, PackedOptions
 from sora_jax.diffusion.solvers import Options
 from sora_jax.encoders.text_encoder import FrozenTextEncoder, clean
 from sora_jax.models.t5 import T5Config, T5Encoder
@@ -170,19 +173,11 @@ EMPTY = records.EmptyText(np.full((2, 6), 7, ml_dtypes.bfloat16), "text-0")
 
 
 def rows_of(folder, clips, pad_text_to=0, dropout=0.0):
-  return pipeline.PackedDataset(
-    clips,
-    str(folder),
-    None,
-    planner.Budget(24, 20, 3),
-    (1, 2, 2),
-    seed=1,
-    max_text_tokens=8,
-    reference_fps=8.0,
-    caption_dropout=dropout,
-    empty_text=EMPTY,
-    pad_text_to=pad_text_to,
+  options = PackedOptions(
+    planner.Budget(24, 20, 3), (1, 2, 2), reference_fps=8.0, caption_dropout=dropout
   )
+  texts = CaptionFeatures(EMPTY, max_tokens=8, pad_to=pad_text_to)
+  return PackedDataset(clips, str(folder), texts, options, seed=1)
 
 
 def test_records_hold_features(tmp_path):
@@ -255,7 +250,7 @@ def test_batches_with_workers_hold_features(tmp_path):
   _, clips = write_records(tmp_path)
   made = []
   for workers in (0, 1):
-    batches = pipeline.Batches(rows_of(tmp_path, clips), 2, workers=workers)
+    batches = Batches(rows_of(tmp_path, clips), 2, workers=workers)
     made.append(next(batches))
     batches.close()
   for name, value in made[0].items():

@@ -1,4 +1,4 @@
-"""The cases of the prompting suite fit their results, and its tables say what they say."""
+"""The cases of the prompting suite fit their results; its tables say what they say."""
 
 import types
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from golden.make_losses import FAST_COMPILE
 
-from sora_jax.models import dit
+from sora_jax.models import dit_cache
 from sora_jax.models.caption_encoder import TextEncoder, TextEncoderConfig
-from sora_jax.models.dit import REMAT_POLICIES, DiT, DiTConfig, Reuse, num_flops
+from sora_jax.models.dit import REMAT_POLICIES, DiT, DiTConfig, num_flops
+from sora_jax.models.dit_cache import Reuse
 from sora_jax.packing import patches
 
 CONFIG = DiTConfig(
@@ -221,7 +222,7 @@ def test_text_states_made_once_are_those_of_every_block(remat):
 
   @fast_jit
   def run(params, text):
-    states = dit.text_states(config, params, text)
+    states = dit_cache.text_states(config.width, params, text)
     blind = jax.tree_util.tree_map_with_path(
       lambda path, x: x * 0 if "cross_key" in str(path) else x, params
     )

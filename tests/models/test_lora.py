@@ -17,7 +17,7 @@ from golden.make_losses import FAST_COMPILE
 from jax.sharding import PartitionSpec as P
 
 from sora_jax.data import video
-from sora_jax.models import lora
+from sora_jax.models import dit, lora
 from sora_jax.run import init_from
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import checkpoint, sharding
@@ -67,7 +67,11 @@ def test_merging_keeps_the_output():
   def run(params):
     text_BSE = dit_task.encode_text(make_losses.TEXT, params, batch)
     return dit_task.predict(
-      make_losses.DIT, params, batch["patch_LP"], t_BG, batch, text_BSE
+      make_losses.DIT,
+      params,
+      batch["patch_LP"],
+      t_BG,
+      dit.Context.of_batch(batch, text_BSE),
     )
 
   merge = jax.jit(lora.merge).lower(BASE, adapters, config.scale).compile(FAST_COMPILE)

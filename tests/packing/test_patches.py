@@ -78,3 +78,14 @@ def test_sizes_that_do_not_divide():
     patches.patchify(draw(3, 5, 4, 2), (1, 2, 2))
   with pytest.raises(ValueError):
     patches.num_tokens((3, 4), (1, 2, 2))
+
+
+def test_positions_of_a_clip_and_its_extra_images():
+  position_L3 = patches.clip_positions((2, 1, 2), 1.5, [0.25, 2.75])
+  assert position_L3.dtype == np.float32
+  assert position_L3.tolist() == [
+    *([0, 0, 0], [0, 0, 1], [1.5, 0, 0], [1.5, 0, 1]),
+    *([0.25, 0, 0], [0.25, 0, 1], [2.75, 0, 0], [2.75, 0, 1]),
+  ]
+  whole = patches.clip_positions((3, 2, 2), 1.0)
+  np.testing.assert_array_equal(whole, patches.grid_positions((3, 2, 2)))

@@ -285,5 +285,12 @@ def test_devices_that_rows_leave_idle_share_tokens(rows, devices, fsdp, context)
   assert (mesh.shape["fsdp"], mesh.shape["context"]) == (fsdp, context)
 
 
+@pytest.mark.parametrize("rows, whole", [(0, 0), (1, 4), (4, 4), (5, 8)])
+def test_rows_are_rounded_up_to_the_batch_shards(rows, whole):
+  mesh = AbstractMesh((2, 2, 1, 2), sharding.AXES)
+  assert sharding.batch_shards(mesh) == 4
+  assert sharding.whole_batch(rows, mesh) == whole
+
+
 if __name__ == "__main__":
   {"devices": compare_devices, "host": run_host}[sys.argv[1]](*sys.argv[2:])

@@ -10,7 +10,15 @@ import pytest
 from sora_jax.diffusion import solvers as solver
 from sora_jax.diffusion.solvers import Options
 from sora_jax.models import dit
-from sora_jax.sampling import batching, conditioning, denoise, modes, windows
+from sora_jax.packing import packed_row
+from sora_jax.sampling import (
+  batching,
+  conditioning,
+  integrate,
+  modes,
+  sample_batch,
+  windows,
+)
 from sora_jax.sampling.job import Job
 from sora_jax.tasks import dit as dit_task
 
@@ -35,8 +43,8 @@ def test_rows_have_few_lengths(wanted, trained, length):
 def test_rows_are_shorter_so_that_all_devices_have_one():
   meta = {"tokens": 32768, "text_tokens": 64, "segments": 8}
   sizes = [(6000, 8, 1)] * 4
-  for ways, tokens, rows in ((1, 24576, 1), (2, 12288, 2), (4, 6144, 4)):
-    budget = batching.budget_of(sizes, meta, ways)
+  for shards, tokens, rows in ((1, 24576, 1), (2, 12288, 2), (4, 6144, 4)):
+    budget = batching.budget_of(sizes, meta, shards)
     assert budget.tokens == tokens and len(batching.plan_rows(sizes, budget)) == rows
   many = batching.budget_of(8 * sizes, meta, 2)
   assert many.tokens == 32768
@@ -65,27 +73,20 @@ def test_rows_of_a_published_size(size, frames, tokens):
   clip = batching.RowClip(prompt, [(features, features)] * len(texts), shot_T)
   budget = batching.budget_of([clip.size], {**meta, "segments": 1})
   assert tokens <= budget.tokens < max(2 * tokens, 4097)
-  rows = batching.RowLayout(
-    dataclasses.replace(model, channels=1), 16.0, "flow", "text_SE"
-  )
-  batch, scale_BN, _ = rows.batch([[[clip]]], 1, budget, 5.0)
-  for name in ("tokens_N", "start_N"):
-    batch.pop(name)
-  assert (batch["segment_L"] > 0).sum() == tokens
+  rows = sample_batch.RowLayout(dataclasses.replace(model, channels=1), 16.0, "flow")
+  batch, _ = rows.batch([[clip]], [[0]], 1, budget, 5.0)
+  assert (batch.packed["segment_L"] > 0).sum() == tokens
   # The network itself: nothing is computed, but every shape has to fit.
   params = published_params(model)
   L, S, N = dataclasses.astuple(budget)
-  shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
-  for name in ("start_LP", "known_LP"):
-    shapes[name] = jax.ShapeDtypeStruct((1, L, model.patch_width), np.float32)
-  for name in ("text_SE", "empty_text_SE"):
-    shapes[name] = jax.ShapeDtypeStruct((1, S, model.text_width), np.float32)
+  size = packed_row.RowSize(budget, model.patch_width, model.text_width)
+  whole = jax.eval_shape(
+    functools.partial(sample_batch.empty_batch, 1, size)
+  ).on_device()
   table = solver.make_table("euler", solver.schedule(2, np.ones((1, N))))
+  networks = integrate.Networks(model, None, np.float32)
   out = jax.eval_shape(
-    functools.partial(
-      denoise.integrate, model, None, np.float32, process="flow", target="velocity",
-      options=Options(steps=1),
-    ),
-    params, shapes, table, scale_BN,
+    functools.partial(integrate.integrate, networks, options=Options(steps=1)),
+    params, whole, table,
   )  # fmt: skip
   assert out.shape == (1, L, model.patch_width)

@@ -155,7 +155,7 @@ def vae_batch(step=0, **changes):
 
 
 def scaled_critic(params):
-  """The same params but for other ones of the discriminator."""
+  """These params, with other ones of the discriminator."""
   critic = jax.tree.map(lambda leaf: 1.5 * leaf + 0.01, params["discriminator"])
   return {**params, "discriminator": critic}
 
@@ -221,7 +221,7 @@ def test_vae_loss_is_finite_without_any_clip():
 
 @pytest.mark.slow
 def test_noise_on_latents_is_for_the_decoder_in_training():
-  """Of another level in each clip; what is scored has none."""
+  """Noise has another level in each clip; what is scored has none."""
   quiet = dataclasses.replace(golden.VAE_LOSS, gan_weight=0.0)
   noisy = dataclasses.replace(quiet, latent_noise=0.5)
   tasks = [vae_task.make(SMALL_VAE, config) for config in (quiet, noisy)]

@@ -1,4 +1,4 @@
-"""Pipelines: what rows hold, random draws, damage, exact resume on any host count."""
+"""Packed latents: what rows hold, damage, exact resume on any host count."""
 
 import dataclasses
 import json
@@ -8,9 +8,12 @@ import sys
 
 import numpy as np
 import pytest
+from data.batch_checks import assert_equal, rows_of, take
 
-from sora_jax.data import pipeline, records, tokenizer, video
-from sora_jax.data.clips import Clip
+from sora_jax.data import records, tokenizer
+from sora_jax.data.batches import Batches, first_batches
+from sora_jax.data.caption_texts import CaptionIds
+from sora_jax.data.packed_dataset import PackedDataset, PackedOptions
 from sora_jax.packing import patches, planner
 
 BUDGET = planner.Budget(tokens=64, text_tokens=40, segments=6)
@@ -51,27 +54,20 @@ def latents(tmp_path_factory):
   return folder, clips
 
 
-def packed(latents, folder=None, **changes):
+def packed(latents, folder=None, split="train", seed=7, max_text_tokens=12,
+           bad_clips_folder=None, **options):  # fmt: skip
   source, clips = latents
-  arguments = {
-    "clips": clips,
-    "folder": folder or source,
-    "tokenizer": tokenizer.Tokenizer(f"{source}/tokenizer.model"),
-    "budget": BUDGET,
-    "patch_size": PATCH,
-    "seed": 7,
-    "max_text_tokens": 12,
-    "reference_fps": 16.0,
-    **changes,
-  }
-  return pipeline.PackedDataset(**arguments)
-
-
-def assert_equal(a, b):
-  assert a.keys() == b.keys()
-  for name in a:
-    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-    assert a[name].dtype == b[name].dtype
+  words = tokenizer.Tokenizer(f"{source}/tokenizer.model")
+  defaults = {"budget": BUDGET, "patch_size": PATCH, "reference_fps": 16.0}
+  return PackedDataset(
+    clips,
+    folder or source,
+    CaptionIds(words, max_text_tokens),
+    PackedOptions(**{**defaults, **options}),
+    seed,
+    split=split,
+    bad_clips_folder=bad_clips_folder,
+  )
 
 
 def epoch_rows(dataset, epoch=0):
@@ -254,94 +250,12 @@ def test_a_row_without_a_readable_record_is_padding(latents, tmp_path):
     assert row["patch_LP"].shape == rows[0]["patch_LP"].shape
 
 
-# --- draws
-
-
-@pytest.mark.parametrize("pattern", pipeline.GIVEN_PATTERNS)
-@pytest.mark.parametrize("grid", [(2, 1, 1), (2, 2, 3), (3, 1, 2), (9, 4, 6)])
-def test_some_tokens_are_given_never_all(pattern, grid):
-  for seed in range(200):
-    given = pipeline.given_mask(np.random.default_rng(seed), grid, pattern)
-    assert given.shape == grid
-    assert 0 < given.sum() < given.size
-
-
-def test_given_patterns_are_what_they_say():
-  rng = np.random.default_rng(0)
-
-  def frames(pattern):
-    for _ in range(200):
-      given = pipeline.given_mask(rng, (7, 4, 4), pattern)
-      assert pattern == "box" or np.all(given == given[:, :1, :1])
-      yield given[:, 0, 0] if pattern != "box" else given
-
-  for f in frames("first"):
-    assert f[0] and np.all(np.diff(f.astype(int)) <= 0)
-  for f in frames("last"):
-    assert f[-1] and np.all(np.diff(f.astype(int)) >= 0)
-  for name in ("ends", "gap"):
-    for f in frames(name):
-      assert f[0] and f[-1] and np.abs(np.diff(f.astype(int))).sum() == 2
-  for box in frames("box"):
-    assert np.all(box == box[:1])
-  patterns = {tuple(f) for f in frames("frames")}
-  assert len(patterns) > 60
-  with pytest.raises(ValueError, match="pattern 'middle' is none of"):
-    pipeline.given_mask(rng, (2, 2, 2), "middle")
-
-
-def test_given_probability():
-  rng = np.random.default_rng(0)
-  draws = [pipeline.draw_given(rng, (3, 2, 2), 0.3).any() for _ in range(4000)]
-  assert np.mean(draws) == pytest.approx(0.3, abs=0.03)
-  assert not pipeline.draw_given(rng, (1, 2, 2), 1.0).any()
-  assert all(pipeline.draw_given(rng, (2, 2, 2), 1.0).any() for _ in range(100))
-
-
-def test_visit_probabilities():
-  counts = np.repeat([0, 1, 2], 10_000)
-  draw = {"caption_dropout": 0.2, "extra_prob": 0.4}
-  caption_N, extra_N = pipeline.draw_visits(3, 5, counts, counts, **draw)
-  assert np.all(caption_N[counts == 0] == -1)
-  assert np.all(extra_N[counts == 0] == 0)
-  assert np.all(caption_N < np.maximum(counts, 0)) and np.all(extra_N <= counts)
-  for count in (1, 2):
-    captions, extras = caption_N[counts == count], extra_N[counts == count]
-    assert np.mean(captions == -1) == pytest.approx(0.2, abs=0.02)
-    assert np.mean(extras > 0) == pytest.approx(0.4, abs=0.02)
-    for k in range(count):
-      assert np.mean(captions == k) == pytest.approx(0.8 / count, abs=0.02)
-      assert np.mean(extras == k + 1) == pytest.approx(0.4 / count, abs=0.02)
-  again = pipeline.draw_visits(3, 5, counts, counts, **draw)
-  np.testing.assert_array_equal(again, (caption_N, extra_N))
-  other = pipeline.draw_visits(3, 6, counts, counts, **draw)
-  assert np.any(other[0] != caption_N) and np.any(other[1] != extra_N)
-
-
 # --- batches
-
-
-def take(batches, count):
-  try:
-    return [next(batches) for _ in range(count)]
-  finally:
-    batches.close()
-
-
-def rows_of(host_batches):
-  """Global batches from the hosts': row r is row r // hosts of host r % hosts."""
-  return [
-    {
-      k: np.stack([b[k] for b in each], 1).reshape(-1, *each[0][k].shape[1:])
-      for k in each[0]
-    }
-    for each in zip(*host_batches, strict=True)
-  ]
 
 
 def hosts(latents, count, batch_size=4, state=None):
   iterators = [
-    pipeline.Batches(packed(latents), batch_size, process_index=i, process_count=count)
+    Batches(packed(latents), batch_size, process_index=i, process_count=count)
     for i in range(count)
   ]
   for iterator in iterators if state else ():
@@ -351,7 +265,7 @@ def hosts(latents, count, batch_size=4, state=None):
 
 def test_batches_are_the_elements(latents):
   dataset = packed(latents)
-  got = take(pipeline.Batches(packed(latents), 4), 12)
+  got = take(Batches(packed(latents), 4), 12)
   # The epochs of this data set differ in size, and the batches cross them.
   sizes = [dataset.elements_per_epoch(e) for e in range(4)]
   assert len(set(sizes)) > 1 and sum(sizes[:3]) < 48, sizes
@@ -386,7 +300,7 @@ def test_resume_is_exact_on_any_number_of_hosts(latents, before, after, steps):
 
 
 def test_going_back_in_the_same_iterator(latents):
-  batches = pipeline.Batches(packed(latents), 4)
+  batches = Batches(packed(latents), 4)
   next(batches)
   state = batches.get_state()
   first = [next(batches) for _ in range(8)]
@@ -403,9 +317,9 @@ def test_resume_makes_no_plan_of_past_epochs(latents, monkeypatch):
   batches.close()
   assert len(state["epoch_starts"]) > 2
   planned = []
-  make = pipeline.PackedDataset._plan
+  make = PackedDataset._plan
   monkeypatch.setattr(
-    pipeline.PackedDataset,
+    PackedDataset,
     "_plan",
     lambda self, epoch: planned.append(epoch) or make(self, epoch),
   )
@@ -417,17 +331,15 @@ def test_another_data_set_on_resume_is_logged(latents, caplog):
   (batches,) = hosts(latents, 1)
   state = batches.get_state()
   batches.close()
-  other = pipeline.Batches(packed(latents, seed=8), 4)
+  other = Batches(packed(latents, seed=8), 4)
   other.set_state({**state, "global_next_index": 8, "epoch_starts": [0, 3]})
   assert "not the one of the checkpoint" in caplog.text
-  assert_equal(
-    take(other, 1)[0], take(pipeline.Batches(packed(latents, seed=8), 4), 3)[2]
-  )
+  assert_equal(take(other, 1)[0], take(Batches(packed(latents, seed=8), 4), 3)[2])
 
 
 def test_workers_change_nothing(latents):
   want = take(*hosts(latents, 1), 14)
-  batches = pipeline.Batches(packed(latents), 4, workers=2)
+  batches = Batches(packed(latents), 4, workers=2)
   for b in want[:7]:
     assert_equal(next(batches), b)
   state = batches.get_state()
@@ -439,13 +351,12 @@ def test_workers_change_nothing(latents):
 
 def test_first_batches(latents):
   heldout = packed(latents, split="heldout")
-  want = take(pipeline.Batches(heldout, 2), 3)
-  got = pipeline.first_batches(packed(latents, split="heldout"), 2, 3)
+  want = take(Batches(heldout, 2), 3)
+  got = first_batches(packed(latents, split="heldout"), 2, 3)
   for a, b in zip(got, want, strict=True):
     assert_equal(a, b)
   shared = [
-    pipeline.first_batches(heldout, 2, 3, process_index=i, process_count=2)
-    for i in range(2)
+    first_batches(heldout, 2, 3, process_index=i, process_count=2) for i in range(2)
   ]
   for a, b in zip(rows_of(shared), want, strict=True):
     assert_equal(a, b)
@@ -453,139 +364,16 @@ def test_first_batches(latents):
 
 def test_hosts_that_cannot_share(latents):
   with pytest.raises(ValueError, match="batch_size 4 is not divisible by 3"):
-    pipeline.Batches(packed(latents), 4, process_count=3)
+    Batches(packed(latents), 4, process_count=3)
   with pytest.raises(ValueError, match="batch_size 4 is not divisible by 3"):
-    pipeline.first_batches(packed(latents), 4, 1, process_count=3)
-
-
-# --- pixel clips
-
-
-def ramp(frames, height, width):
-  """A video in which time is red, y green and x blue."""
-  t, y, x = np.meshgrid(*map(np.arange, (frames, height, width)), indexing="ij")
-  return np.stack([7 * t, 3 * y, 3 * x], -1).clip(0, 255).astype(np.uint8)
-
-
-@pytest.fixture(scope="module")
-def pixels(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("pixels")
-  clips = []
-  for i in range(9):
-    frames, height, width = [(17, 32, 48), (1, 48, 32), (9, 32, 32)][i % 3]
-    path = str(folder / f"{i}.{'png' if frames == 1 else 'mp4'}")
-    video.write(path, ramp(frames, height, width), 16.0)
-    split = "heldout" if i == 8 else "train"
-    clips.append(Clip(str(i), path, 0.0, frames, 16.0, height, width, (), split, None))
-  return clips
-
-
-CROP = (9, 32, 32)
-
-
-def test_clip_elements(pixels):
-  dataset = pipeline.ClipDataset(pixels, CROP, seed=0)
-  assert dataset.elements_per_epoch() == 8
-  visited, windows = [], set()
-  for i in range(8 * 6):
-    element = dataset[i]
-    assert element["video_THWC"].shape == (*CROP, 3)
-    assert element["video_THWC"].dtype == np.uint8
-    assert element["valid_3"].dtype == element["clip"].dtype == np.int32
-    clip = pixels[element["clip"]]
-    t, h, w = element["valid_3"]
-    assert (t, h, w) == (min(9, clip.frames), 32, 32)
-    visited.append(int(element["clip"]))
-    # The colours of the first pixel tell where the window was.
-    corner = element["video_THWC"][0, :2, :2].reshape(-1, 3).mean(0)
-    window = np.round((corner - [0, 1.5, 1.5]) / [7, 3, 3]).astype(int)
-    windows.add((clip.frames, *window.tolist()))
-    size = np.array([clip.frames - t, clip.height - h, clip.width - w])
-    assert np.all(window >= -1) and np.all(window <= size + 1)
-    if t < 9:
-      np.testing.assert_array_equal(
-        element["video_THWC"][t:], np.repeat(element["video_THWC"][t - 1 : t], 9 - t, 0)
-      )
-    want = ramp(clip.frames, clip.height, clip.width)
-    first, top, left = np.clip(window, 0, size)
-    want = want[first : first + t, top : top + 32, left : left + 32].astype(int)
-    assert np.abs(element["video_THWC"][:t] - want).mean() < 6
-  for epoch in range(6):
-    assert sorted(visited[8 * epoch : 8 * epoch + 8]) == list(range(8))
-  assert visited[:8] != visited[8:16]
-  assert len({w for w in windows if w[0] == 17}) > 8
-
-
-def test_small_clips_are_padded_with_the_edge(pixels):
-  element = pipeline.ClipDataset(pixels, (9, 64, 64), seed=0)[0]
-  t, h, w = element["valid_3"]
-  assert (h, w) == (pixels[element["clip"]].height, pixels[element["clip"]].width)
-  inside = element["video_THWC"][:t, :h, :w]
-  np.testing.assert_array_equal(
-    element["video_THWC"],
-    np.pad(inside, ((0, 9 - t), (0, 64 - h), (0, 64 - w), (0, 0)), mode="edge"),
-  )
-
-
-def test_clip_draws_are_deterministic(pixels):
-  want = [pipeline.ClipDataset(pixels, CROP, seed=0)[i] for i in range(12)]
-  batches = pipeline.Batches(pipeline.ClipDataset(pixels, CROP, seed=0), 4)
-  next(batches)
-  state = json.loads(json.dumps(batches.get_state()))
-  batches.close()
-  pair = [
-    pipeline.Batches(
-      pipeline.ClipDataset(pixels, CROP, 0), 4, process_index=i, process_count=2
-    )
-    for i in range(2)
-  ]
-  for batches in pair:
-    batches.set_state(state)
-  got = rows_of([take(batches, 2) for batches in pair])
-  for i in range(8):
-    assert_equal({k: v[i % 4] for k, v in got[i // 4].items()}, want[4 + i])
-
-
-def test_bad_files_are_left_out(pixels, tmp_path):
-  broken = str(tmp_path / "broken.mp4")
-  with open(pixels[0].path, "rb") as f:
-    data = f.read()
-  with open(broken, "wb") as f:
-    f.write(data[: len(data) // 2])
-  clips = [
-    pixels[0],
-    dataclasses.replace(pixels[0], id="broken", path=broken),
-    dataclasses.replace(pixels[0], id="gone", path=str(tmp_path / "gone.mp4")),
-    dataclasses.replace(pixels[0], id="short", frames=401),
-  ]
-  dataset = pipeline.ClipDataset(clips, CROP, 0, bad_clips_folder=str(tmp_path))
-  bad = 0
-  for i in range(8):
-    element = dataset[i]
-    assert element["video_THWC"].shape == (*CROP, 3)
-    if not element["valid_3"].any():
-      assert not element["video_THWC"].any()
-      bad += 1
-  assert bad >= 4
-  with open(tmp_path / "bad_clips.jsonl") as f:
-    reasons = {line["id"]: line["reason"] for line in map(json.loads, f)}
-  assert {"broken", "gone"} <= reasons.keys()
-  assert all(reasons.values())
-  assert "0" not in reasons
-
-
-def test_clip_errors(pixels):
-  with pytest.raises(ValueError, match=r"a crop has 1 \+ 4k frames, got 16"):
-    pipeline.ClipDataset(pixels, (16, 32, 32), 0)
-  with pytest.raises(ValueError, match="no clip of split 'train' among 1 clips"):
-    pipeline.ClipDataset(pixels[8:], CROP, 0)
+    first_batches(packed(latents), 4, 1, process_count=3)
 
 
 def test_what_workers_need_imports_no_jax():
   code = (
     "import sys\n"
-    "from sora_jax.data import clips, records, tokenizer, video\n"
-    "from sora_jax.packing import planner\n"
+    "from sora_jax.data import clip_dataset, packed_dataset, tokenizer\n"
+    "from sora_jax.packing import packed_row, planner\n"
     "sys.exit('jax' in sys.modules)\n"
   )
   assert subprocess.run([sys.executable, "-c", code]).returncode == 0

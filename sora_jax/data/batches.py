@@ -1,0 +1,112 @@
+"""Batches of a data set for the train loop: threads, workers, hosts and resuming."""
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from sora_jax.data.endless import Batch, EndlessDataset
+
+
+class Batches:
+  """Endless batches of a data set: this host's rows of each global batch.
+
+  State is JSON-able, the same on all hosts, and good for any number of hosts and
+  workers: it is the global index of the next element.
+  """
+
+  def __init__(
+    self,
+    dataset: EndlessDataset,
+    batch_size: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+  ):
+    """Args: batch_size is the global one. 0 workers: one thread of this process.
+
+    Raises:
+      ValueError: if the hosts cannot share a batch evenly.
+    """
+    _check_shared(batch_size, process_count)
+    self._dataset = dataset
+    workers_options = None
+    if workers:
+      # Grain reads absl flags when it starts workers; notebooks never parse any.
+      if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+      workers_options = grain.MultiprocessingOptions(
+        num_workers=workers, per_worker_buffer_size=2
+      )
+    # Elements of the threads' buffer are whole batches: two are enough, and one thread
+    # leaves the cores to the train step. Grain's defaults are 16 and 500.
+    self._iterator = iter(
+      grain.experimental.ElasticIterator(
+        grain.MapDataset.source(dataset),
+        batch_size,
+        grain.sharding.ShardOptions(process_index, process_count),
+        read_options=grain.ReadOptions(num_threads=1, prefetch_buffer_size=2),
+        multiprocessing_options=workers_options,
+      )
+    )
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> Batch:
+    return next(self._iterator)
+
+  def get_state(self) -> dict:
+    """State after the last batch that was returned."""
+    state = self._iterator.get_state()
+    starts = self._dataset.epoch_starts(state["global_next_index"])
+    return {
+      **state,
+      "epoch_starts": starts,
+      "fingerprint": self._dataset.fingerprint,
+    }
+
+  def set_state(self, state: dict) -> None:
+    """Goes on after the batch that `state` was taken behind."""
+    if state["fingerprint"] == self._dataset.fingerprint:
+      self._dataset.set_epoch_starts(state["epoch_starts"])
+    else:
+      logging.warning(
+        "the data set is not the one of the checkpoint (other clips, sizes or seed): "
+        "going on at element %d of the new one",
+        state["global_next_index"],
+      )
+    self._iterator.set_state({"global_next_index": int(state["global_next_index"])})
+
+  def close(self) -> None:
+    """Stops threads and workers."""
+    self._iterator.close()
+
+
+def first_batches(
+  dataset: EndlessDataset,
+  batch_size: int,
+  count: int,
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> list[Batch]:
+  """The first `count` batches, for evaluation: always the same ones.
+
+  Raises:
+    ValueError: if the hosts cannot share a batch evenly.
+  """
+  _check_shared(batch_size, process_count)
+  batches = []
+  for start in range(0, count * batch_size, batch_size):
+    indices = range(start + process_index, start + batch_size, process_count)
+    elements = [dataset[i] for i in indices]
+    batches.append({k: np.stack([e[k] for e in elements]) for k in elements[0]})
+  return batches
+
+
+def _check_shared(batch_size, process_count):
+  if batch_size % process_count:
+    raise ValueError(
+      f"batch_size {batch_size} is not divisible by {process_count} processes"
+    )

@@ -1,0 +1,107 @@
+"""Random draws of the data sets: pure functions of (seed, epoch, clip)."""
+
+import numpy as np
+
+# What a draw is for: keeps the random streams of one epoch apart.
+ORDER, CROP, PLAN, VISIT = range(4)
+
+GIVEN_PATTERNS = ("first", "last", "ends", "frames", "gap", "box")
+
+
+def draw_visits(
+  seed: int,
+  epoch: int,
+  caption_counts: np.ndarray,
+  extra_counts: np.ndarray,
+  *,
+  caption_dropout: float,
+  extra_prob: float,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Draws what decides the length of every clip's visit in an epoch.
+
+  One vectorised draw for all clips: a generator for each costs 15 s a million clips.
+
+  Args:
+    seed: of the run.
+    epoch: of the visits.
+    caption_counts: int [N], captions of each clip.
+    extra_counts: int [N], image latents kept with each clip.
+    caption_dropout: probability of the empty text.
+    extra_prob: probability that a clip with image latents gets 1 or more of them.
+
+  Returns:
+    caption_N: index of the caption, -1 for the empty text.
+    extra_N: how many image latents are appended.
+  """
+  rng = np.random.default_rng((seed, epoch, PLAN))
+  choice, dropped, with_extra, extra = rng.random((4, len(caption_counts)))
+  caption_N = np.floor(choice * caption_counts).astype(np.int64)
+  caption_N[(caption_counts == 0) | (dropped < caption_dropout)] = -1
+  extra_N = 1 + np.floor(extra * extra_counts).astype(np.int64)
+  extra_N[(extra_counts == 0) | (with_extra >= extra_prob)] = 0
+  return caption_N, extra_N
+
+
+def draw_given(
+  rng: np.random.Generator, grid: tuple[int, int, int], prob: float
+) -> np.ndarray:
+  """Draws which tokens of a clip are given: bool [t, h, w], never all of them.
+
+  A single frame has none; neither has a share 1 - prob of the other clips.
+  """
+  if grid[0] < 2 or rng.random() >= prob:
+    return np.zeros(grid, bool)
+  return given_mask(rng, grid, GIVEN_PATTERNS[rng.integers(len(GIVEN_PATTERNS))])
+
+
+def given_mask(
+  rng: np.random.Generator, grid: tuple[int, int, int], pattern: str
+) -> np.ndarray:
+  """A random mask of one pattern: bool [t, h, w], some tokens given, never all.
+
+  "first": the first frame, or more. "last": likewise at the end. "ends": both.
+  "frames": some frames anywhere. "gap": all but a run of frames inside.
+  "box": all but a box of the frame, through time, or only that box.
+  A grid too small for its pattern has its first frame given.
+
+  Args:
+    rng: generator.
+    grid: patches (t, h, w); t at least 2.
+    pattern: one of GIVEN_PATTERNS.
+  """
+  t, h, w = grid
+  assert t > 1, grid
+  given = np.zeros(grid, bool)
+  if pattern == "first":
+    given[: _prefix(rng, t - 1)] = True
+  elif pattern == "last":
+    given[t - _prefix(rng, t - 1) :] = True
+  elif pattern == "ends" and t > 2:
+    head = _prefix(rng, t - 2)
+    given[:head] = True
+    given[t - _prefix(rng, t - 1 - head) :] = True
+  elif pattern == "frames":
+    given[rng.permutation(t)[: rng.integers(1, t)]] = True
+  elif pattern == "gap" and t > 2:
+    start = rng.integers(1, t - 1)
+    given[:] = True
+    given[start : rng.integers(start + 1, t)] = False
+  elif pattern == "box" and h * w > 1:
+    while True:
+      top, bottom = np.sort(rng.choice(h + 1, 2, replace=False))
+      left, right = np.sort(rng.choice(w + 1, 2, replace=False))
+      if (bottom - top) * (right - left) < h * w:
+        break
+    given[:, top:bottom, left:right] = True
+    if rng.random() < 0.5:
+      given = ~given
+  elif pattern in GIVEN_PATTERNS:
+    given[0] = True
+  else:
+    raise ValueError(f"pattern {pattern!r} is none of {GIVEN_PATTERNS}")
+  return given
+
+
+def _prefix(rng, limit):
+  """1 in half of the draws (the case people ask for), else up to limit."""
+  return 1 if rng.random() < 0.5 else int(rng.integers(1, limit + 1))

@@ -1,0 +1,303 @@
+"""Rows of packed latent patches and texts, for the DiT.
+
+A clip's way into a row: the manifest says how long it is (`_measure`), the draws of an
+epoch say which caption and how many extra images this visit has, the plan which visits
+share a row (`_plan`), and `_load` reads their records and writes them as segments.
+"""
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+
+from sora_jax.data import draws, records
+from sora_jax.data.bad_clips import BadClips
+from sora_jax.data.caption_texts import CaptionTexts
+from sora_jax.data.endless import EndlessDataset, split_indices
+from sora_jax.packing import packed_row, patches, planner
+from sora_jax.packing.packed_row import PackedRow, Segment
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedOptions:
+  """How clips become rows.
+
+  Attributes:
+    budget: size of a row.
+    patch_size: (pt, ph, pw) in latent pixels.
+    reference_fps: pixel frame rate whose latent frames are the unit of t.
+    caption_dropout: share of visits with the empty text.
+    given_prob: share of videos with given tokens.
+    extra_prob: share of videos with image latents appended, where there are any.
+    latent_mean, latent_std: of each channel, or one number.
+  """
+
+  budget: planner.Budget
+  patch_size: tuple[int, int, int]
+  reference_fps: float
+  caption_dropout: float = 0.1
+  given_prob: float = 0.5
+  extra_prob: float = 0.25
+  latent_mean: np.ndarray | float = 0.0
+  latent_std: np.ndarray | float = 1.0
+
+  def normalize(self, latent: np.ndarray) -> np.ndarray:
+    """Latents [..., C] of a record as the DiT has them."""
+    mean = np.asarray(self.latent_mean, np.float32)
+    return (latent - mean) / np.asarray(self.latent_std, np.float32)
+
+
+class PackedDataset(EndlessDataset):
+  """Rows of packed latent patches and texts; element i is one `PackedRow`.
+
+  Segments are visits of clips: their latent, then the chosen images. `clip_N` indexes
+  `clips`. A record that cannot be read takes no segment: its tokens are padding.
+  """
+
+  def __init__(
+    self,
+    clips: Sequence[records.LatentClip],
+    folder: str,
+    texts: CaptionTexts,
+    options: PackedOptions,
+    seed: int,
+    *,
+    split: str = "train",
+    bad_clips_folder: str | None = None,
+  ):
+    """Reads no record, but encodes all captions once to know their lengths.
+
+    Args:
+      clips: rows of the latents manifest, of all splits.
+      folder: of the shards.
+      texts: where captions come from.
+      options: how clips become rows.
+      seed: of the run.
+      split: "train" or "heldout".
+      bad_clips_folder: where bad_clips.jsonl is written; None only logs.
+
+    Raises:
+      ValueError: if the split is empty, a latent does not divide into patches, a clip
+        is longer than the budget, or has no features; names the clip.
+    """
+    self._clips = list(clips)
+    self._indices = split_indices(clips, split)
+    self._reader = records.LatentReader(folder)
+    self._read_lock = threading.Lock()
+    self._texts, self._options, self._seed = texts, options, seed
+    self._bad_clips = BadClips(bad_clips_folder)
+    chosen = [self._clips[i] for i in self._indices]
+    self._lengths = _measure(chosen, texts, options)
+    budget = options.budget
+    super().__init__(
+      [
+        "latents",
+        [clip.id for clip in chosen],
+        [budget.tokens, budget.text_tokens, budget.segments],
+        [
+          tuple(options.patch_size),
+          seed,
+          options.caption_dropout,
+          options.extra_prob,
+          texts.max_tokens,
+        ],
+        *texts.fingerprint,
+      ]
+    )
+
+  def fill(self, epoch: int = 0) -> float:
+    """Share of an epoch's token slots that hold a token."""
+    with self._lock:
+      return self._epoch_plan(epoch).fill
+
+  def _plan(self, epoch):
+    lengths, budget = self._lengths, self._options.budget
+    caption_N, extra_N = draws.draw_visits(
+      self._seed,
+      epoch,
+      lengths.caption_count_N,
+      lengths.extra_count_N,
+      caption_dropout=self._options.caption_dropout,
+      extra_prob=self._options.extra_prob,
+    )
+    length_N2 = lengths.of_visits(caption_N, extra_N)
+    rows = planner.plan(length_N2, budget, self._seed, epoch)
+    fill = planner.fill(length_N2, rows, budget)
+    logging.info(
+      "epoch %d: %d clips in %d rows, %.1f %% full",
+      epoch,
+      len(length_N2),
+      len(rows),
+      100 * fill,
+    )
+    return _Rows(rows, caption_N, extra_N, fill)
+
+  def _load(self, epoch, entry) -> PackedRow:
+    segments = list(self._segments(epoch, entry))
+    width = segments[0].patch_LP.shape[1] if segments else self._patch_width
+    size = packed_row.RowSize(self._options.budget, width, self._texts.width)
+    packed = packed_row.empty(PackedRow, size)
+    writer = packed_row.RowWriter(packed)
+    for segment in segments:
+      writer.add(segment)
+    return packed
+
+  def _segments(self, epoch, entry) -> Iterator[Segment]:
+    """The visits of a row, without clips that cannot be read."""
+    for n, caption, extra_count in entry:
+      index = int(self._indices[n])
+      clip = self._clips[index]
+      try:
+        record = self._read(clip)
+      except records.RecordError as e:
+        self._bad_clips.add(clip.id, str(e))
+        continue
+      rng = np.random.default_rng((self._seed, epoch, draws.VISIT, index))
+      text = self._texts.text(clip, record, caption)
+      segment = segment_of(rng, clip, record, extra_count, text, self._options)
+      yield segment._replace(clip=index)
+
+  def _read(self, clip):
+    # A reader serves one thread at a time.
+    with self._read_lock:
+      record = self._reader.read(clip)
+    if len(record["extras_NHWC"]) != len(clip.extras):
+      raise records.RecordError(
+        f"{clip.shard}: record {clip.index}: {len(record['extras_NHWC'])} extra "
+        f"latents, the manifest says {len(clip.extras)}"
+      )
+    return record
+
+  @functools.cached_property
+  def _patch_width(self):
+    """P, from the first record that can be read: for a row without a single one."""
+    for index in self._indices:
+      try:
+        with self._read_lock:
+          latent_THWC = self._reader.read(self._clips[index])["latent_THWC"]
+      except records.RecordError:
+        continue
+      return latent_THWC.shape[-1] * int(np.prod(self._options.patch_size))
+    raise ValueError("none of the latent records can be read; see bad_clips.jsonl")
+
+  def __getstate__(self):
+    return {**super().__getstate__(), "_read_lock": None}
+
+  def __setstate__(self, state):
+    super().__setstate__(state)
+    self._read_lock = threading.Lock()
+
+
+def segment_of(
+  rng: np.random.Generator,
+  clip: records.LatentClip,
+  record: dict,
+  extra_count: int,
+  text: np.ndarray,
+  options: PackedOptions,
+) -> Segment:
+  """One visit of a clip: its latent, then some of its images, all of them given.
+
+  Args:
+    rng: of the visit.
+    clip, record: what is known of the clip, and its latents.
+    extra_count: images that are appended.
+    text: of the clip.
+    options: how clips become rows.
+  """
+  scale = options.reference_fps / clip.fps
+  grid = patches.grid_shape(clip.shape, options.patch_size)
+  given_L = draws.draw_given(rng, grid, options.given_prob).reshape(-1)
+  latent_THWC = options.normalize(record["latent_THWC"])
+  patch_LP = patches.patchify(latent_THWC, options.patch_size)
+  times = np.zeros(0, np.float32)
+  if extra_count:
+    chosen = np.sort(rng.permutation(len(clip.extras))[:extra_count])
+    times = np.array([clip.extras[i] for i in chosen], np.float32) * scale
+    extras_NHWC = options.normalize(record["extras_NHWC"][chosen])
+    extra_NLP = patches.patchify(extras_NHWC[:, None], options.patch_size)
+    extra_LP = extra_NLP.reshape(-1, patch_LP.shape[1])
+    patch_LP = np.concatenate([patch_LP, extra_LP])
+    given_L = np.concatenate([given_L, np.ones(len(extra_LP), bool)])
+  position_L3 = patches.clip_positions(grid, options.patch_size[0] * scale, times)
+  return Segment(patch_LP, position_L3, given_L, [text])
+
+
+class _Lengths(NamedTuple):
+  """What plans are made of, for the N clips of a split.
+
+  Attributes:
+    token_N, frame_token_N: tokens of the clip, and of one image of its size.
+    extra_count_N, caption_count_N: images and captions that a visit can choose from.
+    caption_length: text tokens of all captions in one array, and last of the empty
+      text, which index -1 reaches.
+  """
+
+  token_N: np.ndarray
+  frame_token_N: np.ndarray
+  extra_count_N: np.ndarray
+  caption_count_N: np.ndarray
+  caption_length: np.ndarray
+
+  def of_visits(self, caption_N, extra_N) -> np.ndarray:
+    """(tokens, text tokens) of visits with these captions and images: int [N, 2]."""
+    start_N = np.cumsum(self.caption_count_N) - self.caption_count_N
+    place_N = np.where(caption_N < 0, -1, start_N + caption_N)
+    token_N = self.token_N + extra_N * self.frame_token_N
+    return np.stack([token_N, self.caption_length[place_N]], axis=1)
+
+
+def _measure(clips, texts, options) -> _Lengths:
+  budget = options.budget
+  # A million clips have a handful of shapes.
+  grid_of = functools.cache(lambda s: patches.grid_shape(s, options.patch_size))
+  tokens, frame_tokens, extra_counts = [], [], []
+  for clip in clips:
+    try:
+      t, h, w = grid_of(clip.shape)
+      # Image latents have one frame, which only a patch of one frame divides.
+      if clip.extras and options.extra_prob:
+        grid_of((1, *clip.shape[1:]))
+    except ValueError as e:
+      raise ValueError(f"{clip.id}: {e}") from e
+    room = budget.tokens - t * h * w
+    if room < 0:
+      raise ValueError(
+        f"{clip.id}: {t * h * w} tokens, but a row holds {budget.tokens}"
+      )
+    # An image has nothing to say about itself; a long clip takes what fits.
+    usable = min(len(clip.extras), room // (h * w)) if t > 1 else 0
+    tokens.append(t * h * w)
+    frame_tokens.append(h * w)
+    extra_counts.append(usable)
+  if texts.max_tokens > budget.text_tokens:
+    raise ValueError(
+      f"max_text_tokens is {texts.max_tokens}, but a row holds {budget.text_tokens}"
+    )
+  return _Lengths(
+    token_N=np.array(tokens, np.int64),
+    frame_token_N=np.array(frame_tokens, np.int64),
+    extra_count_N=np.array(extra_counts, np.int64),
+    caption_count_N=np.array([len(clip.captions) for clip in clips], np.int64),
+    caption_length=np.asarray(texts.lengths(clips), np.int64),
+  )
+
+
+class _Rows:
+  """Plan of one epoch: row i is a list of (clip, caption index, number of extras)."""
+
+  def __init__(self, rows, caption_N, extra_N, fill):
+    self._rows = rows
+    self._caption_N = caption_N
+    self._extra_N = extra_N
+    self.fill = fill
+
+  def __len__(self):
+    return len(self._rows)
+
+  def __getitem__(self, i):
+    return [(n, int(self._caption_N[n]), int(self._extra_N[n])) for n in self._rows[i]]
