@@ -14,9 +14,13 @@ from sora_jax.data.clips import Clip
 from sora_jax.evaluation import shape_attributes
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime.text import table_lines
-from sora_jax.sampling.conditioning import Request
 from sora_jax.sampling.pipeline import Sampler
-from sora_jax.sampling.requests import sample_share, sampling_mesh, write_samples
+from sora_jax.sampling.requests import (
+  request_of,
+  sample_share,
+  sampling_mesh,
+  write_samples,
+)
 
 
 def sample_captions(
@@ -29,11 +33,7 @@ def sample_captions(
   """
   config = recipe.sample
   requests = [
-    Request(
-      *(clip.captions[0], clip.width, clip.height, clip.frames, clip.fps, seed),
-      config.negative_prompt,
-    )
-    for seed, clip in enumerate(clips)
+    request_of(clip, seed, config.negative_prompt) for seed, clip in enumerate(clips)
   ]
   mesh = sampling_mesh(config, len(requests))
   model = Sampler.from_checkpoint(workdir, mesh, recipe.dtype)

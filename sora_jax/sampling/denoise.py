@@ -8,7 +8,6 @@ latents of each prompt taken out of them (`sample_batch.take_apart`).
 
 import dataclasses
 import os
-import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -20,8 +19,9 @@ from sora_jax.data import caption_texts, tokenizer
 from sora_jax.diffusion import solvers
 from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
-from sora_jax.runtime import sharding, text
+from sora_jax.runtime import sharding
 from sora_jax.runtime.checkpoint import from_json
+from sora_jax.runtime.progress import Progress
 from sora_jax.sampling import batching, conditioning, integrate, sample_batch
 from sora_jax.sampling.batching import RowClip
 from sora_jax.sampling.conditioning import Prompt
@@ -97,20 +97,17 @@ class Denoiser:
     rows = min(rows, len(planned)) if rows else len(planned)
     rows = sharding.whole_batch(rows, self.mesh)
     latents: dict[int, np.ndarray] = {}
-    begin = time.monotonic()
-    for first in range(0, len(planned), rows):
-      batch, slots = self._layout.batch(
-        all_units, planned[first : first + rows], rows, budget, options.guidance_scale
-      )
-      patch_BLP = self._run(params, batch, slots, options)
-      latents |= sample_batch.take_apart(
-        patch_BLP, batch.packed, prompts, self.model.patch_size
-      )
-      done = len(latents)
-      eta = (time.monotonic() - begin) / done * (len(prompts) - done)
-      logging.info(
-        "sampled %d/%d, ETA %s", done, len(prompts), text.format_seconds(eta)
-      )
+    with Progress("sampled", len(prompts), "prompts", jax.process_index()) as progress:
+      for first in range(0, len(planned), rows):
+        here = planned[first : first + rows]
+        batch, slots = self._layout.batch(
+          all_units, here, rows, budget, options.guidance_scale
+        )
+        patch_BLP = self._run(params, batch, slots, options)
+        latents |= sample_batch.take_apart(
+          patch_BLP, batch.packed, prompts, self.model.patch_size
+        )
+        progress.advance(sum(map(len, here)))
     return [latents[i] for i in range(len(prompts))]
 
   def _run(self, params, batch, slots, options) -> np.ndarray:
