@@ -1,4 +1,4 @@
-"""From a user's job to frames, one way and one step a file.
+"""The way from a user's job to frames: one direction, one step a file.
 
 A `job.Job` says what a user wants, in seconds, pixels and files. Its mode is one
 function of `modes`, which reads the media on a canvas, encodes them in one call and

@@ -322,7 +322,9 @@ def _padded(video_THWC: np.ndarray) -> np.ndarray:
 def _bridged(
   job, canvas, gap, before_THWC, after_THWC, still_THWC, between_THWC=None
 ) -> Timeline:
-  """From given latents to others, which something leads to: they begin with a still.
+  """A timeline from given latents to others.
+
+  Something leads to the others, so that they begin with a still.
 
   between_THWC: latents of frames that begin and end where those meet. The gap begins as
   these with noise on them, or else as noise alone.
