@@ -39,14 +39,15 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     "VAE on %(clips)d held-out clips: PSNR %(psnr).2f dB, SSIM %(ssim).4f",
     results["vae"],
   )
-  measured = all(clip.truth for clip in clips)
+  truths = [clip.truth for clip in clips if clip.truth]
+  measured = len(truths) == len(clips)
   # Training has seen no combination of objects like those of held-out prompts.
   samples = attributes.sample_captions(recipe, workdir, clips) if measured else []
   if jax.process_index():
     return  # what is left to do is quick, and done once
   if measured:
     results["attributes"] = attributes.attribute_table(
-      [clip.truth for clip in clips], samples, [clip.path for clip in clips]
+      truths, samples, [clip.path for clip in clips]
     )
     for line in attributes.format_table(results["attributes"]):
       logging.info("%s", line)

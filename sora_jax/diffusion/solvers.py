@@ -218,7 +218,7 @@ def step(
   row: Table,
   data: Array,
   noise: Array | None = None,
-  expand: Callable[[Array], Array] = lambda c: c,
+  expand: Callable[[Any], Any] = lambda c: c,
 ) -> State:
   """The state after a call of the network.
 
@@ -254,7 +254,7 @@ def integrate(
   x: Array,
   table: Table,
   noise: Callable[[Array], Array] | None = None,
-  expand: Callable[[Array], Array] = lambda c: c,
+  expand: Callable[[Any], Any] = lambda c: c,
 ) -> Array:
   """Runs a solver.
 

@@ -95,7 +95,7 @@ def _long_clips(workdir) -> list:
   return clips
 
 
-def measure(model, cases, options) -> tuple[dict, np.ndarray]:
+def measure(model, cases, options) -> tuple[dict, np.ndarray | None]:
   """Runs the cases of a mode.
 
   Returns:
@@ -165,7 +165,7 @@ def histogram_distance(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
 
 def _drift(model, clips, options, extensions, noise) -> list[dict]:
   """Measures how far from its clip each of `extensions` windows after it is."""
-  rows = [collections.defaultdict(list) for _ in range(extensions)]
+  rows: list[dict] = [collections.defaultdict(list) for _ in range(extensions)]
   for seed, clip in enumerate(clips):
     own = first_frames(clip)
     # With 9 of 33 frames given, a window makes 24.

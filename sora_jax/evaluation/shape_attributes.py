@@ -99,14 +99,18 @@ def score(analysis, truth) -> dict:
   names = ["color", "shape"] + ["motion"] * (truth["frames"] > 1)
   wanted, seen = truth["objects"], list(analysis["objects"])
   seen += [{}] * max(0, len(wanted) - len(seen))
-  best, best_total = None, -1
-  for order in itertools.permutations(seen, len(wanted)):
-    pairs = list(zip(order, wanted, strict=True))
-    right = {n: [a.get(n) == b[n] for a, b in pairs] for n in names}
-    total = sum(map(sum, right.values()))
-    if total > best_total:
-      best, best_total = (right, order), total
-  right, order = best
+
+  def rights(order):
+    return {
+      n: [a.get(n) == b[n] for a, b in zip(order, wanted, strict=True)] for n in names
+    }
+
+  # The order in which most is right; the first of equal ones.
+  order = max(
+    itertools.permutations(seen, len(wanted)),
+    key=lambda order: sum(map(sum, rights(order).values())),
+  )
+  right = rights(order)
   result = {name: all(values) for name, values in right.items()}
   result["count"] = analysis["count"] == truth["count"]
   if truth["occluder"]:
@@ -120,7 +124,7 @@ def chance_levels(truths) -> dict:
   Each truth is judged against the contents of the others, images and videos apart, so
   these are the levels that a sample's scores must beat. A lone clip meets itself.
   """
-  totals = {}
+  totals: dict = {}
   for still in (True, False):
     group = [truth for truth in truths if (truth["frames"] == 1) == still]
     for shift in range(1, min(max(len(group), 2), 64)):

@@ -338,7 +338,9 @@ def _per_token(modulation_BGMD: Array, group_BL: Array) -> list[Array]:
   ]
 
 
-def num_flops(config: DiTConfig, tokens: int, text_tokens: int, pairs: int) -> float:
+def num_flops(
+  config: DiTConfig, tokens: float, text_tokens: float, pairs: float
+) -> float:
   """FLOPs of one forward pass: matmuls, and attention over the pairs that meet.
 
   Args:

@@ -141,7 +141,8 @@ class Dense(nn.Module):
       bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
       y += in_halves(bias, self.halves).astype(dtype)
     if self.has_variable("params", lora.A):
-      a, b = (self.get_variable("params", name) for name in (lora.A, lora.B))
+      a: Array = self.get_variable("params", lora.A)
+      b: Array = self.get_variable("params", lora.B)
       y += product(product(x, a), in_halves(b, self.halves))
     return y
 

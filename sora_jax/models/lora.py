@@ -104,7 +104,8 @@ def sharding_rules(
     spec = next(
       spec for regex, spec in rules if re.fullmatch(regex, f"{name}/{KERNEL}")
     )
-    *layers, rows, columns = (*spec, *[None] * (len(leaf.shape) - len(spec)))
+    whole = [*spec, *[None] * (len(leaf.shape) - len(spec))]
+    *layers, rows, columns = whole
     rows, columns = _axes(rows), _axes(columns)
     a = PartitionSpec(*layers, rows + columns, None)
     b = PartitionSpec(*layers, None, columns + rows)
@@ -175,7 +176,7 @@ def flatten(tree) -> dict:
 
 def nest(flat) -> dict:
   """Inverse of `flatten`."""
-  tree = {}
+  tree: dict = {}
   for path, leaf in flat.items():
     *outer, last = path.split("/")
     node = tree

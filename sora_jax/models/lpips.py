@@ -46,7 +46,7 @@ class LPIPS(nn.Module):
         f"{x_BHWC.shape[2]}x{x_BHWC.shape[1]}"
       )
     vgg = VGG16(self.widths, self.dtype, name="vgg")
-    distance_B = 0.0
+    distance_B = jnp.zeros(len(x_BHWC))
     for i, (x, y) in enumerate(zip(vgg(x_BHWC), vgg(y_BHWC), strict=True)):
       weight_C = self.param(f"head_{i}", nn.initializers.ones, x.shape[-1:])
       difference_BHW = jnp.sum(weight_C * (_unit(x) - _unit(y)) ** 2, axis=-1)

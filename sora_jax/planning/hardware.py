@@ -88,7 +88,8 @@ class Topology:
     full = [size % self.chip.full_axis == 0 for size in self.shape]
     if self.chip.axes == 3 and not all(full):
       full = [False] * 3
-    return (*full, *[False] * (3 - len(full)))
+    first, second, third = (*full, *[False] * (3 - len(full)))
+    return first, second, third
 
   def one_host(self) -> "Topology":
     """Returns the chips of one host, on which VAE and sampler run: 4, or 8 GPUs."""

@@ -40,7 +40,9 @@ class Traffic:
   wire: float = 0.0
   hidden: float = 0.0
   groups: set = dataclasses.field(default_factory=set)
-  exposed: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  exposed: dict[tuple[int, ...], float] = dataclasses.field(
+    default_factory=lambda: collections.defaultdict(float)
+  )
 
   def hide(self, wire: float, group: tuple[int, ...]) -> None:
     """Counts bytes of a group as hidden that were counted as exposed before."""
@@ -182,7 +184,7 @@ class _Walk:
   def _count_called(self, op, times) -> bool:
     """Counts loops, as often as they run, and other calls of computations."""
     if op.opcode == "while":
-      body = re.search(r"body=%([\w.\-]+)", op.rest)[1]
+      body = hlo_text.found(r"body=%([\w.\-]+)", op.rest)
       self.report.trips[body] = hlo_text.loop_trips(op, self._computations)
       self.visit(body, times * self.report.trips[body])
       return True
@@ -215,11 +217,11 @@ class _Walk:
     A send begins a transfer, the recv-done of the same rendezvous ends it.
     """
     if op.opcode in ("send", "recv") and "xla_megascale" in op.rest:
-      meeting = re.search(r'_rendezvous="([^"]*)"', op.rest)[1]
+      meeting = hlo_text.found(r'_rendezvous="([^"]*)"', op.rest)
       if op.opcode == "recv":
         schedule.received[op.name] = meeting
         return True
-      collective = re.search(r'_transfer_type="(\w+)"', op.rest)[1]
+      collective = hlo_text.found(r'_transfer_type="(\w+)"', op.rest)
       kind = f"network-{collective.lower().replace('_', '-')}"
       everybody = tuple(range(self._chips))
       # The type of a send has a context and a token beside the array.
@@ -242,7 +244,8 @@ class _Walk:
     """Counts collectives that the compiler wrapped into a fusion."""
     found = _fused_collective(op, self._computations)
     if found:
-      self._add_traffic(*found, schedule.types, times)
+      kind, inner = found
+      self._add_traffic(kind, inner, schedule.types, times)
     return bool(found)
 
   def _count_kernel(self, op, times) -> bool:

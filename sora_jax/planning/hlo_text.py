@@ -73,7 +73,8 @@ def parse(text: str) -> tuple[dict[str, list[Op]], str]:
   Raises:
     ValueError: if the text has no entry computation.
   """
-  computations, entry, current = {}, None, None
+  computations: dict[str, list[Op]] = {}
+  entry, current = None, None
   for line in _KERNEL_METADATA.sub("kernel_metadata={}", text).splitlines():
     if line[:1] in ("%", "E") and line.rstrip().endswith("{"):
       name = re.match(r"(ENTRY )?%([\w.\-]+)", line)
@@ -102,11 +103,23 @@ def num_bytes(type_text: str) -> float:
   return sum(math.prod(shape) * bits(d) / 8 for d, shape in shapes(type_text))
 
 
+def found(pattern: str, text: str) -> str:
+  """Returns what the group of a pattern matches in a text.
+
+  Raises:
+    ValueError: if nothing matches; quotes the text.
+  """
+  match = re.search(pattern, text)
+  if match is None:
+    raise ValueError(f"no {pattern} in {text[:200]!r}")
+  return match[1]
+
+
 def bits(dtype: str) -> int:
   """Returns the bits of one number of a dtype."""
   if dtype in _BITS:
     return _BITS[dtype]
-  return 8 if dtype.startswith("f8") else int(re.search(r"\d+", dtype)[0])
+  return 8 if dtype.startswith("f8") else int(found(r"(\d+)", dtype))
 
 
 def _balanced(text):
@@ -135,12 +148,12 @@ def loop_trips(op: Op, computations: dict[str, list[Op]]) -> int:
   known = re.search(r'known_trip_count":\{"n":"(\d+)"', op.rest)
   if known:
     return int(known[1])
-  condition = re.search(r"condition=%([\w.\-]+)", op.rest)[1]
+  condition = found(r"condition=%([\w.\-]+)", op.rest)
   for name in [condition, *(c for o in computations[condition] for c in o.calls())]:
     for inner in computations.get(name, []):
       # Loops that spread a matmul over a collective count in unsigned numbers.
       if inner.opcode == "constant" and inner.type.startswith(("s32[]", "u32[]")):
-        return int(re.match(r"-?\d+", inner.rest)[0])
+        return int(found(r"^(-?\d+)", inner.rest))
   raise ValueError(f"the loop {op.name} has no constant number of trips")
 
 
@@ -150,7 +163,7 @@ def matmul_flops(op: Op, types: dict[str, str]) -> float:
   types: name -> type of the instructions around it, for the shapes of operands.
   """
   if op.opcode == "dot":
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)[1]
+    contracted = found(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
     lhs = shapes(types.get(op.operands()[0], "") or _balanced("(" + op.rest))[0][1]
     width = math.prod(lhs[int(i)] for i in contracted.split(",") if i)
     return 2.0 * width * math.prod(shapes(op.type)[0][1])
@@ -163,8 +176,8 @@ def _conv_flops(op, types) -> float:
   The TPU compiler writes matmuls as convolutions, and batched ones as convolutions with
   padding and dilation whose taps mostly meet nothing.
   """
-  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
-  lhs_labels, kernel_labels, out_labels = labels.groups()
+  labels = found(r"dim_labels=(\w+->\w+)", op.rest)
+  lhs_labels, kernel_labels, out_labels = re.split("_|->", labels)
   lhs, kernel = (shapes(types[name])[0][1] for name in op.operands()[:2])
   out = shapes(op.type)[0][1]
   spatial = sorted(c for c in lhs_labels if c.isdigit())

@@ -97,8 +97,9 @@ def compiler_options(topology: Topology) -> dict:
   """
   if topology.chip.axes:
     return {}
-  options = {"xla_gpu_autotune_level": 0}
-  if toolkit := importlib.util.find_spec("nvidia.cu13"):
+  options: dict[str, int | str] = {"xla_gpu_autotune_level": 0}
+  toolkit = importlib.util.find_spec("nvidia.cu13")
+  if toolkit and toolkit.submodule_search_locations:
     (options["xla_gpu_cuda_data_dir"],) = toolkit.submodule_search_locations
   return options
 

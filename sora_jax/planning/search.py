@@ -106,7 +106,8 @@ def search(
       f"no mesh of {topology.devices} devices divides config.dit.rows "
       f"{recipe.dit.rows} of {recipe.dit.tokens} tokens"
     )
-  where, chosen = f"{topology.slices}x{topology.name}", []
+  where = f"{topology.slices}x{topology.name}"
+  chosen: list = []
   for number, overrides in enumerate(wanted):
     if len(chosen) == trials:
       break

@@ -36,7 +36,8 @@ def of_recipe(
   budget = build.budget(recipe.dit)
   if paths:
     lengths = _lengths(recipe, paths[0])
-    return of_rows(*_packed(lengths, budget, recipe.seed), budget, paths[0])
+    rows, fill = _packed(lengths, budget, recipe.seed)
+    return of_rows(rows, fill, budget, paths[0])
   tokens = clip_tokens or recipes.longest_clip(recipe)
   text = recipes.longest_text(recipe)
   if tokens > budget.tokens:

@@ -211,7 +211,7 @@ class Sampler:
     tile: int | None = None,
     watch: Callable[[Prompt, np.ndarray], None] | None = None,
   ) -> Iterator[np.ndarray]:
-    """Makes what `video` does in chunks of frames: memory does not grow with the duration.
+    """Makes what `video` does, in chunks: memory does not grow with the duration.
 
     A thread makes what comes next meanwhile: JAX's contexts of the caller, such as
     `jax.default_matmul_precision`, do not hold there.

@@ -198,12 +198,14 @@ def encode_text(
   """
   if config is None:
     return batch["text_SE"]
-  return TextEncoder(config, dtype).apply(
+  features_BSE = TextEncoder(config, dtype).apply(
     {"params": params["text"]},
     batch["text_S"],
     batch["text_segment_S"],
     batch["text_position_S"],
   )
+  assert isinstance(features_BSE, Array)  # flax may return more, where it is asked to
+  return features_BSE
 
 
 def predict(

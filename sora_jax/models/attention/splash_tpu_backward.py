@@ -6,6 +6,9 @@ bfloat16, which XLA does slowly. Here the first visit of a block does not use wh
 memory, what was never visited is left out of the sum, and that is one in float32.
 """
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,8 +162,9 @@ def gradients(
   visited = jnp.pad(active, ((0, -steps % buffers), (0, 0)))
   visited = visited.reshape(-1, buffers, active.shape[1]).any(axis=0)
   # Added one by one: XLA is slow at a sum over so few.
-  total = sum(
+  parts = (
     jnp.where(met[None, :, None, None], part.astype(jnp.float32), 0.0)
     for met, part in zip(visited, dq.reshape(buffers, N, -1, block_q, K), strict=True)
   )
+  total = functools.reduce(operator.add, parts)
   return total.reshape(N, L, K).astype(q_NLK.dtype), dk, dv
