@@ -75,6 +75,7 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
     ),
     names=[clip.id for clip in latents],
     flops_per_step=stage.rows * _flops_per_row(training, stage),
+    tokens_per_step=stage.rows * stage.tokens,
     units=lambda batch: int(np.count_nonzero(batch["segment_L"])),
     captioned=any(clip.captions for clip in latents if clip.split == "train"),
   )
@@ -126,14 +127,34 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   Adapters are saved both merged into their base and, as adapter.safetensors, alone.
   """
   workdir, stage = pathlib.Path(workdir), recipe.dit
+  folder, vocabulary = workdir / "dit", workdir / "dit" / "tokenizer.model"
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
-  made = setup(recipe, workdir, mesh)
+  ready = setup(recipe, workdir, mesh)
   with jax.set_mesh(mesh):
     width = stage.model.width // stage.model.heads
     logging.info("dit: attention: %s %s", *attention.backend(width, recipe.dtype))
-  folder = workdir / "dit"
-  vocabulary = folder / "tokenizer.model"
-  base = {}
+  meta = _meta(recipe, workdir, ready.captioned)
+  preview = _Preview(recipe, workdir, meta, vocabulary, mesh)
+
+  def on_eval(step, ema, writer):
+    preview(step, init_from.whole(ready.task, recipe, ema), writer)
+
+  ready = ready._replace(on_eval=on_eval)
+  state = loop.train(ready, stage.train, folder, mesh, recipe.seed, recipe.profile)
+  ready.data.close()
+  params = state.ema
+  if stage.lora.rank:
+    params = init_from.finish(recipe, params, folder, make_task(recipe)[1], mesh)
+  checkpoint.save_model(folder / "model", params, meta)
+  if jax.process_index() == 0 and not recipe.text.folder:
+    shutil.copyfile(vocabulary, folder / "model" / "tokenizer.model")
+  report_bad_clips(folder, len(ready.names))
+  logging.info("the DiT is in %s", folder / "model")
+
+
+def _meta(recipe, workdir, captioned: bool) -> dict:
+  """What the model's folder says of it. captioned: whether any training clip was."""
+  stage, base = recipe.dit, {}
   if stage.init_from:
     base = checkpoint.load_meta(pathlib.Path(stage.init_from) / "dit" / "model")
   meta = {
@@ -144,42 +165,12 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     "segments": stage.segments,
     "reference_fps": stage.reference_fps,
     # A model that knows captions still does after clips without.
-    "conditional": made.captioned or base.get("conditional", False),
+    "conditional": captioned or base.get("conditional", False),
     "noise": {"process": stage.loss.process, "target": stage.loss.target},
     "vae": checkpoint.load_meta(workdir / "vae" / "model")["id"],
     "steps": stage.train.steps,
   }
-  if stage.init_from:
-    meta["init_from"] = stage.init_from
-  preview = _Preview(recipe, workdir, meta, vocabulary, mesh)
-  state = loop.train(
-    made.task,
-    stage.train,
-    made.data,
-    workdir=workdir,
-    name="dit",
-    seed=recipe.seed,
-    mesh=mesh,
-    rules=made.rules,
-    eval_batches=lambda: made.eval_batches,
-    on_eval=lambda step, ema, writer: preview(
-      step, init_from.whole(made.task, recipe, ema), writer
-    ),
-    initial=made.initial,
-    describe=lambda indices: [made.names[i] for i in indices],
-    flops_per_step=made.flops_per_step,
-    profile=recipe.profile,
-    tokens_per_step=stage.rows * stage.tokens,
-  )
-  made.data.close()
-  params = state.ema
-  if stage.lora.rank:
-    params = init_from.finish(recipe, params, folder, make_task(recipe)[1], mesh)
-  checkpoint.save_model(folder / "model", params, meta)
-  if jax.process_index() == 0 and not recipe.text.folder:
-    shutil.copyfile(vocabulary, folder / "model" / "tokenizer.model")
-  report_bad_clips(folder, len(made.names))
-  logging.info("the DiT is in %s", folder / "model")
+  return meta | ({"init_from": stage.init_from} if stage.init_from else {})
 
 
 class _Preview:

@@ -99,24 +99,14 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     return init_from.take_vae(recipe, workdir)
   workdir, stage = pathlib.Path(workdir), recipe.vae
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
-  made = setup(recipe, workdir, mesh)
+  ready = setup(recipe, workdir, mesh)
+  show = functools.partial(_show, stage.model, ready.eval_batches[0], mesh)
+  ready = ready._replace(on_eval=show)
   state = loop.train(
-    made.task,
-    stage.train,
-    made.data,
-    workdir=workdir,
-    name="vae",
-    seed=recipe.seed,
-    mesh=mesh,
-    rules=made.rules,
-    eval_batches=lambda: made.eval_batches,
-    on_eval=functools.partial(_show, stage.model, made.eval_batches[0], mesh),
-    describe=lambda indices: [made.names[i] for i in indices],
-    flops_per_step=made.flops_per_step,
-    profile=recipe.profile,
+    ready, stage.train, workdir / "vae", mesh, recipe.seed, recipe.profile
   )
   params = state.ema["vae"]
-  made.data.close()
+  ready.data.close()
   # The first batches, whatever the iterator has done: the same after a resume.
   batches = first_batches(
     _dataset(recipe, workdir, "train"),
@@ -133,7 +123,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     "id": stages.fingerprint("vae", workdir),
   }
   checkpoint.save_model(workdir / "vae" / "model", params, meta)
-  report_bad_clips(workdir / "vae", len(made.names))
+  report_bad_clips(workdir / "vae", len(ready.names))
   logging.info("the VAE is in %s", workdir / "vae" / "model")
 
 

@@ -64,7 +64,7 @@ ROOMS = {
   "packing": (),
   "diffusion": (),
   "runtime": (),
-  "models": ("packing",),
+  "models": ("packing", "runtime.fields"),
   "data": ("packing",),
   "tasks": ("models", "diffusion"),
   "weights": ("models",),

@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
       "heldout_share": 0.05,
     },
     "vae": {
-      "train": train,
+      "train": dict(train),
       "model": {
         "width": 8,
         "width_multipliers": (1,),
@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
       "frame_buckets": (17,),
     },
     "dit": {
-      "train": train,
+      "train": dict(train),
       "model": {
         "width": 32,
         "depth": 2,

@@ -20,6 +20,7 @@ from sora_jax.models import layers, partition
 from sora_jax.models.attention import attention
 from sora_jax.models.dit_cache import Reuse, run_or_reuse
 from sora_jax.packing.packed_row import PackedBatch
+from sora_jax.runtime import fields
 
 # What a block may keep for the backward pass beside its input, by the names given here
 # and in `attention`. "offload" keeps both in the host's memory.
@@ -67,7 +68,7 @@ class DiTConfig:
   text_width: int = 256
   frequency_width: int = 256
   pooled_text: bool = False
-  remat: str = "none"
+  remat: str = fields.free("none")
 
   def __post_init__(self):
     if self.width % self.heads or (self.width // self.heads) % 2:

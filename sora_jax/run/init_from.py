@@ -20,7 +20,7 @@ from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.vae import VAEConfig
 from sora_jax.run import recipe as recipes
-from sora_jax.runtime import checkpoint, sharding
+from sora_jax.runtime import checkpoint, fields, sharding
 from sora_jax.runtime.checkpoint import from_json
 from sora_jax.tasks import Task
 from sora_jax.tasks import dit as dit_task
@@ -29,8 +29,6 @@ from sora_jax.weights import lora as lora_files
 from sora_jax.weights.merge import merge
 
 ADAPTER = "adapter.safetensors"
-# Keys that change how a model is computed but not what its params mean.
-_FREE = {"remat"}
 
 
 def check(recipe: recipes.Recipe) -> None:
@@ -91,7 +89,8 @@ def _check_dit(recipe):
 
 def _compare(key, ours, saved, folder):
   for field in dataclasses.fields(ours):
-    if field.name not in _FREE:
+    # A free one changes how a model is computed but not what its params mean.
+    if fields.change_of(field) != fields.FREE:
       values = (getattr(config, field.name) for config in (ours, saved))
       _equal(f"{key}.{field.name}", *values, folder)
 

@@ -4,11 +4,7 @@ A config file returns a ConfigDict; `read` turns it into a `Recipe`, so that an 
 key, a wrong type or sizes that do not go together fail before any work is done.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,10 +17,12 @@ from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.lora import LoRAConfig
 from sora_jax.models.vae import VAEConfig
+from sora_jax.run import convert
+from sora_jax.runtime.fields import extends, free
 from sora_jax.tasks.dit import DiTLossConfig
 from sora_jax.tasks.vae import VAELossConfig
 from sora_jax.training import optim
-from sora_jax.training.loop import TrainConfig
+from sora_jax.training.config import TrainConfig
 from sora_jax.training.profiling import Profile
 
 # Keys of the DiT that are the VAE's and the text encoder's to decide.
@@ -62,7 +60,7 @@ class Data:
   size_multiple: int = 16
   fps: float = 0.0
   heldout_share: float = 0.05
-  workers: int = 0
+  workers: int = free(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +77,7 @@ class VAEStage:
   loss: VAELossConfig = VAELossConfig()
   batch_size: int = 8
   crop: tuple[int, int, int] = (17, 64, 64)
-  eval_batches: int = 4
+  eval_batches: int = free(4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +91,12 @@ class Encode:
   (1 + 4k) to compile for, clips are padded to the next; () = powers of two.
   """
 
-  batch_size: int = 8
-  devices_per_clip: int = 1
+  batch_size: int = free(8)
+  devices_per_clip: int = free(1)
   clips_per_shard: int = 256
   extras: int = 2
   max_sizes: int = 32
-  frame_buckets: tuple[int, ...] = ()
+  frame_buckets: tuple[int, ...] = free(())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +142,7 @@ class DiTStage:
   caption_dropout: float = 0.1
   given_prob: float = 0.3
   extra_prob: float = 0.2
-  eval_batches: int = 4
+  eval_batches: int = free(4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,21 +153,25 @@ class Sample(solvers.Options):
   negative_prompt: what guidance leads away from. rows: packed rows computed at once.
   """
 
-  prompts: tuple[tuple[str, tuple[int, int], int, float], ...] = ()
+  prompts: tuple[tuple[str, tuple[int, int], int, float], ...] = extends(())
   negative_prompt: str = ""
-  rows: int = 4
+  rows: int = free(4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
   """clips: held-out clips reconstructed, and prompts of them sampled."""
 
-  clips: int = 64
+  clips: int = extends(64)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """A whole run. precision: "auto" is bfloat16 on TPU and GPU, float32 on CPU."""
+  """A whole run. precision: "auto" is bfloat16 on TPU and GPU, float32 on CPU.
+
+  What a change of a field means for a run that has begun is said with the field, see
+  `runtime.fields`; of those of a section that is free, all are.
+  """
 
   data: Data
   vae: VAEStage
@@ -178,11 +180,11 @@ class Recipe:
   text: Text = Text()
   sample: Sample = Sample()
   evaluate: Evaluate = Evaluate()
-  mesh: Mesh = Mesh()
-  profile: Profile = Profile()
-  stages: tuple[str, ...] = STAGES
+  mesh: Mesh = free(Mesh())
+  profile: Profile = free(Profile())
+  stages: tuple[str, ...] = free(STAGES)
   seed: int = 0
-  precision: str = "auto"
+  precision: str = free("auto")
 
   @property
   def dtype(self):
@@ -200,7 +202,7 @@ def read(config) -> Recipe:
       or sizes that do not go together.
   """
   config = config.to_dict() if hasattr(config, "to_dict") else config
-  recipe = _read(Recipe, config, "config")
+  recipe = convert.to_dataclass(Recipe, config, "config")
   for key in _DERIVED & set(config["dit"].get("model", {})):
     raise ValueError(
       f"config.dit.model.{key} is not a key: it follows from config.vae.model and "
@@ -218,7 +220,7 @@ def read(config) -> Recipe:
 
 def complete(config: ConfigDict) -> ConfigDict:
   """Adds every key that a config leaves out, so that a flag can set it; returns it."""
-  _complete(Recipe, config, "config")
+  convert.fill_in(Recipe, config, "config", {"config.dit.model": _DERIVED})
   return config
 
 
@@ -237,83 +239,27 @@ def preset(presets: Mapping[str, Any], name: str) -> ConfigDict:
   return ConfigDict({key: sizes[key] for key in sizes if key not in _DERIVED})
 
 
-def _complete(cls, config, where):
-  hints = typing.get_type_hints(cls)
-  for field in dataclasses.fields(cls):
-    kind, missing = hints[field.name], field.default is dataclasses.MISSING
-    if where == "config.dit.model" and field.name in _DERIVED:
-      continue
-    if dataclasses.is_dataclass(kind):
-      if field.name not in config:
-        config[field.name] = ConfigDict()
-      _complete(kind, config[field.name], f"{where}.{field.name}")
-    elif field.name not in config and not missing:
-      config[field.name] = field.default
-
-
-def _read(cls, values, where):
-  if not isinstance(values, dict):
-    raise ValueError(f"{where} must be a ConfigDict, not {values!r}")
-  fields = {field.name: field for field in dataclasses.fields(cls)}
-  for key in values:
-    if key not in fields:
-      near = difflib.get_close_matches(key, fields, n=1)
-      hint = f"; did you mean {where}.{near[0]}?" if near else ""
-      raise ValueError(f"{where}.{key} is not a key that anything reads{hint}")
-  hints = typing.get_type_hints(cls)
-  read = {}
-  for name, field in fields.items():
-    if name in values:
-      read[name] = _convert(hints[name], values[name], f"{where}.{name}")
-    elif (
-      field.default is dataclasses.MISSING
-      and field.default_factory is dataclasses.MISSING
-    ):
-      raise ValueError(f"{where}.{name} is missing")
-  with _naming(where):
-    return cls(**read)
-
-
-@contextlib.contextmanager
-def _naming(where):
-  """Puts the key in front of the message of a ValueError."""
-  try:
-    yield
-  except ValueError as error:
-    raise ValueError(f"{where}: {error}") from error
-
-
-def _convert(kind, value, where):
-  if dataclasses.is_dataclass(kind):
-    return _read(kind, value, where)
-  origin, args = typing.get_origin(kind), typing.get_args(kind)
-  if origin in (typing.Union, types.UnionType):
-    return value
-  if origin is tuple:
-    if not isinstance(value, (tuple, list)):
-      raise ValueError(f"{where} must be a tuple, not {value!r}")
-    if len(args) == 2 and args[1] is ...:
-      args = (args[0],) * len(value)
-    if len(args) != len(value):
-      raise ValueError(f"{where} must have {len(args)} entries, not {value!r}")
-    return tuple(
-      _convert(arg, item, f"{where}[{i}]")
-      for i, (arg, item) in enumerate(zip(args, value, strict=True))
-    )
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-    raise ValueError(f"{where} must be of type {kind.__name__}, not {value!r}")
-  return value
-
-
 def _check(recipe: Recipe) -> None:
-  data, vae, dit = recipe.data, recipe.vae.model, recipe.dit
+  """Raises ValueError, naming the key, for what does not go together."""
+  _check_run(recipe)
+  _check_sizes(recipe)
+  _check_training(recipe)
+  _check_texts(recipe)
+  _check_counts(recipe)
+
+
+def _check_run(recipe):
   if unknown := set(recipe.stages) - set(STAGES):
     raise ValueError(f"config.stages: {sorted(unknown)} are none of {STAGES}")
   if recipe.precision not in ("auto", "float32", "bfloat16"):
-    raise ValueError(f"config.precision {recipe.precision!r} is not auto, float32 or "
-                     "bfloat16")  # fmt: skip
+    raise ValueError(
+      f"config.precision {recipe.precision!r} is not auto, float32 or bfloat16"
+    )
+
+
+def _check_sizes(recipe):
+  """Clips, the VAE's grid, the DiT's patches and its rows fit into each other."""
+  data, vae, dit = recipe.data, recipe.vae.model, recipe.dit
   pt, ph, pw = dit.model.patch_size
   if pt != 1 or ph != pw:
     # An image is one latent frame, and sizes have one size_multiple.
@@ -333,24 +279,46 @@ def _check(recipe: Recipe) -> None:
       f"config.data.max_pixels {data.max_pixels} is less than one square of "
       f"size_multiple {data.size_multiple}"
     )
-  with _naming("config.vae.crop"):
+  with convert.naming("config.vae.crop"):
     vae.latent_shape(*recipe.vae.crop)
-  # What a later stage would only find out after hours.
-  for name in ("dit",) if recipe.vae.folder else ("vae", "dit"):
-    with _naming(f"config.{name}.train"):
+  for frames in recipe.encode.frame_buckets:
+    if (frames - 1) % 4:
+      raise ValueError(f"config.encode.frame_buckets: {frames} is not 1 + 4k")
+  most = longest_clip(recipe)
+  if most > dit.tokens:
+    raise ValueError(
+      f"config.dit.tokens {dit.tokens}: a clip of config.data.max_frames "
+      f"{data.max_frames} and max_pixels {data.max_pixels} can have {most} tokens"
+    )
+
+
+def _check_training(recipe):
+  """Schedules, adapters, the sampler; what a later stage would find after hours."""
+  dit, vae = recipe.dit, recipe.vae
+  for name in ("dit",) if vae.folder else ("vae", "dit"):
+    with convert.naming(f"config.{name}.train"):
       optim.make_schedule(getattr(recipe, name).train, 1.0)
   if dit.lora.rank and not dit.init_from:
     raise ValueError(
       f"config.dit.lora.rank {dit.lora.rank} needs a model that the adapters are of: "
       "config.dit.init_from"
     )
-  with _naming("config.sample"):
+  with convert.naming("config.sample"):
     recipe.sample.check(
       dit.loss.process, dit.loss.target, recipe.sample.negative_prompt
     )
-  key = "config.dit.max_text_tokens"
-  if recipe.text.folder:
-    text = recipe.text
+  regexes = [regex for regex, _ in vae.train.learning_rates]
+  if vae.loss.gan_weight > 0 and not any("discriminator" in r for r in regexes):
+    raise ValueError(
+      "config.vae.loss.gan_weight needs an optimizer of its own for the discriminator: "
+      'config.vae.train.learning_rates = (("discriminator/.*", 1e-4),)'
+    )
+
+
+def _check_texts(recipe):
+  """Captions fit into a row."""
+  text, dit, key = recipe.text, recipe.dit, "config.dit.max_text_tokens"
+  if text.folder:
     if min(text.max_tokens, text.width) < 1:
       raise ValueError("config.text.max_tokens and width must be at least 1")
     if 0 < text.pad_to < text.max_tokens or text.pad_to < 0:
@@ -369,28 +337,16 @@ def _check(recipe: Recipe) -> None:
       f"config.dit.text.vocab_size {dit.text.vocab_size} is less than 261: 256 bytes, "
       "3 special pieces and a few characters"
     )
+
+
+def _check_counts(recipe):
   for key, value in (
     ("config.vae.eval_batches", recipe.vae.eval_batches),
-    ("config.dit.eval_batches", dit.eval_batches),
+    ("config.dit.eval_batches", recipe.dit.eval_batches),
     ("config.evaluate.clips", recipe.evaluate.clips),
   ):
     if value < 1:
       raise ValueError(f"{key} must be at least 1, not {value}")
-  regexes = [regex for regex, _ in recipe.vae.train.learning_rates]
-  if recipe.vae.loss.gan_weight > 0 and not any("discriminator" in r for r in regexes):
-    raise ValueError(
-      "config.vae.loss.gan_weight needs an optimizer of its own for the discriminator: "
-      'config.vae.train.learning_rates = (("discriminator/.*", 1e-4),)'
-    )
-  for frames in recipe.encode.frame_buckets:
-    if (frames - 1) % 4:
-      raise ValueError(f"config.encode.frame_buckets: {frames} is not 1 + 4k")
-  most = longest_clip(recipe)
-  if most > dit.tokens:
-    raise ValueError(
-      f"config.dit.tokens {dit.tokens}: a clip of config.data.max_frames "
-      f"{data.max_frames} and max_pixels {data.max_pixels} can have {most} tokens"
-    )
 
 
 def longest_clip(recipe: Recipe) -> int:

@@ -2,48 +2,64 @@
 
 A stage writes into workdir/<stage>/ and leaves stage.json there: its part of the
 config, the fingerprints of the stages that it was made from, and whether it is
-complete. So a finished stage is skipped, an unfinished one goes on, and a config that
-no longer fits what is on disk is an error instead of a silent mixture.
+complete. So a finished stage is skipped, an unfinished one goes on, and what a changed
+config means for it is decided by `changes`: never is there a silent mixture.
 """
 
 import dataclasses
-import functools
 import hashlib
 import importlib
 import json
 import os
 import pathlib
 import time
+from typing import NamedTuple
 
 import jax
 from absl import logging
 
-from sora_jax.run import init_from
+from sora_jax.run import changes, init_from
 from sora_jax.run import recipe as recipes
 from sora_jax.run.build import check_dit, check_rows
-from sora_jax.runtime import checkpoint, hosts, sharding, text
+from sora_jax.runtime import checkpoint, fields, sharding, text
 from sora_jax.weights import lpips
 
-# Stage -> (module with run(recipe, workdir), sections of the config, stages it reads).
+
+class Stage(NamedTuple):
+  """A part of the chain.
+
+  Attributes:
+    module: of sora_jax, with run(recipe, workdir).
+    sections: of the config that it is made from. inputs: stages that it reads.
+    cheap: made in minutes and nothing is lost with it, so that it is run again by
+      itself when what it was made from has changed.
+  """
+
+  module: str
+  sections: tuple[str, ...]
+  inputs: tuple[str, ...]
+  cheap: bool = False
+
+
 STAGES = {
-  "data": ("prepare", ("data",), ()),
-  "vae": ("train_vae", ("vae",), ("data",)),
-  "encode": ("encode", ("encode", "text"), ("data", "vae")),
-  "dit": ("train_dit", ("dit",), ("encode",)),
-  "sample": ("sample", ("sample",), ("vae", "dit")),
-  "evaluate": ("evaluate", ("evaluate", "sample"), ("data", "vae", "dit")),
+  "data": Stage("prepare", ("data",), ()),
+  "vae": Stage("train_vae", ("vae",), ("data",)),
+  "encode": Stage("encode", ("encode", "text"), ("data", "vae")),
+  "dit": Stage("train_dit", ("dit",), ("encode",)),
+  "sample": Stage("sample", ("sample",), ("vae", "dit"), cheap=True),
+  "evaluate": Stage(
+    "evaluate", ("evaluate", "sample"), ("data", "vae", "dit"), cheap=True
+  ),
 }
-# Keys that change how a stage runs but not what it makes.
-_FREE = {"log_every", "eval_every", "save_every", "keep", "workers", "eval_batches"}
-_FREE |= {"devices_per_clip"}
 
 
 def run(names, recipe: recipes.Recipe, workdir) -> None:
-  """Runs stages in order, skipping complete ones.
+  """Runs stages in order, skipping complete ones that the config still fits.
 
   Raises:
-    ValueError: if a stage on disk was made with another config, or from a stage that
-      is missing or was made anew since; says which key and what to do.
+    ValueError: if a stage on disk was made with another config that it cannot go on
+      with, or from a stage that is missing or was made anew since; says which key and
+      what to do.
   """
   if {"vae", "dit"} & set(names):
     _check_mesh(recipe)
@@ -59,14 +75,14 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
     if name not in names:
       continue
     stage = _describe(name, recipe, workdir)
-    _check(name, stage, workdir, recipe)
-    if _load(name, workdir).get("complete"):
+    reason = _reason_to_run(name, stage, workdir, recipe)
+    if reason is None:
       logging.info("stage %s: complete already, in %s", name, workdir / name)
       continue
     _store(name, {**stage, "complete": False}, workdir)
-    logging.info("stage %s: begins, in %s", name, workdir / name)
+    logging.info("stage %s: %s, in %s", name, reason, workdir / name)
     begin = time.monotonic()
-    module = importlib.import_module(f"sora_jax.{STAGES[name][0]}")
+    module = importlib.import_module(f"sora_jax.{STAGES[name].module}")
     if name != "data" or jax.process_index() == 0:
       module.run(recipe, workdir)
     sharding.sync(f"stage {name} ran")
@@ -111,22 +127,16 @@ def fingerprint(name: str, workdir) -> str:
 
 
 def _describe(name, recipe, workdir):
-  _, sections, inputs = STAGES[name]
+  sections, inputs = STAGES[name].sections, STAGES[name].inputs
   config = {"seed": recipe.seed}
-  if recipe.precision != "auto":
-    config["precision"] = recipe.precision
-  for section in sections:
-    config[section] = _chosen(getattr(recipe, section))
-  if name == "vae" and recipe.vae.folder:
-    # Nothing is trained: how has no effect.
-    config["vae"] = {key: config["vae"][key] for key in ("folder", "model")}
+  config |= {section: _chosen(getattr(recipe, section)) for section in sections}
   # Through JSON, so that it compares equal to what is read back.
-  config = json.loads(json.dumps(config))
+  config = changes.effective(name, json.loads(json.dumps(config)), recipe)
   for other in inputs:
     if not _load(other, workdir).get("complete"):
       raise ValueError(
         f"stage {name} needs stage {other}, which is not complete in {workdir}; run it "
-        f"first (config.stages, or python -m sora_jax.{STAGES[other][0]})"
+        f"first (config.stages, or python -m sora_jax.{STAGES[other].module})"
       )
   made_from = {i: fingerprint(i, workdir) for i in inputs}
   for other, folder in _models(name, recipe).items():
@@ -155,46 +165,59 @@ def _chosen(section) -> dict:
   chosen = {}
   for field in dataclasses.fields(section):
     value = getattr(section, field.name)
+    if fields.change_of(field) == fields.FREE:
+      continue
     if dataclasses.is_dataclass(value):
       chosen[field.name] = _chosen(value)
-    elif field.name not in _FREE and value != field.default:
+    elif value != field.default:
       chosen[field.name] = value
   return chosen
 
 
-def _check(name, stage, workdir, recipe):
+def _reason_to_run(name, stage, workdir, recipe) -> str | None:
+  """Why a stage is run; None if it is complete and what it was made from is the same.
+
+  Raises:
+    ValueError: if what is on disk can neither stay nor be gone on with.
+  """
   old = _load(name, workdir)
   if not old:
-    return
-  folder = workdir / name
-  changed = list(hosts.differences(old["config"], stage["config"]))
+    return "begins"
+  complete, cheap = old.get("complete"), STAGES[name].cheap
+  reason = None if complete else "goes on"
+  changed = changes.of(name, old["config"], stage["config"], recipe)
   if changed:
     key, before, after = changed[0]
-    default = _default(recipe, key)
-    before, after = (default if x is None else x for x in (before, after))
-    more = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
-    raise ValueError(
-      f"{key} is {after!r}, but stage {name} in {folder} was made with "
-      f"{before!r}{more}. Put it back, choose another --workdir, or delete "
-      f"{folder} to make the stage again"
-    )
+    reason = f"{key} is {after!r} and was {before!r}: "
+    if cheap:
+      reason += "runs again"
+    elif changes.are_extensions(changed, recipe):
+      if complete:
+        changes.check_longer(name, changed[0], _made_from(name, workdir), workdir)
+      reason += "goes on"
+    else:
+      raise changes.refuse(name, changed, complete, workdir)
   for other, value in stage["inputs"].items():
-    if old["inputs"].get(other) != value:
-      place = _models(name, recipe).get(other, workdir / other)
+    if old["inputs"].get(other) == value:
+      continue
+    place = _models(name, recipe).get(other, workdir / other)
+    if not cheap:
       raise ValueError(
-        f"stage {name} in {folder} was made from another {other} than the one in "
-        f"{place} now; delete {folder} to make it again"
+        f"stage {name} in {workdir / name} was made from another {other} than the one "
+        f"in {place} now; delete {workdir / name} to make it again"
       )
+    reason = f"{place} is not what it was made from: runs again"
+  return reason
 
 
-def _default(recipe, key):
-  """Default of a key such as config.vae.model.width, as JSON has it."""
-  *path, last = key.split(".")[1:]
-  section = functools.reduce(getattr, path, recipe)
-  for field in dataclasses.fields(section):
-    if field.name == last and field.default is not dataclasses.MISSING:
-      return json.loads(json.dumps(field.default))
-  return None
+def _made_from(name, workdir) -> list[str]:
+  """Stages on disk that were made from a stage and are not run again by themselves."""
+  users = [
+    other
+    for other, stage in STAGES.items()
+    if name in stage.inputs and not stage.cheap and _load(other, workdir)
+  ]
+  return users + [last for user in users for last in _made_from(user, workdir)]
 
 
 def _load(name, workdir):
@@ -215,6 +238,3 @@ def _store(name, stage, workdir):
   temporary = path.with_suffix(".tmp")
   temporary.write_text(json.dumps(stage, indent=2, sort_keys=True) + "\n")
   os.replace(temporary, path)
-
-
-# --- commands

@@ -7,16 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
 from sora_jax.runtime import lazy_arrays
-
-# Orbax logs dozens of lines for each save, which would bury the lines of the run.
-logging.get_absl_logger().addFilter(
-  lambda record: record.levelno >= 30 or "orbax" not in record.pathname
-)
 
 
 class Checkpoints:
@@ -26,12 +20,22 @@ class Checkpoints:
   checkpoints before intact. All processes must call each method.
   """
 
-  def __init__(self, folder, keep: int):
+  def __init__(self, folder, keep: int, always: int | None = None):
+    """Opens the folder, or makes it.
+
+    Args:
+      keep: number of newest checkpoints that stay.
+      always: step whose checkpoint stays as well.
+    """
+    policies = [ocp.checkpoint_managers.LatestN(keep)]
+    if always is not None:
+      policies.append(ocp.checkpoint_managers.CustomSteps([always]))
     self.folder = epath.Path(folder).absolute()
     self._manager = ocp.CheckpointManager(
       self.folder,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, cleanup_tmp_directories=True
+        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+        cleanup_tmp_directories=True,
       ),
       item_handlers={
         "state": ocp.StandardCheckpointHandler(),
@@ -80,6 +84,21 @@ class Checkpoints:
     except Exception as error:  # noqa: BLE001
       raise ValueError(_damaged(folder, error)) from error
     return restored.state, restored.host
+
+  def host(self, step: int) -> dict:
+    """The JSON-able dict of a step; ValueError naming the folder if it is damaged."""
+    try:
+      return self._manager.restore(
+        step, args=ocp.args.Composite(host=ocp.args.JsonRestore())
+      ).host
+    except Exception as error:  # noqa: BLE001
+      raise ValueError(_damaged(self.folder / str(step), error)) from error
+
+  def delete_after(self, step: int) -> None:
+    """Deletes the checkpoints of later steps, if there are any."""
+    for later in self.steps():
+      if later > step:
+        self._manager.delete(later)
 
   def wait(self) -> None:
     """Waits for saves under way; raises if one failed."""

@@ -43,7 +43,11 @@ def write_samples(folder, requests, videos, shown: int = 16) -> list[pathlib.Pat
   """Writes a file each, samples.jsonl and a sheet of up to `shown`; the paths.
 
   All processes must call it, with None in place of the videos that others write.
+  Samples that an earlier call has listed in samples.jsonl are deleted.
   """
+  if jax.process_index() == 0:
+    _delete_listed(folder)
+  sharding.sync("samples before")
   paths, rows = [], []
   for i, (request, video_THWC) in enumerate(zip(requests, videos, strict=True)):
     words = re.sub(r"\W+", "-", request.prompt.lower()).strip("-")[:60]
@@ -63,6 +67,15 @@ def write_samples(folder, requests, videos, shown: int = 16) -> list[pathlib.Pat
     )
     (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
   return paths
+
+
+def _delete_listed(folder) -> None:
+  """Deletes the files of samples.jsonl, which would look like they were new ones."""
+  listed = folder / "samples.jsonl"
+  if listed.exists():
+    for line in listed.read_text().splitlines():
+      (folder / json.loads(line)["file"]).unlink(missing_ok=True)
+    listed.unlink()
 
 
 def requests_of(recipe: recipes.Recipe, workdir, count: int = 8) -> list[Request]:

@@ -1,76 +1,71 @@
-"""Train state, one pure train step, and the host loop; knows only `tasks.Task`."""
+"""The host's side of training: jits one update and calls it until the last step.
+
+It knows of what is learnt only `tasks.Task`. In `train` each step has this order:
+evaluate, save, next batch, dispatch the update, fetch the metrics of the update before
+(so that the device never waits for the host), stop on a loss that is not finite.
+"""
 
 import contextlib
-import dataclasses
 import functools
 import math
 import pathlib
 import signal
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import Task
-from sora_jax.training import metrics, optim, profiling
+from sora_jax.training import metrics, optim, profiling, resume
+from sora_jax.training.config import TrainConfig
+from sora_jax.training.step import (
+  EVALUATE,
+  TrainState,
+  first_state,
+  given,
+  init_state,
+  step_key,
+  train_step,
+)
 
-# Purposes of random keys: fold_in(fold_in(key(seed), step), purpose).
-INIT, LOSS, EVALUATE = 0, 1, 2
 _STOP = "stop_signal"  # batch entry: a signal came to this host
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-  """What the loop and the optimizer need; steps are updates of the params."""
-
-  steps: int
-  learning_rate: float = 1e-4
-  warmup_steps: int = 0
-  schedule: str = "constant"  # one of optim.SCHEDULES
-  decay_steps: int = 0  # of the schedule "wsd"
-  weight_decay: float = 0.0
-  optimizer: str = "adamw"  # one of optim.OPTIMIZERS
-  moment_dtype: str = "float32"  # of the first moment
-  b1: float = 0.9
-  b2: float = 0.999
-  clip_norm: float = 1.0  # global norm; 0 = no clipping
-  learning_rates: tuple[tuple[str, float], ...] = ()  # (path regex, own peak)
-  grad_accumulation: int = 1  # microbatches of each batch
-  ema_decay: float = 0.999
-  log_every: int = 50  # 0 = never, as for eval_every; else also at the last step
-  eval_every: int = 0
-  save_every: int = 1000  # 0 = only the last step
-  keep: int = 2  # checkpoints
-
-
-class TrainState(NamedTuple):
-  """All that an update changes; step counts finished updates."""
-
-  step: jax.Array
-  params: Any
-  ema: Any
-  opt_state: Any
-
-
 class Setup(NamedTuple):
-  """All that `train` needs of a stage beside its TrainConfig."""
+  """All that `train` needs of a stage beside its TrainConfig.
+
+  Attributes:
+    task: what is learnt. rules: where its params go on the mesh.
+    data: iterator of dicts of numpy arrays, this host's rows (sharding.host_shard),
+      with get_state, set_state and close; the state is equal on all hosts. Entries
+      whose name begins with "clip" stay on the host, as indices into `names`.
+    eval_batches: such batches. task.evaluate on them with the EMA params, averaged, is
+      written as eval/*; then on_eval(step, EMA params, metrics.Writer) is called.
+    names: of the clips, for messages.
+    flops_per_step, tokens_per_step: of all devices, for the speed in the log.
+    units: batch -> number of frames or tokens in it.
+    captioned: whether any training clip has a caption.
+    initial: shardings of the params -> their first values; None = those of task.init.
+  """
 
   task: Task
   rules: sharding.Rules
-  data: Any  # iterator of batches with get_state, set_state and close
-  eval_batches: list
-  names: list  # of the clips that the batches' indices point to
-  flops_per_step: float
-  units: Any  # batch -> number of frames or tokens in it
-  captioned: bool = False  # whether any training clip has a caption
-  initial: Any = None  # shardings of the params -> their first values; None = task.init
+  data: Any
+  eval_batches: Sequence[dict] = ()
+  names: Sequence[str] = ()
+  flops_per_step: float = 0.0
+  tokens_per_step: int = 0
+  units: Callable | None = None
+  captioned: bool = False
+  initial: Callable | None = None
+  on_eval: Callable | None = None
 
 
 class NonFiniteError(ValueError):
@@ -82,110 +77,6 @@ class Preempted(SystemExit):
 
   def __init__(self):
     super().__init__(0)
-
-
-def step_key(seed: int, step, purpose: int) -> jax.Array:
-  """Random key of a step and purpose; nothing random is kept in a checkpoint."""
-  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
-
-
-def init_state(task: Task, optimizer, seed: int) -> TrainState:
-  """State before the first update; pure."""
-  return first_state(task.init(step_key(seed, 0, INIT)), optimizer)
-
-
-def first_state(params, optimizer) -> TrainState:
-  """State of params that no update has changed; pure."""
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    ema=jax.tree.map(jnp.copy, params),
-    opt_state=optimizer.init(params),
-  )
-
-
-def train_step(
-  state: TrainState,
-  batch,
-  frozen=None,
-  *,
-  task: Task,
-  config: TrainConfig,
-  optimizer,
-  schedule,
-  seed,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update; pure. batch: dict of arrays [rows, ...] and of scalars.
-
-  frozen: value of task.frozen, as an argument: a constant would be compiled in.
-  Gradients are the mean over config.grad_accumulation microbatches, which equals the
-  whole batch for a loss that is a mean over rows. Metrics: those of the task, loss,
-  grad_norm (before clipping), learning_rate.
-  """
-  batch = {**batch, "step": state.step}
-  key = step_key(seed, state.step, LOSS)
-  gradients, values = _gradients(task, state.params, batch, key, frozen, config)
-  updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  # A young EMA would be mostly the random initial params: decay less at first.
-  decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
-  ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-  values["grad_norm"] = optax.tree.norm(gradients)
-  values["learning_rate"] = schedule(state.step)
-  return TrainState(state.step + 1, params, ema, opt_state), values
-
-
-def _gradients(task, params, batch, key, frozen, config):
-  """(gradients, metrics with the loss), means over the microbatches."""
-
-  def gradients_of(batch, key):
-    """(pull-back to the params, metrics with the loss)."""
-
-    def loss_of(params):
-      return task.loss(params, batch, key, *_given(frozen))
-
-    loss, pull, values = jax.vjp(loss_of, params, has_aux=True)
-    return pull, {"loss": loss, **values}
-
-  parts = config.grad_accumulation
-  if parts == 1:
-    pull, values = gradients_of(batch, key)
-    return pull(jnp.ones_like(values["loss"]))[0], values
-  scalars = {name: value for name, value in batch.items() if not value.ndim}
-  rows = {name: value for name, value in batch.items() if value.ndim}
-
-  def split(value):
-    if value.shape[0] % parts:
-      raise ValueError(
-        f"a batch of {value.shape[0]} rows does not split into {parts} microbatches"
-      )
-    # Microbatch i is every parts-th row, so that each device keeps its rows.
-    value = value.reshape(value.shape[0] // parts, parts, *value.shape[1:])
-    return jnp.moveaxis(value, 1, 0)
-
-  # The backward pass adds to these in place: a microbatch has no gradients of its own.
-  totals = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), params)
-
-  def add(_, part):
-    index, rows = part
-    pull, values = gradients_of({**rows, **scalars}, jax.random.fold_in(key, index))
-    pull.with_refs(totals)(jnp.ones_like(values["loss"]))
-    # "x:weight" weighs "x", here as in metrics.Meter.
-    return None, {k: v * values.get(f"{k}:weight", 1.0) for k, v in values.items()}
-
-  rows = jax.tree.map(split, rows)
-  _, of_parts = jax.lax.scan(add, None, (jnp.arange(parts), rows))
-  sums = {name: jnp.sum(value) for name, value in of_parts.items()}
-  values = {}
-  for name, value in sums.items():
-    weight = sums.get(f"{name}:weight")
-    values[name] = value / (parts if weight is None else jnp.maximum(weight, 1e-9))
-  return jax.tree.map(lambda total: jax.freeze(total) / parts, totals), values
-
-
-def _given(frozen) -> tuple:
-  """Arguments of a task's functions for task.frozen."""
-  return () if frozen is None else (frozen,)
 
 
 class Built(NamedTuple):
@@ -228,7 +119,7 @@ def build(task: Task, config: TrainConfig, mesh, rules, seed: int) -> Built:
   def evaluate(params, batch, step, index, frozen=None):
     # The same keys at every step, so that the numbers of a run can be compared.
     key = step_key(seed, index, EVALUATE)
-    return task.evaluate(params, {**batch, "step": step}, key, *_given(frozen))
+    return task.evaluate(params, {**batch, "step": step}, key, *given(frozen))
 
   return Built(
     abstract=jax.tree.map(
@@ -249,126 +140,190 @@ def build(task: Task, config: TrainConfig, mesh, rules, seed: int) -> Built:
 
 
 def train(
-  task: Task,
+  setup: Setup,
   config: TrainConfig,
-  data_iterator,
-  *,
-  workdir,
-  seed: int,
-  mesh,
-  rules,
-  eval_batches=None,
-  describe=None,
-  flops_per_step: float = 0.0,
-  tokens_per_step: int = 0,
-  on_eval=None,
-  name: str = "dit",
+  folder: str | pathlib.Path,
+  mesh: jax.sharding.Mesh,
+  seed: int = 0,
   profile: profiling.Profile | None = None,
-  initial=None,
 ) -> TrainState:
-  """Trains to config.steps, going on from the newest checkpoint in workdir/name.
+  """Trains to config.steps, going on from the newest checkpoint in the folder.
 
-  data_iterator: yields dicts of numpy arrays, this host's rows (sharding.host_shard),
-    and has get_state and set_state, equal on all hosts. Entries whose name begins with
-    "clip" stay on the host.
-  eval_batches: () -> iterable of such batches; task.evaluate on them with the EMA
-    params, averaged, is written as eval/*. Then on_eval(step, ema, writer) is called.
-  describe: list of clip indices -> list of names, for messages.
-  initial: shardings of the params -> their values before the first step, in place of
-    those of task.init.
-  flops_per_step, tokens_per_step: of all devices, for the speed in the log.
-  profile: which steps are traced into workdir/name/profile.
+  So with more steps than the checkpoints were trained for, training goes on as well,
+  and equals, bitwise, a run that had them from the start as far as the schedule is the
+  same: always for "constant"; for "wsd" because it begins again at the checkpoint from
+  before the decay, which is kept for that; not for "cosine", whose learning rate jumps
+  to where the longer one is at that step. What is not the same is logged.
 
-  Writes workdir/name/{checkpoints, metrics.jsonl, tensorboard}. Raises NonFiniteError,
-  Preempted, and ValueError for data that ends early or a checkpoint that does not fit.
+  Args:
+    folder: workdir/<stage>; gets checkpoints/, metrics.jsonl, tensorboard/ and, of the
+      steps that `profile` chooses, profile/. Its name is that of the stage in the log.
+
+  Raises:
+    NonFiniteError: the checkpoints before it stay.
+    Preempted: after a signal.
+    ValueError: for data that ends early, a checkpoint that does not fit, and fewer
+      steps than were trained already.
   """
-  folder = pathlib.Path(workdir) / name
-  built = build(task, config, mesh, rules, seed)
-  checkpoints = checkpoint.Checkpoints(folder / "checkpoints", config.keep)
+  folder = pathlib.Path(folder)
+  built = build(setup.task, config, mesh, setup.rules, seed)
+  always = optim.decay_start(config)
+  checkpoints = checkpoint.Checkpoints(folder / "checkpoints", config.keep, always)
   with contextlib.closing(checkpoints), jax.set_mesh(mesh), _signals() as signalled:
-    start = _newest(checkpoints, config.steps)
-    host = {"evaluated": 0}
-    if start:
-      state, host = checkpoints.restore(start, built.abstract)
-      # A signal at the last step leaves its evaluation to be made up for.
-      owed = eval_batches and config.eval_every and host["evaluated"] != start
-      if start == config.steps and not owed:
-        logging.info("%s: trained to step %d already, in %s", name, start, folder)
-        return state
-      data_iterator.set_state(host["data"])
-    elif initial:
-      params = built.abstract.params
-      state = built.begin(initial(jax.tree.map(lambda leaf: leaf.sharding, params)))
-    else:
-      state = built.init()
-    _log_start(name, folder, built.abstract.params, mesh, start, config.steps)
-    meter = metrics.Meter(
-      config.steps,
-      flops_per_step=flops_per_step,
-      tokens_per_step=tokens_per_step,
-      devices=mesh.devices.size,
-      device_kind=mesh.devices.flat[0].device_kind,
+    start = resume.first_step(checkpoints, config)
+    state, host = _first(setup, built, checkpoints, start)
+    checkpoints.delete_after(start)
+    if start == config.steps and not _owes_evaluation(setup, config, start, host):
+      logging.info("%s: trained to step %d already, in %s", folder.name, start, folder)
+      return state
+    _log_start(folder, built.abstract.params, mesh, start, config.steps)
+    run = _Run(setup, config, built, folder, mesh, checkpoints, signalled)
+    with contextlib.closing(run):
+      run.begin(start, host, profile)
+      for step in range(start, config.steps):
+        run.evaluate(step, state)
+        run.save(step, state)
+        state = run.update(step, state)
+      run.evaluate(config.steps, state)
+      run.save(config.steps, state)
+      return state
+
+
+def _first(setup: Setup, built: Built, checkpoints, start: int):
+  """(state, what the host knew) at the step to go on from; sets the data there."""
+  if start:
+    state, host = checkpoints.restore(start, built.abstract)
+    setup.data.set_state(host["data"])
+    return state, host
+  if setup.initial is None:
+    return built.init(), {"evaluated": 0}
+  places = jax.tree.map(lambda leaf: leaf.sharding, built.abstract.params)
+  return built.begin(setup.initial(places)), {"evaluated": 0}
+
+
+def _owes_evaluation(setup: Setup, config, step: int, host) -> bool:
+  """Whether a signal at the last step has left its evaluation to be made up for."""
+  return bool(setup.eval_batches and config.eval_every and host["evaluated"] != step)
+
+
+class _Run:
+  """What the steps of a run share on this host, and the parts of a step."""
+
+  def __init__(self, setup, config, built, folder, mesh, checkpoints, signalled):
+    self._setup, self._config, self._built = setup, config, built
+    self._folder, self._mesh = folder, mesh
+    self._checkpoints, self._signalled = checkpoints, signalled
+    self._closing = contextlib.ExitStack()
+
+  def begin(self, start: int, host: dict, profile) -> None:
+    """Opens the log; host: what the checkpoint to go on from holds beside the state."""
+    self._start, self._evaluated = start, host["evaluated"]
+    path = self._folder / "metrics.jsonl"
+    self._meter = metrics.Meter(
+      self._config.steps,
+      flops_per_step=self._setup.flops_per_step,
+      tokens_per_step=self._setup.tokens_per_step,
+      devices=self._mesh.devices.size,
+      device_kind=self._mesh.devices.flat[0].device_kind,
       state=host.get("meter"),
-      alive=_last_written(folder / "metrics.jsonl"),
+      # When a run that is gone wrote its last row.
+      alive=path.stat().st_mtime if path.exists() else 0.0,
     )
-    writer = metrics.Writer(folder, start, active=jax.process_index() == 0)
-    tracer = profiling.Tracer(profile or profiling.Profile(), folder / "profile")
-    with contextlib.closing(writer), contextlib.closing(tracer):
-      monitor = _Monitor(config, meter, writer, describe, signalled)
-      evaluated, step = host["evaluated"], start
-      while True:
-        last = step == config.steps
-        # After a signal there is no time to evaluate: the next run does it.
-        if eval_batches and evaluated != step and not monitor.stop():
-          if _due(step, config.eval_every, last):
-            monitor.settle()
-            with meter.pause("evaluate"):
-              _evaluate(built, task.frozen, mesh, step, state.ema, eval_batches, writer)
-              if on_eval:
-                on_eval(step, state.ema, writer)
-            evaluated = step
-        stop = monitor.stop()
-        if step > start and (stop or last or _due(step, config.save_every)):
-          # First settle: a state after a non-finite loss must not be saved.
-          monitor.settle()
-          with meter.pause("checkpoint"):
-            host = {"data": data_iterator.get_state(), "evaluated": evaluated}
-            checkpoints.save(step, state, {**host, "meter": meter.state()})
-        if stop or last:
-          with meter.pause("checkpoint"):
-            checkpoints.wait()
-            sharding.sync(f"{name} saved")  # none exits before all are done
-          logging.info("%s: %s", name, meter.summary())
-        if stop or (last and signalled.is_set()):
-          logging.info("%s: stopped by a signal; step %d is saved", name, step)
-          raise Preempted
-        if last:
-          return state
-        tracer.reached(step, monitor.settle)
-        if step == start:
-          meter.compile()
-        begin = time.perf_counter()
-        batch = _next(data_iterator, step, config.steps)
-        meter.waited(time.perf_counter() - begin)
-        clips = {k: v for k, v in batch.items() if k.startswith("clip")}
-        batch = _to_device(batch, mesh, stop=signalled.is_set())
-        with tracer.step(step):
-          state, values = built.update(state, batch, task.frozen)
-        step += 1
-        monitor.dispatched(step, values, clips)
-        if step == start + 1:
-          monitor.settle()
-          seconds = time.perf_counter() - begin
-          logging.info("%s: first step took %.1f s, with compilation", name, seconds)
-          meter.start(step)
+    active = jax.process_index() == 0
+    self._writer = metrics.Writer(self._folder, start, active=active)
+    self._closing.callback(self._writer.close)
+    profile = profile or profiling.Profile()
+    self._tracer = profiling.Tracer(profile, self._folder / "profile")
+    self._closing.callback(self._tracer.close)
+    self._monitor = _Monitor(
+      self._config, self._meter, self._writer, self._setup.names, self._signalled
+    )
+
+  def close(self) -> None:
+    """Closes what `begin` opened."""
+    self._closing.close()
+
+  def evaluate(self, step: int, state: TrainState) -> None:
+    """Evaluates if it is time to, once for each step."""
+    last = step == self._config.steps
+    due = _due(step, self._config.eval_every, last) and self._evaluated != step
+    # After a signal there is no time to evaluate: the next run does it.
+    if not due or not self._setup.eval_batches or self._monitor.stop():
+      return
+    self._monitor.settle()
+    with self._meter.pause("evaluate"):
+      self._write_evaluation(step, state.ema)
+      if self._setup.on_eval:
+        self._setup.on_eval(step, state.ema, self._writer)
+    self._evaluated = step
+
+  def save(self, step: int, state: TrainState) -> None:
+    """Saves if it is time to, and at the end; raises Preempted after a signal."""
+    config, name = self._config, self._folder.name
+    stop, last = self._monitor.stop(), step == config.steps
+    due = _due(step, config.save_every) or step == optim.decay_start(config)
+    if step > self._start and (stop or last or due):
+      # First settle: a state after a non-finite loss must not be saved.
+      self._monitor.settle()
+      with self._meter.pause("checkpoint"):
+        host = {
+          "data": self._setup.data.get_state(),
+          "evaluated": self._evaluated,
+          "steps": config.steps,
+        }
+        self._checkpoints.save(step, state, {**host, "meter": self._meter.state()})
+    if stop or last:
+      with self._meter.pause("checkpoint"):
+        self._checkpoints.wait()
+        sharding.sync(f"{name} saved")  # none exits before all are done
+      logging.info("%s: %s", name, self._meter.summary())
+    if stop or (last and self._signalled.is_set()):
+      logging.info("%s: stopped by a signal; step %d is saved", name, step)
+      raise Preempted
+
+  def update(self, step: int, state: TrainState) -> TrainState:
+    """Dispatches one update, and settles the one before it."""
+    first = step == self._start
+    self._tracer.reached(step, self._monitor.settle)
+    if first:
+      self._meter.compile()
+    begin = time.perf_counter()
+    batch = _next(self._setup.data, step, self._config.steps)
+    self._meter.waited(time.perf_counter() - begin)
+    clips = {k: v for k, v in batch.items() if k.startswith("clip")}
+    batch = _to_device(batch, self._mesh, stop=self._signalled.is_set())
+    with self._tracer.step(step):
+      state, values = self._built.update(state, batch, self._setup.task.frozen)
+    self._monitor.dispatched(step + 1, values, clips)
+    if first:
+      self._monitor.settle()
+      seconds, name = time.perf_counter() - begin, self._folder.name
+      logging.info("%s: first step took %.1f s, with compilation", name, seconds)
+      self._meter.start(step + 1)
+    return state
+
+  def _write_evaluation(self, step, params) -> None:
+    """Writes the mean of task.evaluate over the batches as eval/*."""
+    totals, frozen = {}, self._setup.task.frozen
+    for count, batch in enumerate(self._setup.eval_batches):
+      batch = _to_device(batch, self._mesh)
+      batch.pop(_STOP, None)
+      values = self._built.evaluate(params, batch, step, count, frozen)
+      for name, value in jax.device_get(values).items():
+        totals[f"eval/{name}"] = totals.get(f"eval/{name}", 0.0) + float(value)
+    count = len(self._setup.eval_batches)
+    row = {name: value / count for name, value in totals.items()}
+    self._writer.scalars(step, row)
+    shown = " ".join(f"{name} {value:.5g}" for name, value in row.items())
+    logging.info("step %d: %s, on %d batches", step, shown, count)
 
 
 class _Monitor:
   """Fetches the metrics of each step, one step late so that the device never waits."""
 
-  def __init__(self, config, meter, writer, describe, signalled):
+  def __init__(self, config, meter, writer, names, signalled):
     self._config, self._meter, self._writer = config, meter, writer
-    self._describe, self._signalled = describe, signalled
+    self._names, self._signalled = names, signalled
     self._pending = None  # (step, metrics on the device, clips) of the newest step
     self._stop = False
 
@@ -396,7 +351,7 @@ class _Monitor:
       if not math.isfinite(values[name]):
         raise NonFiniteError(
           f"{name} is {values[name]} at step {step}; clips of its batch: "
-          f"{_clip_names(clips, self._describe)}. The checkpoints before it stay"
+          f"{_clip_names(clips, self._names)}. The checkpoints before it stay"
         )
     self._meter.add(values)
     if _due(step, self._config.log_every, step == self._config.steps):
@@ -409,29 +364,11 @@ def _due(step: int, every: int, last: bool = False) -> bool:
   return bool(every) and step > 0 and (last or step % every == 0)
 
 
-def _newest(checkpoints, steps: int) -> int:
-  """Step to go on from; 0 = from the start."""
-  saved = checkpoints.steps()
-  if steps in saved or not saved:
-    return steps if saved else 0
-  if saved[-1] > steps:
-    raise ValueError(
-      f"{checkpoints.folder} has a checkpoint of step {saved[-1]}, beyond the "
-      f"{steps} steps of the config; raise steps or use another workdir"
-    )
-  return saved[-1]
-
-
-def _last_written(path) -> float:
-  """When a run that is gone wrote its last row; 0 if there was none."""
-  return path.stat().st_mtime if path.exists() else 0.0
-
-
-def _log_start(name, folder, params, mesh, start, steps) -> None:
+def _log_start(folder, params, mesh, start, steps) -> None:
   size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
   logging.info(
     "%s: %.4g M params, mesh %s of %s, from step %d to %d, in %s",
-    name,
+    folder.name,
     size / 1e6,
     dict(mesh.shape),
     mesh.devices.flat[0].device_kind,
@@ -457,30 +394,10 @@ def _to_device(batch, mesh, stop: bool = False):
   return sharding.shard_batch(batch, mesh)
 
 
-def _evaluate(built, frozen, mesh, step, params, eval_batches, writer) -> None:
-  """Writes the mean of task.evaluate over the batches as eval/*."""
-  totals, count = {}, 0
-  for batch in eval_batches():
-    batch = _to_device(batch, mesh)
-    batch.pop(_STOP, None)
-    values = built.evaluate(params, batch, step, count, frozen)
-    values = jax.device_get(values)
-    for name, value in values.items():
-      totals[f"eval/{name}"] = totals.get(f"eval/{name}", 0.0) + float(value)
-    count += 1
-  if not count:
-    logging.warning("step %d: eval_batches is empty, nothing evaluated", step)
-    return
-  row = {name: value / count for name, value in totals.items()}
-  writer.scalars(step, row)
-  shown = " ".join(f"{name} {value:.5g}" for name, value in row.items())
-  logging.info("step %d: %s, on %d batches", step, shown, count)
-
-
-def _clip_names(clips, describe) -> list:
+def _clip_names(clips, names) -> list:
   indices = sorted({int(i) for value in clips.values() for i in np.ravel(value)})
   indices = [i for i in indices if i >= 0]
-  return list(describe(indices)) if describe else indices
+  return [names[i] for i in indices] if names else indices
 
 
 @contextlib.contextmanager

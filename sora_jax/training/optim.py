@@ -1,27 +1,33 @@
 """Optimizers with schedules, clipping, and learning rates for parts of the params."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from sora_jax.training.config import TrainConfig
 
 OPTIMIZERS = ("adamw", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "wsd")
 DECAYED = ("kernel", "embedding", "lora_a", "lora_b")
 
 
-def make(config, params) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make(
+  config: TrainConfig, params: Any
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """Optimizer for params (arrays or shapes), and the schedule of its learning rate.
 
-  config: has the optimizer fields of train.TrainConfig. "adafactor" (arXiv:1804.04235)
-  keeps second moments as rows and columns and no first ones. "muon" is Muon
-  (arXiv:2502.16982) for the kernels of blocks, at the learning rate of AdamW, and AdamW
-  for the rest. `learning_rates`, (path regex, peak) pairs, give the matching params
-  (the whole path) an optimizer of their own, with its own clipping; a GAN's
-  discriminator needs that.
-  ValueError for an optimizer or schedule that does not exist or fit, or a regex without
-  params.
+  "adafactor" (arXiv:1804.04235) keeps second moments as rows and columns and no first
+  ones. "muon" is Muon (arXiv:2502.16982) for the kernels of blocks, at the learning
+  rate of AdamW, and AdamW for the rest. `learning_rates`, (path regex, peak) pairs,
+  give the matching params (the whole path) an optimizer of their own, with its own
+  clipping; a GAN's discriminator needs that.
+
+  Raises:
+    ValueError: for an optimizer or schedule that does not exist or fit, or a regex
+      without params.
   """
   if config.optimizer not in OPTIMIZERS:
     raise ValueError(f"optimizer {config.optimizer!r} is none of {OPTIMIZERS}")
@@ -48,7 +54,7 @@ def make(config, params) -> tuple[optax.GradientTransformation, optax.Schedule]:
   return optax.multi_transform(optimizers, labels), schedule
 
 
-def make_schedule(config, peak: float) -> optax.Schedule:
+def make_schedule(config: TrainConfig, peak: float) -> optax.Schedule:
   """Learning rate of update 0, 1, ...: linear warm-up, then one of SCHEDULES.
 
   constant: peak. cosine: to 0 at config.steps. wsd (warm-up, stable, decay): peak,
@@ -76,6 +82,20 @@ def make_schedule(config, peak: float) -> optax.Schedule:
     return peak * scale
 
   return schedule
+
+
+def decay_start(config: TrainConfig) -> int | None:
+  """Updates before the decay of "wsd"; None for a schedule without such a point."""
+  return config.steps - config.decay_steps if config.schedule == "wsd" else None
+
+
+def common_updates(config: TrainConfig, steps: int) -> int:
+  """First updates whose learning rate is the same with `steps` as with config.steps."""
+  if steps == config.steps or config.schedule == "constant":
+    return max(steps, config.steps)
+  if config.schedule == "cosine":
+    return config.warmup_steps
+  return max(min(steps, config.steps) - config.decay_steps, 0)
 
 
 def _optimizer(config, schedule) -> optax.GradientTransformation:

@@ -198,7 +198,7 @@ def compare_devices(folder):
     (".*/bias", PartitionSpec()),
   )
   rules = {"one": toy.RULES, "fsdp": toy.RULES, "mixed": tensor_rules}
-  evaluation = {"eval_batches": lambda: [next(toy.Batches())]}
+  evaluation = {"eval_batches": [next(toy.Batches())]}
   states = {
     name: toy.run(
       f"{folder}/{name}", CONFIG, mesh=mesh, rules=rules[name], **evaluation

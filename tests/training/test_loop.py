@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from sora_jax.runtime import sharding
 from sora_jax.tasks import Task
-from sora_jax.training import loop, optim
+from sora_jax.training import loop, optim, step
 
 RULES = (
   (r".*/kernel", PartitionSpec(None, "fsdp")),
@@ -99,15 +99,17 @@ class Batches:
     self.index = state["index"]
 
 
-def run(workdir, config=CONFIG, batches=None, mesh=None, **options):
-  options = {"seed": 3, "rules": RULES, "name": "toy"} | options
+def run(
+  workdir, config=CONFIG, batches=None, mesh=None, rules=RULES, profile=None, **setup
+):
+  """Trains the toy in workdir/toy. setup: further fields of a loop.Setup."""
   return loop.train(
-    TASK,
+    loop.Setup(TASK, rules, batches or Batches(), **setup),
     config,
-    batches or Batches(),
-    workdir=workdir,
-    mesh=mesh or sharding.make_mesh(devices=jax.devices()[:1]),
-    **options,
+    pathlib.Path(workdir) / "toy",
+    mesh or sharding.make_mesh(devices=jax.devices()[:1]),
+    seed=3,
+    profile=profile,
   )
 
 
@@ -132,7 +134,7 @@ def test_learns_logs_and_evaluates(tmp_path):
   state = run(
     tmp_path,
     config,
-    eval_batches=lambda: (b for b, _ in zip(Batches(), range(3), strict=False)),
+    eval_batches=[b for b, _ in zip(Batches(), range(3), strict=False)],
     on_eval=on_eval,
     flops_per_step=1e6,
     tokens_per_step=64,
@@ -168,15 +170,15 @@ def test_finished_run_returns_at_once(tmp_path):
 
 
 def test_resume_is_bitwise_equal(tmp_path):
-  whole = run(tmp_path / "whole", eval_batches=lambda: [next(Batches())])
+  whole = run(tmp_path / "whole", eval_batches=[next(Batches())])
   with pytest.raises(ValueError, match="data ended after 7 of 12 steps"):
     run(
       tmp_path / "cut",
       dataclasses.replace(CONFIG, save_every=1),
       batches=Batches(end=7),
-      eval_batches=lambda: [next(Batches())],
+      eval_batches=[next(Batches())],
     )
-  resumed = run(tmp_path / "cut", eval_batches=lambda: [next(Batches())])
+  resumed = run(tmp_path / "cut", eval_batches=[next(Batches())])
   assert_equal(whole, resumed)
   timeless = [
     [
@@ -198,7 +200,7 @@ def test_non_finite_loss_stops(tmp_path, bad_step):
       tmp_path,
       config,
       batches=Batches(bad_step=bad_step),
-      describe=lambda indices: [f"c{i}" for i in indices],
+      names=[f"c{i}" for i in range(20)],
     )
   saved = {int(p.name) for p in (tmp_path / "toy" / "checkpoints").iterdir()}
   assert saved == set(range(1, bad_step + 1))
@@ -310,7 +312,7 @@ def test_sigint_finishes_the_step(tmp_path, step):
       return super().__next__()
 
   before = signal.getsignal(signal.SIGINT)
-  evaluation = {"eval_batches": lambda: [next(Batches())]}
+  evaluation = {"eval_batches": [next(Batches())]}
   with pytest.raises(loop.Preempted) as error:
     run(tmp_path, batches=Interrupted(), **evaluation)
   assert error.value.code == 0
@@ -382,7 +384,7 @@ def test_accumulation_keeps_one_copy_of_the_gradients():
 
 def test_ema_warms_up():
   state, _ = update_once(CONFIG, next(Batches()))
-  before = init(loop.step_key(3, 0, loop.INIT))
+  before = init(step.step_key(3, 0, step.INIT))
   for old, new, ema in zip(
     *map(jax.tree.leaves, (before, state.params, state.ema)), strict=True
   ):

@@ -1,0 +1,94 @@
+"""Sections of a config: nested dicts with names and types checked, as dataclasses."""
+
+import contextlib
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def fill_in(
+  cls: type, config: ConfigDict, where: str, without: Mapping[str, Any]
+) -> None:
+  """Adds to a section every key that it leaves out and that has a default.
+
+  Args:
+    cls: the section's dataclass. where: its key, such as config.dit.
+    without: key of a section -> its names that follow from others and are no keys.
+  """
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    kind, missing = hints[field.name], field.default is dataclasses.MISSING
+    if field.name in without.get(where, ()):
+      continue
+    if dataclasses.is_dataclass(kind):
+      if field.name not in config:
+        config[field.name] = ConfigDict()
+      fill_in(kind, config[field.name], f"{where}.{field.name}", without)
+    elif field.name not in config and not missing:
+      config[field.name] = field.default
+
+
+def to_dataclass(cls: type, values: Any, where: str) -> Any:
+  """An object of a dataclass from nested dicts.
+
+  Raises:
+    ValueError: naming the key, for an unknown or missing one, or a wrong type.
+  """
+  if not isinstance(values, dict):
+    raise ValueError(f"{where} must be a ConfigDict, not {values!r}")
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  for key in values:
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, n=1)
+      hint = f"; did you mean {where}.{near[0]}?" if near else ""
+      raise ValueError(f"{where}.{key} is not a key that anything reads{hint}")
+  hints = typing.get_type_hints(cls)
+  read = {}
+  for name, field in fields.items():
+    if name in values:
+      read[name] = _convert(hints[name], values[name], f"{where}.{name}")
+    elif (
+      field.default is dataclasses.MISSING
+      and field.default_factory is dataclasses.MISSING
+    ):
+      raise ValueError(f"{where}.{name} is missing")
+  with naming(where):
+    return cls(**read)
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+  """Puts the key in front of the message of a ValueError."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from error
+
+
+def _convert(kind, value, where):
+  if dataclasses.is_dataclass(kind):
+    return to_dataclass(kind, value, where)
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if origin in (typing.Union, types.UnionType):
+    return value
+  if origin is tuple:
+    if not isinstance(value, (tuple, list)):
+      raise ValueError(f"{where} must be a tuple, not {value!r}")
+    if len(args) == 2 and args[1] is ...:
+      args = (args[0],) * len(value)
+    if len(args) != len(value):
+      raise ValueError(f"{where} must have {len(args)} entries, not {value!r}")
+    return tuple(
+      _convert(arg, item, f"{where}[{i}]")
+      for i, (arg, item) in enumerate(zip(args, value, strict=True))
+    )
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    raise ValueError(f"{where} must be of type {kind.__name__}, not {value!r}")
+  return value
