@@ -22,7 +22,7 @@ if TYPE_CHECKING:
   from sora_jax.sampling.conditioning import Request
   from sora_jax.sampling.pipeline import Sampler
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["Autoencoder", "Request", "Sampler", "load_config", "run_stages"]
 
 _MODULES = {
