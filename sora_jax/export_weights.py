@@ -7,7 +7,6 @@ has them, for the `from_pretrained` of diffusers and transformers. With all of t
 is a folder for diffusers' WanPipeline. What was imported leaves bit for bit as it came.
 """
 
-import json
 import pathlib
 import shutil
 
@@ -19,7 +18,7 @@ from sora_jax.models.dit import DiTConfig
 from sora_jax.models.t5 import T5Config
 from sora_jax.models.vae_config import VAEConfig
 from sora_jax.run import cli
-from sora_jax.runtime import checkpoint, sharding
+from sora_jax.runtime import checkpoint, files, sharding
 from sora_jax.runtime.checkpoint import from_json
 from sora_jax.weights import mapping, safetensors_io
 from sora_jax.weights.discover import NETWORKS
@@ -134,7 +133,7 @@ def _write(out, name, published, leaves, dtype, shard_bytes):
   made = safetensors_io.write(out / place, stem, planned, values(), shard_bytes)
   names = {str(tensor.dtype) for tensor in planned}
   config = to_json(published, names.pop() if len(names) == 1 else "float32")
-  _write_json(out / place / "config.json", config)
+  files.write_json(out / place / "config.json", config)
   size = sum(tensor.nbytes for tensor in planned)
   logging.info(
     "%s: %.2f GB in %d files in %s", name, size / 1e9, len(made), out / place
@@ -152,7 +151,7 @@ def _write_tokenizer(folder, model):
     "extra_ids": 0,
     "model_max_length": 512,
   }
-  _write_json(folder / "tokenizer_config.json", config)
+  files.write_json(folder / "tokenizer_config.json", config)
 
 
 def _write_pipeline(out, dit, text):
@@ -169,7 +168,7 @@ def _write_pipeline(out, dit, text):
     "transformer_2": [None, None],
     "vae": ["diffusers", "AutoencoderKLWan"],
   }
-  _write_json(out / "model_index.json", index)
+  files.write_json(out / "model_index.json", index)
   scheduler = {
     "_class_name": "UniPCMultistepScheduler",
     "flow_shift": 5.0 if wan22 else 3.0,
@@ -177,12 +176,7 @@ def _write_pipeline(out, dit, text):
     "prediction_type": "flow_prediction",
     "use_flow_sigmas": True,
   }
-  (out / "scheduler").mkdir(exist_ok=True)
-  _write_json(out / "scheduler" / "scheduler_config.json", scheduler)
-
-
-def _write_json(path, content):
-  path.write_text(json.dumps(content, indent=2) + "\n")
+  files.write_json(out / "scheduler" / "scheduler_config.json", scheduler)
 
 
 # --- the command

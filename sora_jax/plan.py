@@ -29,7 +29,7 @@ from sora_jax.planning import (
 )
 from sora_jax.run import build, cli
 from sora_jax.run import recipe as recipes
-from sora_jax.runtime import sharding
+from sora_jax.runtime import files, sharding
 from sora_jax.training import loop
 
 STAGES = ("dit", "vae", "sample")
@@ -288,7 +288,7 @@ def _main(argv) -> None:
   for line in report.table(made):
     logging.info("%s", line)
   name = search.file_name(topology)
-  search.write(folder / f"{name}.json", made)
+  files.write_json(folder / f"{name}.json", made)
   report.picture(made).save(folder / f"{name}.png")
   logging.info("%s.json and .png are in %s", name, folder)
 

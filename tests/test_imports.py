@@ -65,9 +65,9 @@ ROOMS = {
   "diffusion": (),
   "runtime": (),
   "models": ("packing",),
-  "data": ("packing",),
+  "data": ("packing", "runtime.files"),
   "tasks": ("models", "diffusion"),
-  "weights": ("models",),
+  "weights": ("models", "runtime.files"),
   "training": ("tasks", "runtime"),
   "encoders": ("models", "tasks", "data.tokenizer", "runtime", "packing"),
   "run": BELOW_RUN,
@@ -154,7 +154,7 @@ def test_networks_and_math_do_no_io(layer):
 # Grain starts workers that import the data modules: what they import, each pays for.
 WITHOUT_JAX = (
   "data.clips", "data.video", "data.sources", "data.shapes", "data.records",
-  "data.tokenizer", "data.pipeline", "packing",
+  "data.tokenizer", "data.pipeline", "packing", "runtime.files",
 )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import importlib
 import json
-import os
 import pathlib
 import time
 
@@ -21,7 +20,7 @@ from absl import logging
 from sora_jax.run import init_from
 from sora_jax.run import recipe as recipes
 from sora_jax.run.build import check_dit, check_rows
-from sora_jax.runtime import checkpoint, hosts, sharding, text
+from sora_jax.runtime import checkpoint, files, hosts, sharding, text
 from sora_jax.weights import lpips
 
 # Stage -> (module with run(recipe, workdir), sections of the config, stages it reads).
@@ -210,11 +209,7 @@ def _load(name, workdir):
 def _store(name, stage, workdir):
   if jax.process_index():
     return
-  path = workdir / name / "stage.json"
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(stage, indent=2, sort_keys=True) + "\n")
-  os.replace(temporary, path)
+  files.write_json(workdir / name / "stage.json", stage, sort_keys=True)
 
 
 # --- commands

@@ -11,7 +11,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from sora_jax.runtime import lazy_arrays
+from sora_jax.runtime import files, lazy_arrays
 
 # Orbax logs dozens of lines for each save, which would bury the lines of the run.
 logging.get_absl_logger().addFilter(
@@ -140,7 +140,7 @@ def save_model(folder, params, meta: dict) -> None:
   with lazy_arrays.checkpointer() if in_blocks else ocp.PyTreeCheckpointer() as saver:
     saver.save(folder / name, params, force=True)
   if jax.process_index() == 0:
-    _write_model(folder, {"params": name, "meta": meta})
+    files.write_json(folder / "model.json", {"params": name, "meta": meta})
     for other in folder.glob("params-*"):
       if other.name != name:
         other.rmtree()
@@ -161,7 +161,7 @@ def digest(value) -> str:
 def save_meta(folder, meta: dict) -> None:
   """Replaces the meta of a model. ValueError if there is no complete model."""
   folder = epath.Path(folder).absolute()
-  _write_model(folder, {**_read_model(folder), "meta": meta})
+  files.write_json(folder / "model.json", {**_read_model(folder), "meta": meta})
 
 
 def load_model(folder, shardings=None, dtype=None) -> tuple[dict, dict]:
@@ -220,12 +220,6 @@ def stream_model(folder) -> tuple[dict, dict]:
     raise ValueError(
       f"{path}: damaged ({type(error).__name__}: {error}); save the model again"
     ) from error
-
-
-def _write_model(folder, model: dict) -> None:
-  temporary = folder / "model.json.tmp"
-  temporary.write_text(json.dumps(model, indent=2) + "\n")
-  temporary.replace(folder / "model.json")
 
 
 def _read_model(folder) -> dict:
