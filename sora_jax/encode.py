@@ -16,10 +16,11 @@ import jax
 import numpy as np
 from absl import logging
 
-from sora_jax.data import pipeline, records, video
+from sora_jax.data import pipeline, records
 from sora_jax.data.buckets import frame_bucket, limit_sizes, plan_shards
 from sora_jax.data.clips import read_manifest
 from sora_jax.data.records import EMPTY_TEXT
+from sora_jax.data.video import reader
 from sora_jax.encoders.autoencoder import Autoencoder
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.run import build, cli
@@ -151,7 +152,7 @@ def _read(batch, bad_clips):
   read = []
   for clip in batch:
     try:
-      video_THWC = video.read(
+      video_THWC = reader.read(
         clip.path,
         start=clip.start,
         frames=clip.frames,

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from sora_jax.data import video
 from sora_jax.data.buckets import frame_bucket, limit_sizes
 from sora_jax.data.clips import Clip, read_manifest
+from sora_jax.data.video import reader
 from sora_jax.encoders.autoencoder import Autoencoder
 from sora_jax.evaluation import prompting_suite, shape_attributes
 from sora_jax.evaluation.quality import psnr, ssim
@@ -134,7 +134,7 @@ def reconstruction(clips: list[Clip], autoencoder, encode: recipes.Encode) -> di
 
 def read_clip(clip: Clip) -> np.ndarray:
   """uint8 [T, H, W, 3] of a clip, as training sees it."""
-  return video.read(
+  return reader.read(
     clip.path,
     start=clip.start,
     frames=clip.frames,

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags, logging
 
-from sora_jax.data import video
+from sora_jax.data.video import contact_sheet, reader, writer
 from sora_jax.diffusion import solvers
 from sora_jax.run import cli, stages
 from sora_jax.run import recipe as recipes
@@ -247,7 +247,7 @@ def _main(argv):
   for _, parts in itertools.groupby(made, key=lambda part: part.path):
     _write(parts, options, source)
   if args.sheet:
-    video.contact_sheet(args.sheet, [video.read(path) for path in paths], prompts)
+    contact_sheet.write(args.sheet, [reader.read(path) for path in paths], prompts)
     logging.info("%s: contact sheet", args.sheet)
 
 
@@ -280,7 +280,7 @@ def _made(model, work, options, tile, paths) -> Iterator[_Part]:
       small = np.concatenate(list(model.preview(job, options, tile)))
       full = model.refined(job, small)
       preview = path.with_name(f"{path.stem}-preview{path.suffix}")
-      video.write(preview, small, full.fps, metadata={"comment": job.prompt})
+      writer.write(preview, small, full.fps, metadata={"comment": job.prompt})
       logging.info("%s: preview", preview)
     fps = job_plan.rate(full)
     for frames in model.stream(full, options, tile):
@@ -301,7 +301,7 @@ def _write(parts, options, source):
   }
   metadata = {"comment": job.prompt, "sora_jax": json.dumps(described)}
   chunks = itertools.chain([frames], (part.frames for part in parts))
-  count = video.write_chunks(path, chunks, fps, metadata=metadata)
+  count = writer.write_chunks(path, chunks, fps, metadata=metadata)
   text = json.dumps(described, indent=2, ensure_ascii=False)
   path.with_name(f"{path.name}.json").write_text(text + "\n")
   logging.info("%s: %s, %d frames: %s", path, job.mode, count, job.prompt)

@@ -23,8 +23,8 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
+from sora_jax.data.video import writer
 from sora_jax.diffusion.solvers import Options
 from sora_jax.evaluation import shape_attributes
 from sora_jax.evaluation.quality import psnr
@@ -140,7 +140,7 @@ def compare_ahead(model) -> None:
 
     def write(ahead):
       with mock.patch.object(pipeline, "ahead", ahead):
-        video.write_chunks(path, model.stream(job, options), 12.0)
+        writer.write_chunks(path, model.stream(job, options), 12.0)
 
     calls = {"ahead": pipeline.ahead, "in turn": lambda items: items}
     taken = seconds(

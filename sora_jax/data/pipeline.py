@@ -21,8 +21,9 @@ import ml_dtypes
 import numpy as np
 from absl import flags, logging
 
-from sora_jax.data import records, video
+from sora_jax.data import records
 from sora_jax.data.clips import Clip
+from sora_jax.data.video import reader
 from sora_jax.packing import patches, planner
 
 Batch = dict[str, np.ndarray]
@@ -248,7 +249,7 @@ class ClipDataset(_Endless):
       for n in (clip.frames - t, clip.height - h, clip.width - w)
     )
     try:
-      video_THWC = video.read(
+      video_THWC = reader.read(
         clip.path,
         start=clip.start + first / clip.fps,
         frames=t,

@@ -8,8 +8,8 @@ import pathlib
 
 from absl import logging
 
-from sora_jax.data import video
 from sora_jax.data.clips import Clip, read_rows
+from sora_jax.data.video import media, probe
 
 MANIFEST = "manifest.jsonl"
 
@@ -92,7 +92,7 @@ def scan(
   manifest = folder / MANIFEST
   files = _from_manifest(folder) if manifest.exists() else _from_tree(folder)
   if not files:
-    wanted = " ".join(video.VIDEO_SUFFIXES + video.IMAGE_SUFFIXES)
+    wanted = " ".join(media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES)
     raise ValueError(f"{folder}: no media files in it; looked for {wanted}")
   stems = collections.Counter(os.path.splitext(name)[0] for name in files)
   found, rejected = [], []
@@ -100,9 +100,9 @@ def scan(
     path = folder / name
     stem = os.path.splitext(name)[0]
     try:
-      info = video.probe(path)
+      info = probe.probe(path)
       pieces = _cut(path, info, fps, max_frames, min_frames)
-    except video.ClipError as e:
+    except media.ClipError as e:
       rejected.append((str(path), e.reason))
       continue
     height, width = legal_size(info.height, info.width, max_pixels, size_multiple)
@@ -146,7 +146,7 @@ def _cut(path, info, fps, max_frames, min_frames):
   # Frame k is on screen from k / rate; rounded headers must not add one.
   total = math.ceil(info.duration * rate - 0.3)
   if total < min_frames:
-    raise video.ClipError(
+    raise media.ClipError(
       path, f"too short: {total} frames at {rate:g} fps, {min_frames} needed"
     )
   pieces = []
@@ -166,7 +166,7 @@ def _from_tree(folder):
   """{relative path: {"captions"}} of all media files, with .txt files as captions."""
   files = {}
   for path in folder.rglob("*"):
-    suffixes = video.VIDEO_SUFFIXES + video.IMAGE_SUFFIXES
+    suffixes = media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES
     if path.suffix.lower() in suffixes and not path.name.startswith("."):
       files[path.relative_to(folder).as_posix()] = {"captions": _sidecar(path)}
   return files

@@ -24,8 +24,8 @@ import time
 import numpy as np
 from absl import logging
 
-from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
+from sora_jax.data.video import contact_sheet, reader
 from sora_jax.evaluation import shape_attributes
 from sora_jax.evaluation.quality import psnr
 from sora_jax.run import recipe as recipes
@@ -93,7 +93,7 @@ def run(recipe: recipes.Recipe, workdir, count: int = 8, extensions: int = 10) -
   results = {"modes": rows, "drift": drift, "compiled": buckets}
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "prompting.json").write_text(json.dumps(results, indent=2) + "\n")
-  video.contact_sheet(
+  contact_sheet.write(
     folder / "prompting.png", list(shown.values()), list(shown), columns=12, scale=1
   )
   for line in [*format_rows(rows).splitlines(), *format_drift(drift).splitlines()]:
@@ -168,7 +168,7 @@ def histogram_distance(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
 def _cases(model, clip, other, seed) -> dict[str, Case]:
   """All modes on a clip, and another where a mode takes two."""
   own, second = (
-    video.read(c.path, start=c.start, frames=FRAMES, fps=c.fps, size=(64, 64))
+    reader.read(c.path, start=c.start, frames=FRAMES, fps=c.fps, size=(64, 64))
     for c in (clip, other)
   )
   fps, quarter = clip.fps, FRAMES // 4
@@ -260,7 +260,7 @@ def _drift(model, clips, options, extensions, noise) -> list[dict]:
   """Of each of `extensions` windows after a clip: how far from the clip it is."""
   rows = [collections.defaultdict(list) for _ in range(extensions)]
   for seed, clip in enumerate(clips):
-    own = video.read(
+    own = reader.read(
       clip.path, start=clip.start, frames=FRAMES, fps=clip.fps, size=(64, 64)
     )
     # With 9 of 33 frames given, a window makes 24.

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from sora_jax.data import video as video_files
 from sora_jax.data.buckets import frame_bucket
+from sora_jax.data.video import resizing
 from sora_jax.diffusion import solvers
 from sora_jax.encoders.autoencoder import Autoencoder, in_chunks
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
@@ -238,7 +238,7 @@ class Sampler:
       strength=job.preview,
       size=made.size[::-1],
       fps=made.timeline.request.fps,
-      video=video_files.resize(small_THWC, made.size),
+      video=resizing.resize(small_THWC, made.size),
     )
 
   def _stream(self, job, options, tile, watch=None):

@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from sora_jax.data import pipeline, records, tokenizer, video
+from sora_jax.data import pipeline, records, tokenizer
 from sora_jax.data.clips import Clip
+from sora_jax.data.video import writer
 from sora_jax.packing import patches, planner
 
 BUDGET = planner.Budget(tokens=64, text_tokens=40, segments=6)
@@ -474,7 +475,7 @@ def pixels(tmp_path_factory):
   for i in range(9):
     frames, height, width = [(17, 32, 48), (1, 48, 32), (9, 32, 32)][i % 3]
     path = str(folder / f"{i}.{'png' if frames == 1 else 'mp4'}")
-    video.write(path, ramp(frames, height, width), 16.0)
+    writer.write(path, ramp(frames, height, width), 16.0)
     split = "heldout" if i == 8 else "train"
     clips.append(Clip(str(i), path, 0.0, frames, 16.0, height, width, (), split, None))
   return clips
@@ -584,7 +585,8 @@ def test_clip_errors(pixels):
 def test_what_workers_need_imports_no_jax():
   code = (
     "import sys\n"
-    "from sora_jax.data import clips, records, tokenizer, video\n"
+    "from sora_jax.data import clips, records, tokenizer\n"
+    "from sora_jax.data.video import reader, writer\n"
     "from sora_jax.packing import planner\n"
     "sys.exit('jax' in sys.modules)\n"
   )
