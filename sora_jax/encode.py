@@ -23,6 +23,7 @@ from sora_jax.data.records import EMPTY_TEXT
 from sora_jax.data.video import reader
 from sora_jax.encoders.autoencoder import Autoencoder
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
+from sora_jax.packing import time_grid
 from sora_jax.run import build, cli
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding, text
@@ -168,7 +169,6 @@ def _read(batch, bad_clips):
 
 
 def _encode_batch(read, frames, batch_size, autoencoder, config, seed):
-  factor = autoencoder.config.time_factor
   videos = np.stack([_pad_time(v, frames) for _, v in read])
   latents = autoencoder.encode(_pad_rows(videos, batch_size))
   extras = [_extra_frames(clip, config.extras, seed) for clip, _ in read]
@@ -185,8 +185,7 @@ def _encode_batch(read, frames, batch_size, autoencoder, config, seed):
       "id": clip.id,
       "latent_THWC": latent[:t],
       "extras_NHWC": np.stack(kept) if kept else np.zeros((0, *latent.shape[1:])),
-      # Frame 4k is the last one that latent k holds.
-      "extras": tuple(frame / factor for frame in chosen),
+      "extras": tuple(time_grid.time_of(frame) for frame in chosen),
       "fps": clip.fps,
       "captions": clip.captions,
       "split": clip.split,

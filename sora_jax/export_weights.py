@@ -14,22 +14,19 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from sora_jax.models.dit import DiTConfig
-from sora_jax.models.t5 import T5Config
-from sora_jax.models.vae_config import VAEConfig
+from sora_jax.models.meta import METAS, Noise
 from sora_jax.run import cli
 from sora_jax.runtime import checkpoint, files, sharding
-from sora_jax.runtime.checkpoint import from_json
 from sora_jax.weights import mapping, safetensors_io
 from sora_jax.weights.discover import NETWORKS
 from sora_jax.weights.hf_config import Published, to_json
 from sora_jax.weights.safetensors_io import PARAM_DTYPES
 
-# Network -> folder and stem of its files, and our config.
+# Network -> folder and stem of its files.
 _PLACES = {
-  "vae": ("vae", "diffusion_pytorch_model", VAEConfig),
-  "text": ("text_encoder", "model", T5Config),
-  "dit": ("transformer", "diffusion_pytorch_model", DiTConfig),
+  "vae": ("vae", "diffusion_pytorch_model"),
+  "text": ("text_encoder", "model"),
+  "dit": ("transformer", "diffusion_pytorch_model"),
 }
 SHARD_BYTES = 5 * 10**9
 
@@ -76,15 +73,15 @@ def run(
 
 def _open(name, folder):
   """What the model is as a published one, and its leaves by path."""
-  params, meta = checkpoint.stream_model(folder)
-  _check(name, folder, meta)
-  if name == "dit":
-    params = params["dit"]
-  config = _PLACES[name][2](**from_json(meta["model"]))
+  params, values = checkpoint.stream_model(folder)
+  meta = METAS[name].from_json(values, folder)
   stats = None
+  if name == "dit":
+    _check_dit(folder, meta)
+    params = params["dit"]
   if name == "vae":
-    stats = (meta["latent_mean"], meta["latent_std"])
-  published = Published(name, "diffusers", config, stats)
+    stats = (meta.latent_mean, meta.latent_std)
+  published = Published(name, "diffusers", meta.model, stats)
   leaves = {
     sharding.path_name(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -98,21 +95,19 @@ def _open(name, folder):
   return published, leaves
 
 
-def _check(name, folder, meta):
+def _check_dit(folder, meta):
   """Raises for a model that Wan's code would run wrongly, or not at all."""
-  if name != "dit":
-    return
-  if "features" not in meta["text"]:
+  if not meta.frozen_text:
     raise ValueError(
       f"{folder}: its text encoder was trained with it, for which diffusers has no "
       "place; a DiT over features of T5 or UMT5 can be exported"
     )
-  if meta["noise"] != {"process": "flow", "target": "velocity"}:
-    raise ValueError(f"{folder}: Wan is a velocity of a flow, this is {meta['noise']}")
+  if meta.noise != Noise("flow", "velocity"):
+    raise ValueError(f"{folder}: Wan is a velocity of a flow, this is {meta.noise}")
 
 
 def _write(out, name, published, leaves, dtype, shard_bytes):
-  place, stem, _ = _PLACES[name]
+  place, stem = _PLACES[name]
   parts = mapping.by_leaf(published.entries())
 
   def dtype_of(path):

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax.data import pipeline
 from sora_jax.data.clips import read_manifest
+from sora_jax.models.meta import VAEMeta
 from sora_jax.models.vae import VAE
 from sora_jax.run import cli, init_from, stages
 from sora_jax.run import recipe as recipes
@@ -123,14 +124,14 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     **_shard(mesh),
   )
   mean, std = latent_statistics(stage.model, params, batches, mesh)
-  meta = {
-    "model": dataclasses.asdict(stage.model),
-    "latent_mean": mean.tolist(),
-    "latent_std": std.tolist(),
-    "steps": stage.train.steps,
-    "id": stages.fingerprint("vae", workdir),
-  }
-  checkpoint.save_model(workdir / "vae" / "model", params, meta)
+  meta = VAEMeta(
+    model=stage.model,
+    latent_mean=tuple(mean.tolist()),
+    latent_std=tuple(std.tolist()),
+    id=stages.fingerprint("vae", workdir),
+    steps=stage.train.steps,
+  )
+  checkpoint.save_model(workdir / "vae" / "model", params, meta.to_json())
   pipeline.report_bad_clips(workdir / "vae", len(made.names))
   logging.info("the VAE is in %s", workdir / "vae" / "model")
 

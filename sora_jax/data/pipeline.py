@@ -24,7 +24,7 @@ from absl import flags, logging
 from sora_jax.data import records
 from sora_jax.data.clips import Clip
 from sora_jax.data.video import reader
-from sora_jax.packing import patches, planner
+from sora_jax.packing import patches, planner, time_grid
 
 Batch = dict[str, np.ndarray]
 
@@ -224,7 +224,7 @@ class ClipDataset(_Endless):
     bad_clips_folder: str | None = None,
   ):
     """Raises ValueError if the split is empty or the crop is not (1 + 4k, H, W)."""
-    if (crop[0] - 1) % 4:
+    if not time_grid.is_on_grid(crop[0]):
       raise ValueError(f"a crop has 1 + 4k frames, got {crop[0]}")
     self._clips = list(clips)
     self._indices = _split_indices(clips, split)

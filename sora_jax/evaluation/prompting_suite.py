@@ -28,6 +28,8 @@ from sora_jax.data.clips import read_manifest
 from sora_jax.data.video import contact_sheet, reader
 from sora_jax.evaluation import shape_attributes
 from sora_jax.evaluation.quality import psnr
+from sora_jax.packing import time_grid
+from sora_jax.packing.time_grid import TIME_FACTOR
 from sora_jax.run import recipe as recipes
 from sora_jax.sampling.job import Job
 from sora_jax.sampling.pipeline import Sampler
@@ -151,8 +153,10 @@ def seam_ratio(video_THWC: np.ndarray, at: int, others=None) -> float:
 
 
 def alike(frames: int, at: int, seams=()) -> list[int]:
-  """Frames at the same place among the 4 of a latent as `at`, without seams."""
-  return [i for i in range(at % 4 or 4, frames, 4) if i != at and i not in seams]
+  """Frames at the same place within their latent frame as `at`, without seams."""
+  first = at % TIME_FACTOR or TIME_FACTOR
+  places = range(first, frames, TIME_FACTOR)
+  return [i for i in places if i != at and i not in seams]
 
 
 def histogram_distance(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
@@ -171,7 +175,7 @@ def _cases(model, clip, other, seed) -> dict[str, Case]:
     reader.read(c.path, start=c.start, frames=FRAMES, fps=c.fps, size=(64, 64))
     for c in (clip, other)
   )
-  fps, quarter = clip.fps, FRAMES // 4
+  fps, later = clip.fps, time_grid.latent_frames(FRAMES) - 1
   truth = {**clip.truth, "occluder": False}
   rebuilt, rebuilt_2 = (
     model.autoencoder.decode(np.repeat(model.encode(v)[None], _copies(model), 0))[0]
@@ -186,14 +190,17 @@ def _cases(model, clip, other, seed) -> dict[str, Case]:
   def job(**kwargs):
     return Job(**{**given, **kwargs})
 
-  second_time = 4 * quarter / fps  # a whole latent frame
+  second_time = time_grid.frame_at(later) / fps  # whole latent frames
+  last_latent = time_grid.frame_at(later - 1) + 1  # where it begins, in frames
   mask = np.zeros((64, 64), bool)
   mask[:, 32:] = True
   start, all_of = ((slice(0, 1), image),), ((slice(0, FRAMES), rebuilt),)
   end = ((slice(-1, None), last),)
-  gap = 4 * max(2, round((second_time * fps + 1) / 4)) - 1
+  gap = max(2, round(time_grid.time_of(second_time * fps + 1)))
+  gap = time_grid.frame_at(gap) - 1
+  gap_seams = (FRAMES, FRAMES + gap + 1 - TIME_FACTOR)
   infill = (5 / fps, 8 / fps)
-  loop = {"truth": truth, "kept": all_of, "seams": (FRAMES, FRAMES + gap - 3, 0)}
+  loop = {"truth": truth, "kept": all_of, "seams": (*gap_seams, 0)}
   return {
     "real": Case(job(video=own, strength=0.0), truth, all_of, seams=(5,)),
     "text": Case(job(frames=FRAMES), truth),
@@ -203,13 +210,13 @@ def _cases(model, clip, other, seed) -> dict[str, Case]:
       job(last_image=own[-1], frames=FRAMES),
       truth,
       end,
-      seams=(FRAMES - 4,),
+      seams=(last_latent,),
     ),
     "both images": Case(
       job(image=own[0], last_image=own[-1], frames=FRAMES),
       truth,
       (*start, *end),
-      seams=(1, FRAMES - 4),
+      seams=(1, last_latent),
     ),
     "extend after": Case(
       job(video=own, extend_after=second_time), truth, all_of, seams=(FRAMES,)
@@ -218,13 +225,13 @@ def _cases(model, clip, other, seed) -> dict[str, Case]:
       job(video=own, extend_before=second_time),
       truth,
       ((slice(-FRAMES, None), rebuilt),),
-      seams=(4 * quarter - 3,),
+      seams=(last_latent,),
     ),
     "connect": Case(
       job(video=own, connect=second, gap=second_time),
       None,
       (*all_of, (slice(-FRAMES, None), rebuilt_2)),
-      seams=(FRAMES, FRAMES + gap - 3),
+      seams=gap_seams,
     ),
     "infill frames": Case(
       job(video=own, infill=infill),

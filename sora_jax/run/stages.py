@@ -17,6 +17,7 @@ import time
 import jax
 from absl import logging
 
+from sora_jax.models.meta import TextMeta
 from sora_jax.run import init_from
 from sora_jax.run import recipe as recipes
 from sora_jax.run.build import check_dit, check_rows
@@ -91,7 +92,7 @@ def _check_text(recipe):
   """Likewise: the text encoder must be there, and have the width of the config."""
   if recipe.text.folder:
     folder = pathlib.Path(recipe.text.folder) / "text" / "model"
-    width = checkpoint.load_meta(folder)["model"]["width"]
+    width = TextMeta.from_json(checkpoint.load_meta(folder), folder).model.width
     if width != recipe.text.width:
       raise ValueError(
         f"config.text.width is {recipe.text.width}, but the features of {folder} have "

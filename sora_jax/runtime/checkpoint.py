@@ -231,8 +231,3 @@ def _read_model(folder) -> dict:
       f"{folder}: no complete model here (model.json: {type(error).__name__}); "
       "train it to the end, or name the folder of a finished model"
     ) from error
-
-
-def from_json(config: dict) -> dict:
-  """JSON's lists back to tuples."""
-  return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}

@@ -11,6 +11,7 @@ import numpy as np
 
 from sora_jax.diffusion import noise_process
 from sora_jax.models.dit import DiTConfig
+from sora_jax.models.meta import DiTMeta
 from sora_jax.packing import patches
 from sora_jax.sampling import conditioning
 from sora_jax.sampling.conditioning import Prompt
@@ -56,7 +57,7 @@ def size_of(unit: list[RowClip]) -> tuple[int, int, int]:
   return tuple(map(sum, zip(*[clip.size for clip in unit], strict=True)))
 
 
-def budget_of(sizes, meta: dict, ways: int = 1) -> RowBudget:
+def budget_of(sizes, meta: DiTMeta, ways: int = 1) -> RowBudget:
   """Row of training, or of another length for clips that need more or less.
 
   Tokens change by themselves, texts and slots together: a long video has one text.
@@ -66,7 +67,7 @@ def budget_of(sizes, meta: dict, ways: int = 1) -> RowBudget:
     meta: of the model.
     ways: rows that are computed side by side in any case.
   """
-  tokens, texts, slots = (meta[n] for n in ("tokens", "text_tokens", "segments"))
+  tokens, texts, slots = meta.tokens, meta.text_tokens, meta.segments
   share = -(-sum(size[0] for size in sizes) // ways)
   tokens = row_length(max(min(share, tokens), *(size[0] for size in sizes)), tokens)
   while any(size[1] > texts or size[2] > slots for size in sizes):

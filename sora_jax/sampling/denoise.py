@@ -17,11 +17,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax.data import tokenizer
 from sora_jax.diffusion import noise_process, solvers
-from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig, Reuse
+from sora_jax.models.meta import DiTMeta
 from sora_jax.packing import patches
 from sora_jax.runtime import sharding, text
-from sora_jax.runtime.checkpoint import from_json
 from sora_jax.sampling import batching, conditioning
 from sora_jax.sampling.batching import RowClip
 from sora_jax.sampling.conditioning import Prompt
@@ -31,23 +30,23 @@ from sora_jax.tasks import dit as dit_task
 class Denoiser:
   """Packs prompts of any sizes into rows and integrates them together."""
 
-  def __init__(self, meta, vocabulary, dtype, mesh, encode_text=None):
+  def __init__(self, meta: DiTMeta, vocabulary, dtype, mesh, encode_text=None):
     """Args: meta of the DiT; others as of `generate.Sampler`."""
     self.meta, self.mesh = meta, mesh
-    self.model = DiTConfig(**from_json(meta["model"]))
-    self._encode_text, text = encode_text, None
-    if "features" not in meta["text"]:
+    self.model, text = meta.model, meta.text_encoder
+    self._encode_text = encode_text
+    if text:
       self._tokenizer = tokenizer.Tokenizer(str(vocabulary))
-      text = TextEncoderConfig(**from_json(meta["text"]))
-    noise = meta.get("noise", {"process": "flow", "target": "velocity"})
-    self._process, self._target = noise["process"], noise["target"]
+    self._process, self._target = meta.noise.process, meta.noise.target
     self._layout = batching.RowLayout(
       self.model,
-      meta["reference_fps"],
+      meta.reference_fps,
       self._process,
       "text_S" if encode_text is None else "text_SE",
     )
-    self.integrate = program(self.model, text, dtype, mesh, **noise)
+    self.integrate = program(
+      self.model, text, dtype, mesh, **dataclasses.asdict(meta.noise)
+    )
 
   def __call__(
     self,
@@ -75,7 +74,7 @@ class Denoiser:
         raise ValueError(
           f"guidance_scale {scale} of a request needs options with guidance, not 1"
         )
-    if not self.meta["conditional"]:
+    if not self.meta.conditional:
       prompts, options = _unconditional(prompts, options)
     clips = self._clips(prompts)
     sizes = [batching.size_of(unit) for unit in clips]
@@ -142,7 +141,7 @@ class Denoiser:
 
   def _encode_texts(self, texts) -> dict[str, np.ndarray]:
     """Ids or features of each text; says which ones are too long."""
-    limit = self.meta["max_text_tokens"]
+    limit = self.meta.max_text_tokens
     if self._encode_text is None:
       # One id over the limit is enough to see that a text is cut.
       for text, length in zip(
@@ -156,7 +155,7 @@ class Denoiser:
           )
       made = [np.array(self._tokenizer.encode(text, limit), np.int32) for text in texts]
     else:
-      pad_to = self.meta["text"]["pad_to"]
+      pad_to = self.meta.frozen_text.pad_to
       made = [
         np.pad(features_SE, ((0, max(0, pad_to - len(features_SE))), (0, 0)))
         for features_SE in self._encode_text(texts, limit)

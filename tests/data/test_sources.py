@@ -172,10 +172,9 @@ def test_legal_sizes():
     sources.legal_size(64, 64, 100, 16)
 
 
-def test_legal_frames():
-  assert [sources.legal_frames(n) for n in (1, 4, 5, 8, 9, 34)] == [1, 1, 5, 5, 9, 33]
-  with pytest.raises(ValueError, match="not 0"):
-    sources.legal_frames(0)
+def test_clips_of_no_frame_are_refused(tmp_path):
+  with pytest.raises(ValueError, match="at least 1 frame is needed, not 0"):
+    sources.scan(tmp_path, max_frames=0, max_pixels=64 * 64, size_multiple=16)
 
 
 def test_manifest_round_trip(tmp_path):

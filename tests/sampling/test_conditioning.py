@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import threading
+import types
 
 import jax
 import numpy as np
@@ -774,7 +775,7 @@ def test_rows_have_few_lengths(wanted, trained, length):
 
 
 def test_rows_are_shorter_so_that_all_devices_have_one():
-  meta = {"tokens": 32768, "text_tokens": 64, "segments": 8}
+  meta = types.SimpleNamespace(tokens=32768, text_tokens=64, segments=8)
   sizes = [(6000, 8, 1)] * 4
   for ways, tokens, rows in ((1, 24576, 1), (2, 12288, 2), (4, 6144, 4)):
     budget = batching.budget_of(sizes, meta, ways)
@@ -794,7 +795,8 @@ def test_rows_are_shorter_so_that_all_devices_have_one():
 )
 def test_rows_of_a_published_size(size, frames, tokens):
   """Wan 2.1's 14B: prompts of large images and long videos become one row each."""
-  model, meta = dit.PRESETS["wan2.1-t2v-14b"], {"tokens": 4096, "text_tokens": 512}
+  model = dit.PRESETS["wan2.1-t2v-14b"]
+  meta = types.SimpleNamespace(tokens=4096, text_tokens=512, segments=1)
   job = Job("a star", size=size, frames=frames, fps=16.0, window=81, given=9)
   made = job_plan.plan(job, None, 16)
   windows, timeline = job.windows, made.timeline
@@ -804,7 +806,7 @@ def test_rows_of_a_published_size(size, frames, tokens):
   features = np.zeros((512, 1), np.float32)
   texts, shot_T = conditioning.texts(prompt)
   clip = batching.RowClip(prompt, [(features, features)] * len(texts), shot_T)
-  budget = batching.budget_of([clip.size], {**meta, "segments": 1})
+  budget = batching.budget_of([clip.size], meta)
   assert tokens <= budget.tokens < max(2 * tokens, 4097)
   rows = batching.RowLayout(
     dataclasses.replace(model, channels=1), 16.0, "flow", "text_SE"

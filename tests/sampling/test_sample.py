@@ -14,6 +14,7 @@ from absl.testing import flagsaver
 from sora_jax import sample
 from sora_jax.data.video import probe, reader
 from sora_jax.diffusion.solvers import Options
+from sora_jax.models.meta import Noise
 from sora_jax.run import cli
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding
@@ -160,7 +161,7 @@ def test_negative_prompt(sampler):
 
 
 def test_a_model_is_sampled_by_its_own_noise_process(sampler):
-  meta = {**sampler.meta, "noise": {"process": "ddpm_linear", "target": "eps"}}
+  meta = dataclasses.replace(sampler.meta, noise=Noise("ddpm_linear", "eps"))
   parts = (sampler.params, meta, sampler.autoencoder, sampler.vocabulary)
   made = sample.Sampler(*parts, sampler.dtype)
   (ours,), (flow,) = make(made, FILM), make(sampler, FILM)
@@ -178,7 +179,7 @@ def test_heun_and_guidance(sampler, film):
 def test_without_guidance_and_longer_than_a_row_of_training(sampler):
   # 9 latent frames of 16 tokens, where a row of training had 96.
   request = dataclasses.replace(FILM, frames=33)
-  assert sampler.meta["tokens"] == 96
+  assert sampler.meta.tokens == 96
   (longer,) = make(sampler, request, guidance_scale=1.0)
   assert longer.shape == (33, 64, 64, 3)
 
