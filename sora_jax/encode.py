@@ -15,13 +15,15 @@ import jax
 import numpy as np
 from absl import logging
 
-from sora_jax.data import records, video
+from sora_jax.data import records
 from sora_jax.data.bad_clips import BadClips, report_bad_clips
 from sora_jax.data.buckets import frame_bucket, limit_sizes, plan_shards
 from sora_jax.data.clips import read_manifest
 from sora_jax.data.records import EMPTY_TEXT
+from sora_jax.data.video import reader
 from sora_jax.encoders.autoencoder import Autoencoder
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
+from sora_jax.packing import time_grid
 from sora_jax.run import build, cli
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding
@@ -141,7 +143,7 @@ def _read(batch, bad_clips):
   read = []
   for clip in batch:
     try:
-      video_THWC = video.read(
+      video_THWC = reader.read(
         clip.path,
         start=clip.start,
         frames=clip.frames,
@@ -157,7 +159,6 @@ def _read(batch, bad_clips):
 
 
 def _encode_batch(read, frames, batch_size, autoencoder, config, seed):
-  factor = autoencoder.config.time_factor
   videos = np.stack([_pad_time(v, frames) for _, v in read])
   latents = autoencoder.encode(_pad_rows(videos, batch_size))
   extras = [_extra_frames(clip, config.extras, seed) for clip, _ in read]
@@ -174,8 +175,7 @@ def _encode_batch(read, frames, batch_size, autoencoder, config, seed):
       "id": clip.id,
       "latent_THWC": latent[:t],
       "extras_NHWC": np.stack(kept) if kept else np.zeros((0, *latent.shape[1:])),
-      # Frame 4k is the last one that latent k holds.
-      "extras": tuple(frame / factor for frame in chosen),
+      "extras": tuple(time_grid.time_of(frame) for frame in chosen),
       "fps": clip.fps,
       "captions": clip.captions,
       "split": clip.split,

@@ -7,7 +7,6 @@ has them, for the `from_pretrained` of diffusers and transformers. With all of t
 is a folder for diffusers' WanPipeline. What was imported leaves bit for bit as it came.
 """
 
-import json
 import pathlib
 import shutil
 
@@ -15,22 +14,19 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from sora_jax.models.dit import DiTConfig
-from sora_jax.models.t5 import T5Config
-from sora_jax.models.vae_config import VAEConfig
+from sora_jax.models.meta import METAS, Noise
 from sora_jax.run import cli
-from sora_jax.runtime import checkpoint, sharding
-from sora_jax.runtime.checkpoint import from_json
+from sora_jax.runtime import checkpoint, files, sharding
 from sora_jax.weights import mapping, safetensors_io
 from sora_jax.weights.discover import NETWORKS
 from sora_jax.weights.hf_config import Published, to_json
 from sora_jax.weights.safetensors_io import PARAM_DTYPES
 
-# Network -> folder and stem of its files, and our config.
+# Network -> folder and stem of its files.
 _PLACES = {
-  "vae": ("vae", "diffusion_pytorch_model", VAEConfig),
-  "text": ("text_encoder", "model", T5Config),
-  "dit": ("transformer", "diffusion_pytorch_model", DiTConfig),
+  "vae": ("vae", "diffusion_pytorch_model"),
+  "text": ("text_encoder", "model"),
+  "dit": ("transformer", "diffusion_pytorch_model"),
 }
 SHARD_BYTES = 5 * 10**9
 
@@ -77,15 +73,15 @@ def run(
 
 def _open(name, folder):
   """What the model is as a published one, and its leaves by path."""
-  params, meta = checkpoint.stream_model(folder)
-  _check(name, folder, meta)
-  if name == "dit":
-    params = params["dit"]
-  config = _PLACES[name][2](**from_json(meta["model"]))
+  params, values = checkpoint.stream_model(folder)
+  meta = METAS[name].from_json(values, folder)
   stats = None
+  if name == "dit":
+    _check_dit(folder, meta)
+    params = params["dit"]
   if name == "vae":
-    stats = (meta["latent_mean"], meta["latent_std"])
-  published = Published(name, "diffusers", config, stats)
+    stats = (meta.latent_mean, meta.latent_std)
+  published = Published(name, "diffusers", meta.model, stats)
   leaves = {
     sharding.path_name(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -99,21 +95,19 @@ def _open(name, folder):
   return published, leaves
 
 
-def _check(name, folder, meta):
+def _check_dit(folder, meta):
   """Raises for a model that Wan's code would run wrongly, or not at all."""
-  if name != "dit":
-    return
-  if "features" not in meta["text"]:
+  if not meta.frozen_text:
     raise ValueError(
       f"{folder}: its text encoder was trained with it, for which diffusers has no "
       "place; a DiT over features of T5 or UMT5 can be exported"
     )
-  if meta["noise"] != {"process": "flow", "target": "velocity"}:
-    raise ValueError(f"{folder}: Wan is a velocity of a flow, this is {meta['noise']}")
+  if meta.noise != Noise("flow", "velocity"):
+    raise ValueError(f"{folder}: Wan is a velocity of a flow, this is {meta.noise}")
 
 
 def _write(out, name, published, leaves, dtype, shard_bytes):
-  place, stem, _ = _PLACES[name]
+  place, stem = _PLACES[name]
   parts = mapping.by_leaf(published.entries())
 
   def dtype_of(path):
@@ -134,7 +128,7 @@ def _write(out, name, published, leaves, dtype, shard_bytes):
   made = safetensors_io.write(out / place, stem, planned, values(), shard_bytes)
   names = {str(tensor.dtype) for tensor in planned}
   config = to_json(published, names.pop() if len(names) == 1 else "float32")
-  _write_json(out / place / "config.json", config)
+  files.write_json(out / place / "config.json", config)
   size = sum(tensor.nbytes for tensor in planned)
   logging.info(
     "%s: %.2f GB in %d files in %s", name, size / 1e9, len(made), out / place
@@ -152,7 +146,7 @@ def _write_tokenizer(folder, model):
     "extra_ids": 0,
     "model_max_length": 512,
   }
-  _write_json(folder / "tokenizer_config.json", config)
+  files.write_json(folder / "tokenizer_config.json", config)
 
 
 def _write_pipeline(out, dit, text):
@@ -169,7 +163,7 @@ def _write_pipeline(out, dit, text):
     "transformer_2": [None, None],
     "vae": ["diffusers", "AutoencoderKLWan"],
   }
-  _write_json(out / "model_index.json", index)
+  files.write_json(out / "model_index.json", index)
   scheduler = {
     "_class_name": "UniPCMultistepScheduler",
     "flow_shift": 5.0 if wan22 else 3.0,
@@ -177,12 +171,7 @@ def _write_pipeline(out, dit, text):
     "prediction_type": "flow_prediction",
     "use_flow_sigmas": True,
   }
-  (out / "scheduler").mkdir(exist_ok=True)
-  _write_json(out / "scheduler" / "scheduler_config.json", scheduler)
-
-
-def _write_json(path, content):
-  path.write_text(json.dumps(content, indent=2) + "\n")
+  files.write_json(out / "scheduler" / "scheduler_config.json", scheduler)
 
 
 # --- the command

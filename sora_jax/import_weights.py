@@ -18,6 +18,7 @@ import numpy as np
 from absl import flags, logging
 
 from sora_jax.data.tokenizer import Tokenizer
+from sora_jax.models.meta import METAS, DiTMeta, FrozenText, TextMeta, VAEMeta
 from sora_jax.run import cli
 from sora_jax.runtime import checkpoint
 from sora_jax.runtime.lazy_arrays import Streamed
@@ -72,10 +73,11 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     if component.tokenizer:
       shutil.copyfile(component.tokenizer, folder / "spiece.model")
-    checkpoint.save_model(folder, params, _meta(component, out, reference_fps))
+    meta = _meta(component, out, reference_fps)
+    checkpoint.save_model(folder, params, meta.to_json())
     logging.info("%s: complete in %s", name, folder)
   _link(out)
-  missing = [name for name in NETWORKS if not _meta_of(out, name)]
+  missing = [name for name in NETWORKS if not _meta_of(out, METAS[name])]
   if missing:
     logging.info("to sample from %s, import its %s too", out, " and ".join(missing))
 
@@ -95,24 +97,29 @@ def _check(component, out):
 
 def _check_fit(components, out):
   """The DiT must have the VAE's channels and the text encoder's width."""
-  sizes = {name: _meta_of(out, name).get("model") for name in NETWORKS}
-  sizes |= {c.published.network: dataclasses.asdict(c.published.config)
-            for c in components}  # fmt: skip
+  there = {name: _meta_of(out, kind) for name, kind in METAS.items()}
+  configs = {name: meta.model for name, meta in there.items() if meta}
+  configs |= {c.published.network: c.published.config for c in components}
   for other, key, dit_key in (
     ("vae", "latent_channels", "channels"),
     ("text", "width", "text_width"),
   ):
-    if sizes["dit"] and sizes[other] and sizes[other][key] != sizes["dit"][dit_key]:
+    if "dit" not in configs or other not in configs:
+      continue
+    size, wanted = getattr(configs[other], key), getattr(configs["dit"], dit_key)
+    if size != wanted:
       raise ValueError(
-        f"the {other}'s {key} {sizes[other][key]} is not the dit's {dit_key} "
-        f"{sizes['dit'][dit_key]}: they are of different models"
+        f"the {other}'s {key} {size} is not the dit's {dit_key} {wanted}: they are of "
+        "different models"
       )
 
 
-def _meta_of(out, name) -> dict:
-  """Meta of a model of the checkpoint; {} if it is not there."""
-  folder = out / name / "model"
-  return checkpoint.load_meta(folder) if (folder / "model.json").exists() else {}
+def _meta_of(out, kind):
+  """Meta of the checkpoint's model of a kind; None if it is not there."""
+  folder = out / kind.network / "model"
+  if not (folder / "model.json").exists():
+    return None
+  return kind.from_json(checkpoint.load_meta(folder), folder)
 
 
 def _params(component, dtype) -> dict:
@@ -144,31 +151,29 @@ def _leaf(parts, tensors, dtype) -> Streamed:
   return Streamed(shape, dtype, 1 if layered else shape[0], blocks)
 
 
-def _meta(component, out, reference_fps) -> dict:
-  """What the other commands want to know of the model; see its stage's `run`."""
-  config = component.published.config
-  meta = {"model": dataclasses.asdict(config), "id": _identify(component)}
+def _meta(component, out, reference_fps):
+  """What the other commands want to know of the model."""
+  config, weights = component.published.config, _identify(component)
   if component.published.network == "vae":
-    mean, std = component.published.latent_stats
-    meta |= {"latent_mean": list(mean), "latent_std": list(std)}
-  if component.published.network == "dit":
-    meta |= {
-      "text": {"features": "", "pad_to": _TEXT_TOKENS, "folder": str(out)},
-      "max_text_tokens": _TEXT_TOKENS,
-      "tokens": _TOKENS,
-      "text_tokens": _SEGMENTS * _TEXT_TOKENS,
-      "segments": _SEGMENTS,
-      "reference_fps": reference_fps or (24.0 if config.channels == 48 else 16.0),
-      "conditional": True,
-      "noise": {"process": "flow", "target": "velocity"},
-      "vae": "",
-      "steps": 0,
-    }
-  return meta
+    return VAEMeta(config, *component.published.latent_stats, id=weights)
+  if component.published.network == "text":
+    return TextMeta(config, id=weights)
+  return DiTMeta(
+    model=config,
+    text=FrozenText(features="", pad_to=_TEXT_TOKENS, folder=str(out)),
+    max_text_tokens=_TEXT_TOKENS,
+    tokens=_TOKENS,
+    text_tokens=_SEGMENTS * _TEXT_TOKENS,
+    segments=_SEGMENTS,
+    reference_fps=reference_fps or (24.0 if config.channels == 48 else 16.0),
+    conditional=True,
+    vae="",
+    id=weights,
+  )
 
 
 def _identify(component) -> str:
-  """Of the weights: from each tensor's name, shape, type and first bytes."""
+  """An id of the weights, from each tensor's name, shape, type and first bytes."""
   digest = hashlib.sha256()
   for name, tensor in sorted(component.tensors.items()):
     digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
@@ -183,14 +188,16 @@ def _link(out) -> None:
 
   Both stay what they are once they are known: features of others would not fit.
   """
-  meta = _meta_of(out, "dit")
+  meta = _meta_of(out, DiTMeta)
   if not meta:
     return
-  if meta["vae"] == "":
-    meta["vae"] = _meta_of(out, "vae").get("id", "")
-  if meta["text"].get("features") == "":
-    meta["text"]["features"] = _meta_of(out, "text").get("id", "")
-  checkpoint.save_meta(out / "dit" / "model", meta)
+  vae, encoder = _meta_of(out, VAEMeta), _meta_of(out, TextMeta)
+  if vae and not meta.vae:
+    meta = dataclasses.replace(meta, vae=vae.id)
+  if encoder and meta.frozen_text and not meta.frozen_text.features:
+    text = dataclasses.replace(meta.frozen_text, features=encoder.id)
+    meta = dataclasses.replace(meta, text=text)
+  checkpoint.save_meta(out / "dit" / "model", meta.to_json())
 
 
 # --- the command

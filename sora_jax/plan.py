@@ -19,6 +19,7 @@ from sora_jax.planning import cost_model, hardware, picture, report, search, wor
 from sora_jax.planning.programs import STAGES, plan
 from sora_jax.run import cli
 from sora_jax.run import recipe as recipes
+from sora_jax.runtime import files
 
 
 def _define_flags():
@@ -74,7 +75,7 @@ def _main(argv) -> None:
   for line in report.lines_of(planned):
     logging.info("%s", line)
   name = search.file_name(topology)
-  search.write(folder / f"{name}.json", planned)
+  files.write_json(folder / f"{name}.json", planned)
   picture.draw(planned).savefig(folder / f"{name}.png")
   logging.info("%s.json and .png are in %s", name, folder)
 

@@ -17,7 +17,7 @@ import pathlib
 
 from absl import flags, logging
 
-from sora_jax.data import video
+from sora_jax.data.video import contact_sheet, reader
 from sora_jax.diffusion.solvers import Options
 from sora_jax.run import cli, stages
 from sora_jax.run import recipe as recipes
@@ -141,7 +141,7 @@ def _main(argv):
   files.write_jobs(model, jobs, paths, options, source, args.tile)
   if args.sheet:
     prompts = [job.prompt for job in jobs]
-    video.contact_sheet(args.sheet, [video.read(path) for path in paths], prompts)
+    contact_sheet.write(args.sheet, [reader.read(path) for path in paths], prompts)
     logging.info("%s: contact sheet", args.sheet)
 
 

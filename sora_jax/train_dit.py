@@ -19,6 +19,7 @@ from sora_jax.data.packed_dataset import PackedDataset, PackedOptions
 from sora_jax.encoders import autoencoder
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.models import attention, dit
+from sora_jax.models.meta import DiTMeta, FrozenText, Noise, VAEMeta
 from sora_jax.run import cli, init_from
 from sora_jax.run import recipe as recipes
 from sora_jax.run.build import budget, make_task
@@ -102,23 +103,32 @@ def _tokenizer(stage, latents, path):
   return tokenizer.Tokenizer(str(path))
 
 
-def _text_meta(recipe, workdir) -> dict:
-  """What the model's meta says of its captions; see `pipeline.Sampler`."""
+def _meta(recipe, workdir, captioned) -> DiTMeta:
+  """What the model's folder says of it; captioned: whether the clips are."""
   stage, text = recipe.dit, recipe.text
-  if not text.folder:
-    return {
-      "text": dataclasses.asdict(stage.text),
-      "max_text_tokens": stage.max_text_tokens,
-    }
-  empty_text = records.read_empty_text(workdir / "encode" / records.EMPTY_TEXT)
-  return {
-    "text": {
-      "features": empty_text.encoder,
-      "pad_to": text.pad_to,
-      "folder": text.folder,
-    },
-    "max_text_tokens": text.max_tokens,
-  }
+  if stage.init_from and not captioned:
+    # A model that knows captions still does after clips without.
+    base = pathlib.Path(stage.init_from) / "dit" / "model"
+    captioned = DiTMeta.from_json(checkpoint.load_meta(base), base).conditional
+  encoder = stage.text
+  if text.folder:
+    empty_text = records.read_empty_text(workdir / "encode" / records.EMPTY_TEXT)
+    encoder = FrozenText(empty_text.encoder, text.pad_to, text.folder)
+  vae = workdir / "vae" / "model"
+  return DiTMeta(
+    model=stage.model,
+    text=encoder,
+    max_text_tokens=text.max_tokens if text.folder else stage.max_text_tokens,
+    tokens=stage.tokens,
+    text_tokens=stage.text_tokens,
+    segments=stage.segments,
+    reference_fps=stage.reference_fps,
+    conditional=captioned,
+    vae=VAEMeta.from_json(checkpoint.load_meta(vae), vae).id,
+    steps=stage.train.steps,
+    noise=Noise(stage.loss.process, stage.loss.target),
+    init_from=stage.init_from,
+  )
 
 
 def run(recipe: recipes.Recipe, workdir) -> None:
@@ -145,32 +155,11 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   params = state.ema
   if stage.lora.rank:
     params = init_from.finish(recipe, params, folder, make_task(recipe)[1], mesh)
-  checkpoint.save_model(folder / "model", params, meta)
+  checkpoint.save_model(folder / "model", params, meta.to_json())
   if jax.process_index() == 0 and not recipe.text.folder:
     shutil.copyfile(vocabulary, folder / "model" / "tokenizer.model")
   report_bad_clips(folder, len(ready.names))
   logging.info("the DiT is in %s", folder / "model")
-
-
-def _meta(recipe, workdir, captioned: bool) -> dict:
-  """What the model's folder says of it. captioned: whether any training clip was."""
-  stage, base = recipe.dit, {}
-  if stage.init_from:
-    base = checkpoint.load_meta(pathlib.Path(stage.init_from) / "dit" / "model")
-  meta = {
-    "model": dataclasses.asdict(stage.model),
-    **_text_meta(recipe, workdir),
-    "tokens": stage.tokens,
-    "text_tokens": stage.text_tokens,
-    "segments": stage.segments,
-    "reference_fps": stage.reference_fps,
-    # A model that knows captions still does after clips without.
-    "conditional": captioned or base.get("conditional", False),
-    "noise": {"process": stage.loss.process, "target": stage.loss.target},
-    "vae": checkpoint.load_meta(workdir / "vae" / "model")["id"],
-    "steps": stage.train.steps,
-  }
-  return meta | ({"init_from": stage.init_from} if stage.init_from else {})
 
 
 class _Preview:
@@ -185,7 +174,7 @@ class _Preview:
       texts = {t for r in self._requests for t in (r.prompt, r.negative_prompt, "")}
       texts = sorted(texts)
       encoder = FrozenTextEncoder(
-        recipe.text.folder, mesh, recipe.dtype, meta["text"]["features"]
+        recipe.text.folder, mesh, recipe.dtype, meta.frozen_text.features
       )
       features = encoder.encode(texts, recipe.text.max_tokens)
       known = dict(zip(texts, features, strict=True))

@@ -17,6 +17,7 @@ from sora_jax.data.bad_clips import report_bad_clips
 from sora_jax.data.batches import Batches, first_batches
 from sora_jax.data.clip_dataset import ClipDataset
 from sora_jax.data.clips import read_manifest
+from sora_jax.models.meta import VAEMeta
 from sora_jax.models.vae import VAE
 from sora_jax.run import cli, init_from, stages
 from sora_jax.run import recipe as recipes
@@ -115,14 +116,14 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     **_shard(mesh),
   )
   mean, std = latent_statistics(stage.model, params, batches, mesh)
-  meta = {
-    "model": dataclasses.asdict(stage.model),
-    "latent_mean": mean.tolist(),
-    "latent_std": std.tolist(),
-    "steps": stage.train.steps,
-    "id": stages.fingerprint("vae", workdir),
-  }
-  checkpoint.save_model(workdir / "vae" / "model", params, meta)
+  meta = VAEMeta(
+    model=stage.model,
+    latent_mean=tuple(mean.tolist()),
+    latent_std=tuple(std.tolist()),
+    id=stages.fingerprint("vae", workdir),
+    steps=stage.train.steps,
+  )
+  checkpoint.save_model(workdir / "vae" / "model", params, meta.to_json())
   report_bad_clips(workdir / "vae", len(ready.names))
   logging.info("the VAE is in %s", workdir / "vae" / "model")
 

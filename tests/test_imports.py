@@ -65,9 +65,9 @@ ROOMS = {
   "diffusion": (),
   "runtime": (),
   "models": ("packing", "runtime.fields"),
-  "data": ("packing",),
+  "data": ("packing", "runtime.files"),
   "tasks": ("models", "diffusion"),
-  "weights": ("models",),
+  "weights": ("models", "runtime.files"),
   "training": ("tasks", "runtime"),
   "encoders": ("models", "tasks", "data.tokenizer", "runtime", "packing"),
   "run": BELOW_RUN,
@@ -164,7 +164,7 @@ def test_networks_and_math_do_no_io(layer):
 WITHOUT_JAX = (
   "data.clips", "data.video", "data.sources", "data.shapes", "data.records",
   "data.tokenizer", "data.batches", "data.clip_dataset", "data.packed_dataset",
-  "packing",
+  "packing", "runtime.files",
 )  # fmt: skip
 
 

@@ -26,8 +26,8 @@ import numpy as np
 import record
 from absl import app, flags
 
-from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
+from sora_jax.data.video import writer
 from sora_jax.diffusion.solvers import Options
 from sora_jax.evaluation import shape_attributes
 from sora_jax.evaluation.quality import psnr
@@ -160,7 +160,7 @@ def compare_ahead(model) -> dict[str, record.Figure]:
 
     def write(ahead):
       with mock.patch.object(pipeline, "ahead", ahead):
-        video.write_chunks(path, model.stream(job, options), 12.0)
+        writer.write_chunks(path, model.stream(job, options), 12.0)
 
     calls = {"ahead": pipeline.ahead, "in turn": lambda items: items}
     taken = seconds(

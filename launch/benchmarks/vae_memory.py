@@ -24,6 +24,7 @@ import record  # noqa: E402
 from absl import app, flags  # noqa: E402
 
 from sora_jax.encoders.autoencoder import Autoencoder  # noqa: E402
+from sora_jax.models.meta import VAEMeta  # noqa: E402
 from sora_jax.models.vae import LATENT_STATS, PRESETS, VAE  # noqa: E402
 from sora_jax.runtime import checkpoint, sharding  # noqa: E402
 
@@ -52,9 +53,8 @@ def measure() -> dict:
   with tempfile.TemporaryDirectory() as folder:
     params = jax.jit(VAE(config).init)(jax.random.key(0), np.zeros((1, 1, 32, 32, 3)))
     mean, std = LATENT_STATS[PRESET.value]
-    meta = {"latent_mean": mean, "latent_std": std}
-    meta["model"] = dataclasses.asdict(config)
-    checkpoint.save_model(folder, params["params"], meta)
+    meta = VAEMeta(config, mean, std)
+    checkpoint.save_model(folder, params["params"], meta.to_json())
     autoencoder = Autoencoder(folder, sharding.make_mesh())
   if MODE.value == "whole":
     decoded = autoencoder.decode(autoencoder.encode(frames(1 + factor * latents)))

@@ -6,6 +6,7 @@ import math
 from absl import logging
 
 from sora_jax.data.clips import Clip
+from sora_jax.packing import time_grid
 
 
 def limit_sizes(clips: list[Clip], max_sizes: int) -> list[Clip]:
@@ -48,8 +49,14 @@ def plan_shards(clips: list[Clip], clips_per_shard: int) -> list[list[Clip]]:
 
 
 def frame_bucket(frames: int, buckets: tuple[int, ...] = ()) -> int:
-  """Length that a clip is padded to: the next bucket, else 1 + 4 x a power of two."""
+  """Number of frames that a clip is padded to, so that few lengths are compiled.
+
+  That is the next of the buckets, else the frames of 1 + a power of two latent frames.
+  """
   fitting = [bucket for bucket in buckets if bucket >= frames]
   if fitting:
     return min(fitting)
-  return 1 if frames == 1 else 1 + 4 * 2 ** ((frames - 2) // 4).bit_length()
+  if frames == 1:
+    return 1
+  later = time_grid.latent_frames(frames) - 1
+  return time_grid.video_frames(1 + 2 ** (later - 1).bit_length())

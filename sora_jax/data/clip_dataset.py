@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sora_jax.data import draws, video
+from sora_jax.data import draws
 from sora_jax.data.bad_clips import BadClips
 from sora_jax.data.clips import Clip
 from sora_jax.data.endless import EndlessDataset, split_indices
+from sora_jax.data.video import reader
+from sora_jax.packing import time_grid
 
 
 class ClipDataset(EndlessDataset):
@@ -29,7 +31,7 @@ class ClipDataset(EndlessDataset):
     bad_clips_folder: str | None = None,
   ):
     """Raises ValueError if the split is empty or the crop is not (1 + 4k, H, W)."""
-    if (crop[0] - 1) % 4:
+    if not time_grid.is_on_grid(crop[0]):
       raise ValueError(f"a crop has 1 + 4k frames, got {crop[0]}")
     self._clips = list(clips)
     self._indices = split_indices(clips, split)
@@ -54,7 +56,7 @@ class ClipDataset(EndlessDataset):
       for n in (clip.frames - t, clip.height - h, clip.width - w)
     )
     try:
-      video_THWC = video.read(
+      video_THWC = reader.read(
         clip.path,
         start=clip.start + first / clip.fps,
         frames=t,

@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 
+from sora_jax.runtime import files
+
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
@@ -84,10 +86,6 @@ def read_rows(path):
 
 
 def write_lines(path, lines):
-  """Writes text lines atomically, so that a reader never sees half a file."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  with open(partial, "w", encoding="utf-8") as f:
+  """Writes text lines (UTF-8) to a file that appears when all are in it."""
+  with files.replacing(path) as partial, open(partial, "w", encoding="utf-8") as f:
     f.writelines(line + "\n" for line in lines)
-  os.replace(partial, path)

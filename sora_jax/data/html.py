@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from sora_jax.data import video
+from sora_jax.data.video import writer
 
 
 def videos_html(
@@ -40,7 +40,7 @@ def _medium(video_THWC, fps, height):
   is_image = len(video_THWC) == 1
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / ("x.png" if is_image else "x.mp4")
-    video.write(path, video_THWC, fps)
+    writer.write(path, video_THWC, fps)
     data = base64.b64encode(path.read_bytes()).decode()
   look = f'height="{height}" style="image-rendering: pixelated"'
   if is_image:

@@ -12,7 +12,8 @@ import pathlib
 import numpy as np
 from absl import logging
 
-from sora_jax.data import clips, video
+from sora_jax.data import clips
+from sora_jax.data.video import writer
 
 COLORS = {
   "red": (224, 36, 44),
@@ -88,7 +89,7 @@ def generate(
       clip = describe(split, index, seed)
       path = folder / clip["path"]
       if not path.exists():
-        video.write(path, draw(clip["truth"]), clip["truth"]["fps"])
+        writer.write(path, draw(clip["truth"]), clip["truth"]["fps"])
         drawn += 1
       rows.append(json.dumps(clip))
   clips.write_lines(folder / "manifest.jsonl", rows)

@@ -1,20 +1,25 @@
 """Turns a folder of videos and images into a list of clips to train on."""
 
 import collections
+import dataclasses
 import hashlib
 import math
 import os
 import pathlib
+from collections.abc import Callable
 
 from absl import logging
 
-from sora_jax.data import video
 from sora_jax.data.clips import Clip, read_rows
+from sora_jax.data.video import media, probe
+from sora_jax.packing import time_grid
 
 MANIFEST = "manifest.jsonl"
 
 
-def legal_size(height, width, max_pixels, multiple) -> tuple[int, int]:
+def legal_size(
+  height: int, width: int, max_pixels: int, multiple: int
+) -> tuple[int, int]:
   """Size nearest in shape that fits `max_pixels`, in multiples of `multiple`.
 
   Never larger than the source, except to reach the next multiple.
@@ -46,21 +51,17 @@ def legal_size(height, width, max_pixels, multiple) -> tuple[int, int]:
   return h * multiple, w * multiple
 
 
-def legal_frames(frames) -> int:
-  """Largest 1 + 4k that is not more than `frames`.
-
-  Raises:
-    ValueError: fewer than one frame.
-  """
-  if frames < 1:
-    raise ValueError(f"at least 1 frame is needed, not {frames}")
-  return 1 + 4 * ((frames - 1) // 4)
-
-
 def scan(
-  folder, *, max_frames, max_pixels, size_multiple, fps=None, heldout_share=0.0,
-  min_frames=5, watch=lambda items, *_: items,
-):  # fmt: skip
+  folder,
+  *,
+  max_frames: int,
+  max_pixels: int,
+  size_multiple: int,
+  fps: float | None = None,
+  heldout_share: float = 0.0,
+  min_frames: int = 5,
+  watch: Callable = lambda items, *_: items,
+) -> tuple[list[Clip], list[tuple[str, str]]]:
   """Finds, measures and cuts the media files under a folder.
 
   Captions and splits come from `manifest.jsonl` in the folder (rows with "path",
@@ -87,44 +88,73 @@ def scan(
     ValueError: missing or empty folder, a wrong manifest or caption, nothing usable.
   """
   folder = pathlib.Path(folder).absolute()
+  if max_frames < 1:
+    raise ValueError(f"at least 1 frame is needed, not {max_frames}")
+  max_frames = time_grid.round_down(max_frames)
+  min_frames = min(min_frames, max_frames)
+  files = _files(folder)
+  ids, found, rejected = _ids(files), [], []
+  for name, row in watch(sorted(files.items()), "measured", "files"):
+    path = folder / name
+    split = row.get("split") or _split(name, heldout_share)
+    try:
+      info = probe.probe(path)
+      pieces = _cut(path, info, fps, max_frames, min_frames)
+    except media.ClipError as e:
+      rejected.append((str(path), e.reason))
+      continue
+    size = legal_size(info.height, info.width, max_pixels, size_multiple)
+    clip = Clip(
+      id=ids[name],
+      path=str(path),
+      start=0.0,
+      frames=0,
+      fps=_rate(info, fps),
+      height=size[0],
+      width=size[1],
+      captions=tuple(row["captions"]),
+      split=split,
+      truth=row.get("truth"),
+    )
+    found += _numbered(clip, pieces)
+  _report(folder, files, found, rejected)
+  return found, rejected
+
+
+def _files(folder):
+  """Media files of a folder by relative path. ValueError if there are none."""
   if not folder.is_dir():
     raise ValueError(f"{folder}: no such folder")
-  max_frames = legal_frames(max_frames)
-  min_frames = min(min_frames, max_frames)
   manifest = folder / MANIFEST
   files = _from_manifest(folder) if manifest.exists() else _from_tree(folder)
   if not files:
-    wanted = " ".join(video.VIDEO_SUFFIXES + video.IMAGE_SUFFIXES)
+    wanted = " ".join(media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES)
     raise ValueError(f"{folder}: no media files in it; looked for {wanted}")
+  return files
+
+
+def _ids(files):
+  """Id of each file: its path without the suffix, but with it where two are alike."""
   stems = collections.Counter(os.path.splitext(name)[0] for name in files)
-  found, rejected = [], []
-  for name, row in watch(sorted(files.items()), "measured", "files"):
-    path = folder / name
-    stem = os.path.splitext(name)[0]
-    try:
-      info = video.probe(path)
-      pieces = _cut(path, info, fps, max_frames, min_frames)
-    except video.ClipError as e:
-      rejected.append((str(path), e.reason))
-      continue
-    height, width = legal_size(info.height, info.width, max_pixels, size_multiple)
-    rate = 1.0 if info.frames == 1 else min(info.fps, fps or info.fps)
-    for number, (start, frames) in enumerate(pieces):
-      clip_id = name if stems[stem] > 1 else stem
-      found.append(
-        Clip(
-          id=clip_id if len(pieces) == 1 else f"{clip_id}#{number}",
-          path=str(path),
-          start=start,
-          frames=frames,
-          fps=rate,
-          height=height,
-          width=width,
-          captions=tuple(row["captions"]),
-          split=row.get("split") or _split(name, heldout_share),
-          truth=row.get("truth"),
-        )
-      )
+  named = {name: os.path.splitext(name)[0] for name in files}
+  return {name: name if stems[stem] > 1 else stem for name, stem in named.items()}
+
+
+def _numbered(clip, pieces):
+  """The clips of a file's (start, frames) pieces, numbered if there are several."""
+  return [
+    dataclasses.replace(
+      clip,
+      id=clip.id if len(pieces) == 1 else f"{clip.id}#{number}",
+      start=start,
+      frames=frames,
+    )
+    for number, (start, frames) in enumerate(pieces)
+  ]
+
+
+def _report(folder, files, found, rejected):
+  """Logs what was found and left out. ValueError if nothing can be used."""
   for path, reason in rejected[:20]:
     logging.warning("left out %s: %s", path, reason)
   if not found:
@@ -137,44 +167,50 @@ def scan(
     "%s: %d clips (%d without a caption) of %d files, %d files left out",
     folder, len(found), silent, len(files), len(rejected),
   )  # fmt: skip
-  return found, rejected
+
+
+def _rate(info, fps):
+  """Frames a second that a file is sampled at: its own, or fewer; 1 of an image."""
+  return 1.0 if info.frames == 1 else min(info.fps, fps or info.fps)
 
 
 def _cut(path, info, fps, max_frames, min_frames):
   """[(start, frames)] of consecutive clips; the rest of a video may be left out."""
   if info.frames == 1:
     return [(0.0, 1)]
-  rate = min(info.fps, fps or info.fps)
+  rate = _rate(info, fps)
   # Frame k is on screen from k / rate; rounded headers must not add one.
   total = math.ceil(info.duration * rate - 0.3)
   if total < min_frames:
-    raise video.ClipError(
+    raise media.ClipError(
       path, f"too short: {total} frames at {rate:g} fps, {min_frames} needed"
     )
   pieces = []
   for first in range(0, total, max_frames):
     left = min(total - first, max_frames)
     if left >= min_frames:
-      pieces.append((first / rate, legal_frames(left)))
+      pieces.append((first / rate, time_grid.round_down(left)))
   return pieces
 
 
 def _split(name, heldout_share):
+  """Split of a file, drawn by its name."""
   draw = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
   return "heldout" if draw < heldout_share else "train"
 
 
 def _from_tree(folder):
-  """{relative path: {"captions"}} of all media files, with .txt files as captions."""
+  """Finds all media files and their .txt captions: {relative path: {"captions"}}."""
   files = {}
   for path in folder.rglob("*"):
-    suffixes = video.VIDEO_SUFFIXES + video.IMAGE_SUFFIXES
+    suffixes = media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES
     if path.suffix.lower() in suffixes and not path.name.startswith("."):
       files[path.relative_to(folder).as_posix()] = {"captions": _sidecar(path)}
   return files
 
 
 def _sidecar(path):
+  """Captions of the .txt file beside a media file; none without one."""
   text = path.with_suffix(".txt")
   if not text.is_file():
     return []
@@ -186,7 +222,7 @@ def _sidecar(path):
 
 
 def _from_manifest(folder):
-  """{relative path: row} with "captions" as a list; checks each row."""
+  """Reads and checks the manifest: {relative path: row}, "captions" being a list."""
   files = {}
   for number, row in read_rows(folder / MANIFEST):
     where = f"{folder / MANIFEST}:{number}"

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 
 import sentencepiece
 
+from sora_jax.runtime import files
+
 PAD, EOS, UNK = 0, 1, 2
 
 # Texts whose ids are in memory at once when only their lengths are wanted.
@@ -59,12 +61,7 @@ def train(captions: Iterable[str], path: str, vocab_size: int = 8192) -> None:
     num_threads=1,
     minloglevel=2,
   )
-  path = os.fspath(path)
-  os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-  partial = f"{path}.{os.getpid()}.tmp"
-  with open(partial, "wb") as f:
-    f.write(model.getvalue())
-  os.replace(partial, path)
+  files.write_bytes(path, model.getvalue())
 
 
 class Tokenizer:

@@ -10,10 +10,10 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax.encoders import tiling
+from sora_jax.models.meta import VAEMeta
 from sora_jax.models.vae import VAE, VAEConfig
 from sora_jax.models.vae_stream import decode_chunk, encode_chunk
 from sora_jax.runtime import checkpoint, sharding
-from sora_jax.runtime.checkpoint import from_json
 from sora_jax.tasks import vae as vae_task
 
 
@@ -29,14 +29,12 @@ class Autoencoder:
 
   def __init__(self, folder, mesh, dtype=jnp.float32):
     """Raises ValueError if the folder holds no complete VAE."""
-    params, meta = checkpoint.load_model(folder)
-    if "latent_mean" not in meta:
-      raise ValueError(f"{folder}: not a VAE (no latent statistics in model.json)")
-    self.config = VAEConfig(**from_json(meta["model"]))
-    self.mesh, self.meta = mesh, meta
+    meta = VAEMeta.from_json(checkpoint.load_meta(folder), folder)
+    params, _ = checkpoint.load_model(folder)
+    self.config, self.mesh, self.meta = meta.model, mesh, meta
     self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    mean = np.asarray(meta["latent_mean"], np.float32)
-    std = np.asarray(meta["latent_std"], np.float32)
+    mean = np.asarray(meta.latent_mean, np.float32)
+    std = np.asarray(meta.latent_std, np.float32)
     self._encode, self._decode = programs(self.config, mean, std, mesh, dtype)
 
   def encode(self, video_BTHWC: np.ndarray) -> np.ndarray:

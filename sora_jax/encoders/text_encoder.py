@@ -10,10 +10,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sora_jax.data.tokenizer import Tokenizer
+from sora_jax.models.meta import TextMeta
 from sora_jax.models.partition import PARAMS
-from sora_jax.models.t5 import T5Config, T5Encoder
+from sora_jax.models.t5 import T5Encoder
 from sora_jax.runtime import checkpoint, sharding
-from sora_jax.runtime.checkpoint import from_json
 
 RULES = (
   (r"token_embed/embedding", P(None, PARAMS)),
@@ -48,17 +48,13 @@ class FrozenTextEncoder:
         pieces than the encoder has, or one of another id than expected.
     """
     folder = pathlib.Path(folder) / "text" / "model"
-    meta = checkpoint.load_meta(folder)
-    if "bias_per_layer" not in meta["model"]:
+    meta = TextMeta.from_json(checkpoint.load_meta(folder), folder)
+    if expected and meta.id != expected:
       raise ValueError(
-        f"{folder}: not a text encoder (no bias_per_layer in model.json)"
-      )
-    if expected and meta["id"] != expected:
-      raise ValueError(
-        f"{folder} is another text encoder ({meta['id']}) than the one whose features "
+        f"{folder} is another text encoder ({meta.id}) than the one whose features "
         f"were trained on ({expected})"
       )
-    config = T5Config(**from_json(meta["model"]))
+    config = meta.model
     self._tokenizer = Tokenizer(str(folder / "spiece.model"))
     if self._tokenizer.vocab_size > config.vocab_size:
       raise ValueError(
@@ -71,7 +67,7 @@ class FrozenTextEncoder:
     self._encode = jax.jit(
       T5Encoder(config, dtype).apply, out_shardings=NamedSharding(mesh, P())
     )
-    self._mesh, self.width, self.id = mesh, config.width, meta["id"]
+    self._mesh, self.width, self.id = mesh, config.width, meta.id
 
   def encode(self, texts: list[str], max_tokens: int = 512) -> list[np.ndarray]:
     """Features of each text, bfloat16 [S, width].

@@ -4,9 +4,9 @@ import pathlib
 
 import numpy as np
 
-from sora_jax.data import video
 from sora_jax.data.buckets import limit_sizes
 from sora_jax.data.clips import Clip, read_manifest
+from sora_jax.data.video import reader
 from sora_jax.run import recipe as recipes
 
 
@@ -30,7 +30,7 @@ def spread(clips: list, count: int) -> list:
 
 def read_clip(clip: Clip) -> np.ndarray:
   """Returns the pixels of a clip as training sees them: uint8 [T, H, W, 3]."""
-  return video.read(
+  return reader.read(
     clip.path,
     start=clip.start,
     frames=clip.frames,

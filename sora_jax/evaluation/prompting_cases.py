@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sora_jax.data import video
 from sora_jax.data.clips import Clip
+from sora_jax.data.video import reader
 from sora_jax.sampling.job import Job
 from sora_jax.sampling.pipeline import Sampler
 
@@ -70,12 +70,13 @@ class _Held(NamedTuple):
   @property
   def seconds(self) -> float:
     """A quarter of the clip, in whole latent frames."""
-    return 4 * (FRAMES // 4) / self.fps
+    return time_grid.frame_at(time_grid.latent_frames(FRAMES) - 1) / self.fps
 
   @property
   def gap(self) -> int:
     """Frames that are sampled where two videos are connected by so many seconds."""
-    return 4 * max(2, round((self.seconds * self.fps + 1) / 4)) - 1
+    gap = max(2, round(time_grid.time_of(self.seconds * self.fps + 1)))
+    return time_grid.frame_at(gap) - 1
 
   @property
   def whole(self):
@@ -103,7 +104,9 @@ def _hold(model, clip, other, seed) -> _Held:
 
 def first_frames(clip: Clip) -> np.ndarray:
   """Returns FRAMES frames of a clip from its beginning: uint8 [T, H, W, 3]."""
-  return video.read(clip.path, start=clip.start, frames=FRAMES, fps=clip.fps, size=SIZE)
+  return reader.read(
+    clip.path, start=clip.start, frames=FRAMES, fps=clip.fps, size=SIZE
+  )
 
 
 def cases_of(model: Sampler, clip: Clip, other: Clip, seed: int) -> dict[str, Case]:
@@ -165,7 +168,8 @@ def _cases_of_time(held: _Held) -> dict[str, Case]:
       job(extend_before=held.seconds),
       held.truth,
       ((at_end, held.rebuilt),),
-      seams=(4 * (FRAMES // 4) - 3,),
+      # Where the last latent frame before the video begins.
+      seams=(time_grid.frame_at(time_grid.latent_frames(FRAMES) - 2) + 1,),
     ),
     "connect": Case(
       job(connect=held.second, gap=held.seconds),

@@ -24,8 +24,8 @@ import time
 import numpy as np
 from absl import logging
 
-from sora_jax.data import video
 from sora_jax.data.clips import read_manifest
+from sora_jax.data.video import contact_sheet
 from sora_jax.evaluation import shape_attributes
 from sora_jax.evaluation.prompting_cases import (
   FRAMES,
@@ -34,6 +34,7 @@ from sora_jax.evaluation.prompting_cases import (
   first_frames,
 )
 from sora_jax.evaluation.quality import psnr
+from sora_jax.packing.time_grid import TIME_FACTOR
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime.progress import track
 from sora_jax.runtime.text import table_lines
@@ -75,7 +76,7 @@ def run(recipe: recipes.Recipe, workdir, count: int = 8, extensions: int = 10) -
   results = {"modes": rows, "drift": drift, "compiled": buckets}
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "prompting.json").write_text(json.dumps(results, indent=2) + "\n")
-  video.contact_sheet(
+  contact_sheet.write(
     folder / "prompting.png", list(shown.values()), list(shown), columns=12, scale=1
   )
   for line in [*format_rows(rows), *format_drift(drift)]:
@@ -149,8 +150,10 @@ def seam_ratio(video_THWC: np.ndarray, at: int, others=None) -> float:
 
 
 def alike(frames: int, at: int, seams=()) -> list[int]:
-  """Frames at the same place among the 4 of a latent as `at`, without seams."""
-  return [i for i in range(at % 4 or 4, frames, 4) if i != at and i not in seams]
+  """Frames at the same place within their latent frame as `at`, without seams."""
+  first = at % TIME_FACTOR or TIME_FACTOR
+  places = range(first, frames, TIME_FACTOR)
+  return [i for i in places if i != at and i not in seams]
 
 
 def histogram_distance(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:

@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 from scipy import ndimage, optimize
 
-from sora_jax.data import video
+from sora_jax.data.video import reader
 
 # Typical colours, for the nearest one in Lab.
 _COLORS = {
@@ -62,7 +62,7 @@ def analyse(path) -> dict:
   Raises:
     ClipError: the file cannot be read.
   """
-  return analyse_video(video.read(path))
+  return analyse_video(reader.read(path))
 
 
 def analyse_video(video_THWC) -> dict:

@@ -1,7 +1,6 @@
 """Search for the fastest way to lay a recipe out over a topology, by planning each."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from absl import logging
 from sora_jax.models import dit
 from sora_jax.planning import hardware, report
 from sora_jax.run import recipe as recipes
-from sora_jax.runtime import sharding
+from sora_jax.runtime import files, sharding
 
 # Remat policies: those that keep most and repeat least come first.
 _KEEPING = (
@@ -143,7 +142,7 @@ def search(
         row["result"] = json.loads(result.read_text())
     done.append(row)
     chosen.append(row)
-    write(path, done)
+    files.write_json(path, done)
     logging.info("  %s", report.trial_line(row))
   return sorted(chosen, key=report.trial_rank)
 
@@ -151,11 +150,3 @@ def search(
 def file_name(topology: hardware.Topology) -> str:
   """Returns the name of a plan's files, without ending."""
   return f"{topology.name.replace(':', '-')}-{topology.slices}"
-
-
-def write(path: pathlib.Path, value) -> None:
-  """Writes JSON; never half of it."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(value, indent=2) + "\n")
-  os.replace(temporary, path)

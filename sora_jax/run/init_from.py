@@ -16,12 +16,9 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax.models import lora
-from sora_jax.models.caption_encoder import TextEncoderConfig
-from sora_jax.models.dit import DiTConfig
-from sora_jax.models.vae import VAEConfig
+from sora_jax.models.meta import DiTMeta, TextMeta, VAEMeta
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import checkpoint, fields, sharding
-from sora_jax.runtime.checkpoint import from_json
 from sora_jax.tasks import Task
 from sora_jax.tasks import dit as dit_task
 from sora_jax.tasks import lora as lora_task
@@ -35,10 +32,7 @@ def check(recipe: recipes.Recipe) -> None:
   """Raises ValueError, naming the key, where a model is not what the config says."""
   if recipe.vae.folder:
     folder = pathlib.Path(recipe.vae.folder) / "vae" / "model"
-    meta = checkpoint.load_meta(folder)
-    if "latent_mean" not in meta:
-      raise ValueError(f"config.vae.folder: {folder} is not a VAE")
-    saved = VAEConfig(**from_json(meta["model"]))
+    saved = _meta(VAEMeta, folder, "config.vae.folder").model
     _compare("config.vae.model", recipe.vae.model, saved, folder)
   if recipe.dit.init_from:
     _check_dit(recipe)
@@ -47,44 +41,48 @@ def check(recipe: recipes.Recipe) -> None:
 def _check_dit(recipe):
   stage = recipe.dit
   folder = pathlib.Path(stage.init_from) / "dit" / "model"
-  meta = checkpoint.load_meta(folder)
-  if "noise" not in meta or "text" not in meta:
-    raise ValueError(f"config.dit.init_from: {folder} is not a DiT")
-  frozen_text = "features" in meta["text"]
-  if frozen_text != bool(recipe.text.folder):
+  meta = _meta(DiTMeta, folder, "config.dit.init_from")
+  if bool(meta.frozen_text) != bool(recipe.text.folder):
     raise ValueError(
       f"{folder} was trained "
       + (
-        f"on features of a frozen text encoder ({meta['text']['features']}): set "
+        f"on features of a frozen text encoder ({meta.frozen_text.features}): set "
         "config.text.folder"
-        if frozen_text
+        if meta.frozen_text
         else "with a small text encoder of its own: config.text.folder must be empty"
       )
     )
-  saved = DiTConfig(**from_json(meta["model"]))
-  _compare("config.dit.model", stage.model, saved, folder)
-  if frozen_text:
-    encoder = checkpoint.load_meta(pathlib.Path(recipe.text.folder) / "text" / "model")
-    _equal("features of config.text.folder", encoder["id"], meta["text"]["features"],
+  _compare("config.dit.model", stage.model, meta.model, folder)
+  if meta.frozen_text:
+    place = pathlib.Path(recipe.text.folder) / "text" / "model"
+    encoder = _meta(TextMeta, place, "config.text.folder")
+    _equal("features of config.text.folder", encoder.id, meta.frozen_text.features,
            folder)  # fmt: skip
-    _equal("config.text.pad_to", recipe.text.pad_to, meta["text"]["pad_to"], folder)
+    _equal("config.text.pad_to", recipe.text.pad_to, meta.frozen_text.pad_to, folder)
   else:
-    text = TextEncoderConfig(**from_json(meta["text"]))
-    _compare("config.dit.text", stage.text, text, folder)
+    _compare("config.dit.text", stage.text, meta.text_encoder, folder)
   for key in ("process", "target"):
-    _equal(
-      f"config.dit.loss.{key}", getattr(stage.loss, key), meta["noise"][key], folder
-    )
-  _equal("config.dit.reference_fps", stage.reference_fps, meta["reference_fps"], folder)
+    ours, saved = getattr(stage.loss, key), getattr(meta.noise, key)
+    _equal(f"config.dit.loss.{key}", ours, saved, folder)
+  _equal("config.dit.reference_fps", stage.reference_fps, meta.reference_fps, folder)
   if recipe.vae.folder:
-    vae = checkpoint.load_meta(pathlib.Path(recipe.vae.folder) / "vae" / "model")
-    _equal("VAE of config.vae.folder", vae["id"], meta["vae"], folder)
+    vae = _meta(VAEMeta, pathlib.Path(recipe.vae.folder) / "vae" / "model",
+                "config.vae.folder")  # fmt: skip
+    _equal("VAE of config.vae.folder", vae.id, meta.vae, folder)
   if stage.lora.rank:
     names = lora.picked(_shapes(recipe), stage.lora)
     if others := [name for name in names if not name.startswith("dit/")]:
       raise ValueError(f"config.dit.lora.layers picks {others[0]}, which is not the "
                        "DiT's")  # fmt: skip
     lora_files.check(stage.model, [name.removeprefix("dit/") for name in names])
+
+
+def _meta(kind, folder, key):
+  """Meta of the model that a key of the config names; ValueError naming both."""
+  try:
+    return kind.from_json(checkpoint.load_meta(folder), folder)
+  except ValueError as error:
+    raise ValueError(f"{key}: {error}") from error
 
 
 def _compare(key, ours, saved, folder):
@@ -131,8 +129,10 @@ def begin(
   if not stage.init_from:
     return task, rules, None
   folder = pathlib.Path(stage.init_from) / "dit" / "model"
-  vae = checkpoint.load_meta(pathlib.Path(workdir) / "vae" / "model")["id"]
-  _equal(f"VAE of {workdir}", vae, checkpoint.load_meta(folder)["vae"], folder)
+  place = pathlib.Path(workdir) / "vae" / "model"
+  vae = VAEMeta.from_json(checkpoint.load_meta(place), place).id
+  meta = DiTMeta.from_json(checkpoint.load_meta(folder), folder)
+  _equal(f"VAE of {workdir}", vae, meta.vae, folder)
   vocabulary = pathlib.Path(workdir) / "dit" / "tokenizer.model"
   if not recipe.text.folder and jax.process_index() == 0 and not vocabulary.exists():
     vocabulary.parent.mkdir(parents=True, exist_ok=True)

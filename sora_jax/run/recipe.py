@@ -17,6 +17,8 @@ from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.lora import LoRAConfig
 from sora_jax.models.vae import VAEConfig
+from sora_jax.packing import time_grid
+from sora_jax.packing.time_grid import TIME_FACTOR
 from sora_jax.run import convert
 from sora_jax.runtime.fields import extends, free
 from sora_jax.tasks.dit import DiTLossConfig
@@ -272,8 +274,10 @@ def _check_sizes(recipe):
       f"config.data.size_multiple {data.size_multiple} must be a multiple of "
       f"{multiple}: the VAE's space factor {vae.space_factor} x the DiT's patch {ph}"
     )
-  if vae.time_factor != 4:
-    raise ValueError(f"config.vae.model compresses time {vae.time_factor} times, not 4")
+  if vae.time_factor != TIME_FACTOR:
+    raise ValueError(
+      f"config.vae.model compresses time {vae.time_factor} times, not {TIME_FACTOR}"
+    )
   if data.max_pixels < data.size_multiple**2:
     raise ValueError(
       f"config.data.max_pixels {data.max_pixels} is less than one square of "
@@ -282,7 +286,7 @@ def _check_sizes(recipe):
   with convert.naming("config.vae.crop"):
     vae.latent_shape(*recipe.vae.crop)
   for frames in recipe.encode.frame_buckets:
-    if (frames - 1) % 4:
+    if not time_grid.is_on_grid(frames):
       raise ValueError(f"config.encode.frame_buckets: {frames} is not 1 + 4k")
   most = longest_clip(recipe)
   if most > dit.tokens:
@@ -354,7 +358,8 @@ def longest_clip(recipe: Recipe) -> int:
   data, vae = recipe.data, recipe.vae.model
   edge = vae.space_factor * recipe.dit.model.patch_size[1]
   # Rounding sizes to the grid keeps their area below max_pixels.
-  return (1 + (data.max_frames - 1) // vae.time_factor) * (data.max_pixels // edge**2)
+  frames = time_grid.whole_latent_frames(data.max_frames)
+  return frames * (data.max_pixels // edge**2)
 
 
 def longest_text(recipe: Recipe) -> int:

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import os
 import pathlib
 import time
 from typing import NamedTuple
@@ -18,10 +17,11 @@ from typing import NamedTuple
 import jax
 from absl import logging
 
+from sora_jax.models.meta import TextMeta
 from sora_jax.run import changes, init_from
 from sora_jax.run import recipe as recipes
 from sora_jax.run.build import check_dit, check_rows
-from sora_jax.runtime import checkpoint, fields, sharding, text
+from sora_jax.runtime import checkpoint, fields, files, sharding, text
 from sora_jax.weights import lpips
 
 
@@ -108,7 +108,7 @@ def _check_text(recipe):
   """Likewise: the text encoder must be there, and have the width of the config."""
   if recipe.text.folder:
     folder = pathlib.Path(recipe.text.folder) / "text" / "model"
-    width = checkpoint.load_meta(folder)["model"]["width"]
+    width = TextMeta.from_json(checkpoint.load_meta(folder), folder).model.width
     if width != recipe.text.width:
       raise ValueError(
         f"config.text.width is {recipe.text.width}, but the features of {folder} have "
@@ -233,8 +233,4 @@ def _load(name, workdir):
 def _store(name, stage, workdir):
   if jax.process_index():
     return
-  path = workdir / name / "stage.json"
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(stage, indent=2, sort_keys=True) + "\n")
-  os.replace(temporary, path)
+  files.write_json(workdir / name / "stage.json", stage, sort_keys=True)

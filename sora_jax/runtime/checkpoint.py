@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from sora_jax.runtime import lazy_arrays
+from sora_jax.runtime import files, lazy_arrays
 
 
 class Checkpoints:
@@ -159,7 +159,7 @@ def save_model(folder, params, meta: dict) -> None:
   with lazy_arrays.checkpointer() if in_blocks else ocp.PyTreeCheckpointer() as saver:
     saver.save(folder / name, params, force=True)
   if jax.process_index() == 0:
-    _write_model(folder, {"params": name, "meta": meta})
+    files.write_json(folder / "model.json", {"params": name, "meta": meta})
     for other in folder.glob("params-*"):
       if other.name != name:
         other.rmtree()
@@ -180,7 +180,7 @@ def digest(value) -> str:
 def save_meta(folder, meta: dict) -> None:
   """Replaces the meta of a model. ValueError if there is no complete model."""
   folder = epath.Path(folder).absolute()
-  _write_model(folder, {**_read_model(folder), "meta": meta})
+  files.write_json(folder / "model.json", {**_read_model(folder), "meta": meta})
 
 
 def load_model(folder, shardings=None, dtype=None) -> tuple[dict, dict]:
@@ -241,12 +241,6 @@ def stream_model(folder) -> tuple[dict, dict]:
     ) from error
 
 
-def _write_model(folder, model: dict) -> None:
-  temporary = folder / "model.json.tmp"
-  temporary.write_text(json.dumps(model, indent=2) + "\n")
-  temporary.replace(folder / "model.json")
-
-
 def _read_model(folder) -> dict:
   try:
     model = json.loads((folder / "model.json").read_text())
@@ -256,8 +250,3 @@ def _read_model(folder) -> dict:
       f"{folder}: no complete model here (model.json: {type(error).__name__}); "
       "train it to the end, or name the folder of a finished model"
     ) from error
-
-
-def from_json(config: dict) -> dict:
-  """JSON's lists back to tuples."""
-  return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}

@@ -9,6 +9,7 @@ import dataclasses
 
 import numpy as np
 
+from sora_jax.models.meta import DiTMeta
 from sora_jax.packing.planner import Budget
 from sora_jax.sampling.conditioning import Prompt
 
@@ -39,7 +40,7 @@ def size_of(unit: list[RowClip]) -> tuple[int, int, int]:
   return tokens, texts, slots
 
 
-def budget_of(sizes, meta: dict, batch_shards: int = 1) -> Budget:
+def budget_of(sizes, meta: DiTMeta, batch_shards: int = 1) -> Budget:
   """Row of training, or of another length for clips that need more or less.
 
   Tokens change by themselves, texts and slots together: a long video has one text.
@@ -49,7 +50,7 @@ def budget_of(sizes, meta: dict, batch_shards: int = 1) -> Budget:
     meta: of the model.
     batch_shards: rows that are computed side by side in any case.
   """
-  tokens, texts, slots = (meta[n] for n in ("tokens", "text_tokens", "segments"))
+  tokens, texts, slots = meta.tokens, meta.text_tokens, meta.segments
   share = -(-sum(size[0] for size in sizes) // batch_shards)
   tokens = row_length(max(min(share, tokens), *(size[0] for size in sizes)), tokens)
   while any(size[1] > texts or size[2] > slots for size in sizes):

@@ -17,10 +17,8 @@ from absl import logging
 
 from sora_jax.data import caption_texts, tokenizer
 from sora_jax.diffusion import solvers
-from sora_jax.models.caption_encoder import TextEncoderConfig
-from sora_jax.models.dit import DiTConfig
+from sora_jax.models.meta import DiTMeta
 from sora_jax.runtime import sharding
-from sora_jax.runtime.checkpoint import from_json
 from sora_jax.runtime.progress import Progress
 from sora_jax.sampling import batching, conditioning, integrate, sample_batch
 from sora_jax.sampling.batching import RowClip
@@ -32,7 +30,7 @@ class Denoiser:
 
   def __init__(
     self,
-    meta: dict,
+    meta: DiTMeta,
     vocabulary: str | os.PathLike,
     dtype: jnp.dtype,
     mesh: jax.sharding.Mesh,
@@ -48,24 +46,22 @@ class Denoiser:
       encode_text: (texts, most tokens) -> features, of a frozen text encoder.
     """
     self.meta, self.mesh = meta, mesh
-    self.model = DiTConfig(**from_json(meta["model"]))
-    text_config = None
-    if "features" in meta["text"]:
+    self.model = meta.model
+    limit = meta.max_text_tokens
+    if frozen := meta.frozen_text:
       assert encode_text is not None, "a model of features needs their encoder"
-      pad_to, limit = meta["text"]["pad_to"], meta["max_text_tokens"]
       self._encode_texts = lambda texts: [
-        caption_texts.pad_features(features_SE, pad_to)
+        caption_texts.pad_features(features_SE, frozen.pad_to)
         for features_SE in encode_text(texts, limit)
       ]
     else:
       words = tokenizer.Tokenizer(str(vocabulary))
-      self._encode_texts = lambda texts: _ids(words, texts, meta["max_text_tokens"])
-      text_config = TextEncoderConfig(**from_json(meta["text"]))
-    noise = meta.get("noise", {"process": "flow", "target": "velocity"})
-    self._networks = integrate.Networks(self.model, text_config, dtype, **noise)
-    self._layout = sample_batch.RowLayout(
-      self.model, meta["reference_fps"], self._networks.process
+      self._encode_texts = lambda texts: _ids(words, texts, limit)
+    process, target = meta.noise.process, meta.noise.target
+    self._networks = integrate.Networks(
+      self.model, meta.text_encoder, dtype, process, target
     )
+    self._layout = sample_batch.RowLayout(self.model, meta.reference_fps, process)
     self.integrate = integrate.program(self._networks, mesh)
 
   def __call__(
@@ -88,7 +84,7 @@ class Denoiser:
       ValueError: for options that the model's noise process cannot be sampled with.
     """
     _check(prompts, options, self._networks)
-    if not self.meta["conditional"]:
+    if not self.meta.conditional:
       prompts, options = _unconditional(prompts, options)
     all_units = units(prompts, self._encode_texts)
     sizes = [batching.size_of(unit) for unit in all_units]

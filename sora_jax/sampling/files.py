@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from sora_jax.data import video
+from sora_jax.data.video import writer
 from sora_jax.diffusion.solvers import Options
 from sora_jax.sampling import modes
 from sora_jax.sampling.conditioning import Request
@@ -86,7 +86,7 @@ def _parts(model, jobs, paths, options, tile) -> Iterator[Part]:
       full = model.refined(job, small_THWC)
       preview = path.with_name(f"{path.stem}-preview{path.suffix}")
       metadata = {"comment": job.prompt}
-      video.write(preview, small_THWC, modes.rate(full), metadata=metadata)
+      writer.write(preview, small_THWC, modes.rate(full), metadata=metadata)
       logging.info("%s: preview", preview)
     for frames_THWC in model.stream(full, options, tile):
       yield Part(path, job, modes.rate(full), frames_THWC)
@@ -117,7 +117,7 @@ def _write(parts, options, source):
   }
   metadata = {"comment": job.prompt, "sora_jax": json.dumps(described)}
   chunks = itertools.chain([frames_THWC], (part.frames_THWC for part in parts))
-  count = video.write_chunks(path, chunks, fps, metadata=metadata)
+  count = writer.write_chunks(path, chunks, fps, metadata=metadata)
   text = json.dumps(described, indent=2, ensure_ascii=False)
   path.with_name(f"{path.name}.json").write_text(text + "\n")
   logging.info("%s: %s, %d frames: %s", path, job.mode, count, job.prompt)

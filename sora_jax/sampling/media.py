@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from absl import logging
 
-from sora_jax.data import video as video_files
+from sora_jax.data.video import probe, reader, resizing
 from sora_jax.packing import time_grid
 from sora_jax.sampling.job import Job, Media
 
@@ -124,9 +124,9 @@ def _as_video(medium):
 
 def _probe(medium):
   if not isinstance(medium, np.ndarray):
-    return video_files.probe(medium)
+    return probe.probe(medium)
   frames, height, width, _ = _as_video(medium).shape
-  return video_files.Info(frames, 12.0, width, height, frames / 12.0, frames == 1)
+  return probe.Info(frames, 12.0, width, height, frames / 12.0, frames == 1)
 
 
 def _read(medium, size, fps, fit):
@@ -140,6 +140,6 @@ def _read(medium, size, fps, fit):
       *(_name(medium), info.width, info.height, width, height, how),
     )
   if isinstance(medium, np.ndarray):
-    return video_files.resize(_as_video(medium), size, fit)
+    return resizing.resize(_as_video(medium), size, fit)
   fps = None if info.is_image or fps is None or abs(fps / info.fps - 1) < 1e-3 else fps
-  return video_files.read(medium, fps=fps, size=size, fit=fit)
+  return reader.read(medium, fps=fps, size=size, fit=fit)

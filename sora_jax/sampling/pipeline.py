@@ -22,15 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from sora_jax.data import video as video_files
 from sora_jax.data.buckets import frame_bucket
+from sora_jax.data.video import resizing
 from sora_jax.diffusion import solvers
 from sora_jax.encoders.autoencoder import Autoencoder, in_chunks
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
-from sora_jax.models.dit import DiTConfig
+from sora_jax.models.meta import DiTMeta
 from sora_jax.packing import time_grid
 from sora_jax.runtime import checkpoint, sharding
-from sora_jax.runtime.checkpoint import from_json
 from sora_jax.runtime.prefetch import ahead
 from sora_jax.sampling import media, modes, windows
 from sora_jax.sampling.conditioning import Prompt, Request, Timeline
@@ -86,27 +85,27 @@ class Sampler:
       dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     mesh = mesh or sharding.sampling_mesh(1)
     autoencoder = Autoencoder(folder / "vae" / "model", mesh, dtype)
-    text = checkpoint.load_meta(folder / "dit" / "model")["text"]
-    rules = dit_task.DIT_RULES if "features" in text else dit_task.SHARDING_RULES
-    params, meta = checkpoint.load_model(
-      folder / "dit" / "model",
+    model = folder / "dit" / "model"
+    meta = DiTMeta.from_json(checkpoint.load_meta(model), model)
+    rules = dit_task.DIT_RULES if meta.frozen_text else dit_task.SHARDING_RULES
+    params, _ = checkpoint.load_model(
+      model,
       lambda shapes: sharding.param_shardings(shapes, rules, mesh),
     )
-    if "vae" not in meta or meta["vae"] != autoencoder.meta.get("id"):
+    if meta.vae != autoencoder.meta.id:
       raise ValueError(
         f"{folder}: dit/model was trained on latents of another VAE than vae/model "
-        f"({meta.get('vae')} and {autoencoder.meta.get('id')}); take both of one run"
+        f"({meta.vae} and {autoencoder.meta.id}); take both of one run"
       )
     for path, strength in loras:
-      config = DiTConfig(**from_json(meta["model"]))
-      params = merge.merge_file(params, path, config, mesh, strength)
+      params = merge.merge_file(params, path, meta.model, mesh, strength)
     encode_text = None
-    if "features" in text:
+    if text := meta.frozen_text:
       place = folder
       if not (folder / "text" / "model").is_dir():
-        place = pathlib.Path(text.get("folder", folder))
-      encode_text = FrozenTextEncoder(place, mesh, dtype, text["features"]).encode
-    vocabulary = folder / "dit" / "model" / "tokenizer.model"
+        place = pathlib.Path(text.folder or folder)
+      encode_text = FrozenTextEncoder(place, mesh, dtype, text.features).encode
+    vocabulary = model / "tokenizer.model"
     return cls(params, meta, autoencoder, vocabulary, dtype, encode_text)
 
   @property
@@ -118,7 +117,7 @@ class Sampler:
   def model_id(self) -> str:
     """Tells models apart: a hash of what the DiT's folder says, and of its head."""
     head = np.asarray(jax.device_get(self.params["dit"]["head"]["kernel"]))
-    text = json.dumps(self.meta, sort_keys=True).encode()
+    text = json.dumps(self.meta.facts(), sort_keys=True).encode()
     return hashlib.sha256(text + head.tobytes()).hexdigest()[:16]
 
   # --- texts to videos, many at once
@@ -238,7 +237,7 @@ class Sampler:
       strength=job.preview,
       size=canvas.crop[::-1],
       fps=canvas.fps,
-      video=video_files.resize(small_THWC, canvas.crop),
+      video=resizing.resize(small_THWC, canvas.crop),
     )
 
   def _canvas(self, job):

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from sora_jax.data import video
 from sora_jax.data.clips import Clip, read_manifest
+from sora_jax.data.video import contact_sheet, reader, writer
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding
 from sora_jax.sampling.conditioning import Request
@@ -56,13 +56,13 @@ def write_samples(folder, requests, videos, shown: int = 16) -> list[pathlib.Pat
     rows.append({"file": paths[-1].name, **dataclasses.asdict(request)})
     if video_THWC is not None:
       metadata = {"comment": request.prompt}
-      video.write(paths[-1], video_THWC, request.fps, metadata=metadata)
+      writer.write(paths[-1], video_THWC, request.fps, metadata=metadata)
   sharding.sync("samples")
   if jax.process_index() == 0:
     chosen = range(0, len(videos), -(-len(videos) // shown))
-    video.contact_sheet(
+    contact_sheet.write(
       folder / "contact_sheet.png",
-      [video.read(paths[i]) if videos[i] is None else videos[i] for i in chosen],
+      [reader.read(paths[i]) if videos[i] is None else videos[i] for i in chosen],
       [requests[i].prompt for i in chosen],
     )
     (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import math
-import os
 import pathlib
 import time
 
@@ -14,6 +13,7 @@ from absl import logging
 from PIL import Image
 from tensorboardX.proto import summary_pb2
 
+from sora_jax.runtime import files
 from sora_jax.runtime.text import format_seconds
 from sora_jax.training import goodput
 
@@ -253,6 +253,4 @@ def _truncate(path: pathlib.Path, step: int) -> None:
         kept.append(line + "\n")
     except (ValueError, KeyError, TypeError):
       logging.warning("%s: dropped a broken row: %.80s", path, line)
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text("".join(kept))
-  os.replace(temporary, path)
+  files.write_text(path, "".join(kept))

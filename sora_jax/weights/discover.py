@@ -8,6 +8,7 @@ from typing import NamedTuple
 from sora_jax.weights import mapping, safetensors_io, text
 from sora_jax.weights.hf_config import IGNORED, Published, from_json, preset
 
+NETWORKS = ("vae", "text", "dit")
 # Wan's release: a file for each network but the DiT, as .pth or converted. The dots of
 # their stems are no suffixes.
 ORIGINAL_FILES = {
@@ -28,10 +29,18 @@ class Component(NamedTuple):
   tokenizer: pathlib.Path | None = None
 
 
+class _Candidate(NamedTuple):
+  """A network that seems to be there: a file, or the files of a folder with a stem."""
+
+  published: Published
+  source: pathlib.Path
+  stem: str | None
+
+
 def find(
   folder, presets: Sequence[str] = (), networks: Sequence[str] = ()
 ) -> list[Component]:
-  """The networks of a folder, in the order VAE, text encoder, DiT, each checked.
+  """Finds the networks of a folder, in the order of NETWORKS, each checked.
 
   The folder is a diffusers pipeline, Wan's own release, or that of one network.
 
@@ -44,39 +53,14 @@ def find(
     ValueError: if there is none; if a network's files are pickles, damaged or
       incomplete, or have other tensors than its sizes say; for unused presets.
   """
-  folder, unused = pathlib.Path(folder), list(presets)
+  folder = pathlib.Path(folder)
   if not folder.is_dir():
     raise ValueError(f"{folder}: no such folder")
-  two = [
-    name for name in ("transformer_2", "low_noise_model") if (folder / name).is_dir()
-  ]
-  if two and (not networks or "dit" in networks):
-    raise ValueError(
-      f"{folder} has a second transformer, {two[0]}/, for a part of the noise levels "
-      "(Wan 2.2 A14B); only models of one transformer are supported"
-    )
-  found = []
-  for part in (".", "vae", "text_encoder", "transformer"):
-    place = folder / part
-    if (place / "config.json").is_file():
-      found.append(_of_config(place))
-  for stem, name in ORIGINAL_FILES.items():
-    kinds = (".safetensors", *safetensors_io.PICKLES)
-    there = [f for f in (folder / f"{stem}{kind}" for kind in kinds) if f.is_file()]
-    if there:
-      published = preset(name, "original")
-      found.append((published, there[0], None))
-  known = {published.network for published, _, _ in found}
-  for name in presets:
-    published = preset(name, "diffusers")
-    if published.network not in known and not (folder / "config.json").exists():
-      found.append((published, folder, _stem(folder)))
-      unused.remove(name)
-  if unused:
-    raise ValueError(
-      f"--preset={','.join(unused)} is not needed: the files of {folder} say the sizes"
-    )
-  chosen = [one for one in found if not networks or one[0].network in networks]
+  if not networks or "dit" in networks:
+    _check_one_transformer(folder)
+  found = _with_config(folder) + _original(folder)
+  found += _with_preset(folder, presets, {one.published.network for one in found})
+  chosen = [one for one in found if not networks or one.published.network in networks]
   if not chosen:
     what = " or ".join(networks) or "network"
     raise ValueError(
@@ -84,27 +68,68 @@ def find(
       "and a folder with config.json and *.safetensors, or without config.json if "
       "--preset says the sizes"
     )
-  order = ("vae", "text", "dit")
-  chosen.sort(key=lambda one: order.index(one[0].network))
-  names = [published.network for published, _, _ in chosen]
+  chosen.sort(key=lambda one: NETWORKS.index(one.published.network))
+  names = [one.published.network for one in chosen]
   if len(set(names)) < len(names):
-    sources = ", ".join(str(source) for _, source, _ in chosen)
+    sources = ", ".join(str(one.source) for one in chosen)
     raise ValueError(f"{folder}: several networks of one kind: {sources}")
   return [_open(*one) for one in chosen]
 
 
+def _check_one_transformer(folder):
+  for name in ("transformer_2", "low_noise_model"):
+    if (folder / name).is_dir():
+      raise ValueError(
+        f"{folder} has a second transformer, {name}/, for a part of the noise levels "
+        "(Wan 2.2 A14B); only models of one transformer are supported"
+      )
+
+
+def _with_config(folder):
+  """Networks whose config.json says what they are, as diffusers writes it."""
+  places = (folder / part for part in (".", "vae", "text_encoder", "transformer"))
+  return [_of_config(place) for place in places if (place / "config.json").is_file()]
+
+
+def _original(folder):
+  """Networks of Wan's own release, which the names of their files tell."""
+  found, kinds = [], (".safetensors", *safetensors_io.PICKLES)
+  for stem, name in ORIGINAL_FILES.items():
+    there = [f for f in (folder / f"{stem}{kind}" for kind in kinds) if f.is_file()]
+    if there:
+      found.append(_Candidate(preset(name, "original"), there[0], None))
+  return found
+
+
+def _with_preset(folder, presets, known):
+  """Networks whose sizes only a preset says. ValueError for presets without use."""
+  found, unused = [], []
+  for name in presets:
+    published = preset(name, "diffusers")
+    if published.network in known or (folder / "config.json").exists():
+      unused.append(name)
+    else:
+      found.append(_Candidate(published, folder, _stem(folder)))
+  if unused:
+    raise ValueError(
+      f"--preset={','.join(unused)} is not needed: the files of {folder} say the sizes"
+    )
+  return found
+
+
 def _of_config(place):
+  """The network of a folder with a config.json."""
   path = place / "config.json"
   try:
     config = dict(json.loads(path.read_text()))
   except (ValueError, TypeError) as error:
     raise ValueError(f"{path}: no JSON object ({error})") from error
   published = from_json(config, str(path))
-  return published, place, _STEMS[published.network == "text"]
+  return _Candidate(published, place, _STEMS[published.network == "text"])
 
 
 def _stem(folder):
-  """Of weights without a config.json."""
+  """Stem of the files of weights that have no config.json beside them."""
   for stem in _STEMS:
     if any(folder.glob(f"{stem}*")):
       return stem
@@ -112,6 +137,7 @@ def _stem(folder):
 
 
 def _open(published, source, stem):
+  """The network with its tensors' places, which must be those that its sizes say."""
   if stem is not None:
     tensors = safetensors_io.read_headers(source, stem)
   elif source.suffix == ".safetensors":
@@ -137,7 +163,7 @@ def _open(published, source, stem):
 
 
 def _of_names(published, tensors):
-  """In the layout that most of the names belong to."""
+  """The network in the layout that most of the tensors' names belong to."""
 
   def matches(layout):
     try:
@@ -158,6 +184,3 @@ def _tokenizer(folder):
     f"{folder}: the text encoder has no tokenizer: no spiece.model in "
     f"{', '.join(str(place.parent) for place in places)}"
   )
-
-
-NETWORKS = ("vae", "text", "dit")

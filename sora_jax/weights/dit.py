@@ -49,25 +49,16 @@ def entries(config: DiTConfig, layout: str) -> list[Entry]:
     raise ValueError(f"dit layout {layout!r} is none of {LAYOUTS}")
   if config.pooled_text:
     raise ValueError("a dit with pooled_text has parts that Wan's checkpoints lack")
-  which, D, P = LAYOUTS.index(layout), config.width, config.patch_width
-  widths = {
-    "text_embed_1": (config.text_width, D),
-    "text_embed_2": (D, D),
-    "time_embed_1": (config.frequency_width, D),
-    "time_embed_2": (D, D),
-    "time_projection": (D, 6 * D),
-    "head": (D, P),
-    "mlp_up": (D, config.mlp_width),
-    "mlp_down": (config.mlp_width, D),
-  }
+  which = LAYOUTS.index(layout)
+  found = _ends(config, which)
+  for layer in range(config.depth):
+    found += _block(config, which, layer)
+  return found
 
-  def dense(name, ours, path, layer=None):
-    fan_in, fan_out = widths.get(ours, (D, D))
-    return [
-      linear(f"{name}.weight", fan_in, fan_out, f"{path}/kernel", layer),
-      plain(f"{name}.bias", (fan_out,), f"{path}/bias", layer),
-    ]
 
+def _ends(config, which):
+  """Entries of what is before and behind the blocks."""
+  D, P = config.width, config.patch_width
   found = [
     Entry(
       "patch_embedding.weight",
@@ -85,18 +76,41 @@ def entries(config: DiTConfig, layout: str) -> list[Entry]:
     ),
   ]
   for ours, names in _OUTER.items():
-    found += dense(names[which], ours, ours)
-  table = ("scale_shift_table", "modulation")[which]
-  for layer in range(config.depth):
-    block = f"blocks.{layer}"
-    found.append(
-      Entry(f"{block}.{table}", (1, 6, D), "blocks/modulation", (6, D), layer)
-    )
-    for ours, names in _DENSE.items():
-      found += dense(f"{block}.{names[which]}", ours, f"blocks/{ours}", layer)
-    for ours, names in _NORMS.items():
-      name = f"{block}.{names[which]}"
-      found.append(plain(f"{name}.weight", (D,), f"blocks/{ours}/scale", layer))
-      if ours == "cross_norm":
-        found.append(plain(f"{name}.bias", (D,), f"blocks/{ours}/bias", layer))
+    found += _dense(config, names[which], ours, ours)
   return found
+
+
+def _block(config, which, layer):
+  """Entries of one block, which are a layer of our stacked params."""
+  D, block = config.width, f"blocks.{layer}"
+  table = ("scale_shift_table", "modulation")[which]
+  found = [Entry(f"{block}.{table}", (1, 6, D), "blocks/modulation", (6, D), layer)]
+  for ours, names in _DENSE.items():
+    name = f"{block}.{names[which]}"
+    found += _dense(config, name, ours, f"blocks/{ours}", layer)
+  for ours, names in _NORMS.items():
+    name = f"{block}.{names[which]}"
+    found.append(plain(f"{name}.weight", (D,), f"blocks/{ours}/scale", layer))
+    if ours == "cross_norm":
+      found.append(plain(f"{name}.bias", (D,), f"blocks/{ours}/bias", layer))
+  return found
+
+
+def _dense(config, name, ours, path, layer=None):
+  """Kernel and bias of the dense layer that is called `ours` here."""
+  D = config.width
+  widths = {
+    "text_embed_1": (config.text_width, D),
+    "text_embed_2": (D, D),
+    "time_embed_1": (config.frequency_width, D),
+    "time_embed_2": (D, D),
+    "time_projection": (D, 6 * D),
+    "head": (D, config.patch_width),
+    "mlp_up": (D, config.mlp_width),
+    "mlp_down": (config.mlp_width, D),
+  }
+  fan_in, fan_out = widths.get(ours, (D, D))
+  return [
+    linear(f"{name}.weight", fan_in, fan_out, f"{path}/kernel", layer),
+    plain(f"{name}.bias", (fan_out,), f"{path}/bias", layer),
+  ]

@@ -7,7 +7,6 @@ the pages of a mapped file count as this process's memory until something else w
 
 import json
 import math
-import os
 import pathlib
 import struct
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,8 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from sora_jax.runtime import files
 
 DTYPES = {
   "F32": np.dtype(np.float32),
@@ -222,7 +223,7 @@ def write(
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
     index = {"metadata": {"total_size": total}, "weight_map": names}
     made.append(folder / f"{stem}.safetensors.index.json")
-    made[-1].write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    files.write_json(made[-1], index, sort_keys=True)
   return made
 
 
@@ -240,11 +241,9 @@ def write_file(file, planned, values, metadata=None) -> None:
     place += tensor.nbytes
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-  temporary = file.with_suffix(".tmp")
-  with open(temporary, "wb") as f:
+  with files.replacing(file) as partial, open(partial, "wb") as f:
     f.write(struct.pack("<Q", len(text)) + text)
     for tensor in planned:
       value = next(values)
       assert value.shape == tensor.shape and value.dtype == tensor.dtype, tensor
       np.ascontiguousarray(value).view(np.uint8).tofile(f)
-  os.replace(temporary, file)

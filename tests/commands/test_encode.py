@@ -10,9 +10,10 @@ import pytest
 import tiny
 
 from sora_jax import encode
-from sora_jax.data import buckets, records, video
+from sora_jax.data import buckets, records
 from sora_jax.data.bad_clips import BadClips
 from sora_jax.data.clips import Clip, write_manifest
+from sora_jax.data.video import reader, writer
 from sora_jax.encoders.autoencoder import Autoencoder
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding
@@ -31,7 +32,7 @@ CONFIG = recipes.Encode(batch_size=2, extras=2, frame_buckets=(1, 9))
 def make_clip(path, frames=9, split="train"):
   rng = np.random.default_rng([frames, *path.name.encode()])
   noise = rng.integers(0, 256, (frames, 8, 8, 3), np.uint8)
-  video.write(path, noise.repeat(8, axis=1).repeat(8, axis=2), 8)
+  writer.write(path, noise.repeat(8, axis=1).repeat(8, axis=2), 8)
   return Clip(path.stem, str(path), 0.0, frames, 8.0, 64, 64, ("noise",), split)
 
 
@@ -62,7 +63,7 @@ def test_padding_in_time_is_exact(autoencoder, tmp_path):
   assert both["9"]["latent_THWC"].shape == (3, 8, 8, 4)
   np.testing.assert_allclose(padded, short, atol=1e-5)
   # And none at all: the video by itself, of 5 frames.
-  video_THWC = video.read(clips[0].path)
+  video_THWC = reader.read(clips[0].path)
   (alone,) = autoencoder.encode(video_THWC[None])
   assert np.std(alone) > 0.1
   np.testing.assert_allclose(padded, alone, atol=1e-5)
@@ -72,7 +73,7 @@ def test_extras_are_the_frames_as_images(autoencoder, tmp_path):
   clip = make_clip(tmp_path / "a.mp4")
   record = encoded([clip], autoencoder)["a"]
   assert len(record["extras"]) == 2 and record["extras_NHWC"].shape == (2, 8, 8, 4)
-  video_THWC = video.read(clip.path)
+  video_THWC = reader.read(clip.path)
   frames = [int(time * 4) for time in record["extras"]]
   assert frames == sorted(set(frames)) and 0 < frames[0] and frames[-1] < 9
   # Latent k ends with frame 4k, so frame f is at f / 4.

@@ -20,10 +20,10 @@ from sora_jax import export_weights, import_weights, sample
 from sora_jax.data import tokenizer
 from sora_jax.diffusion.solvers import Options
 from sora_jax.models.dit import DiTConfig
+from sora_jax.models.meta import METAS, DiTMeta, FrozenText
 from sora_jax.models.t5 import T5Config
 from sora_jax.models.vae_config import VAEConfig
 from sora_jax.runtime import checkpoint, lazy_arrays, sharding
-from sora_jax.runtime.checkpoint import from_json
 from sora_jax.tasks import dit as dit_task
 from sora_jax.weights import discover, hf_config, mapping, safetensors_io
 
@@ -154,7 +154,7 @@ def assert_same(a, b, **kwargs):
 def test_params_of_a_pipeline(imported, network):
   params, meta = load(imported, network)
   assert_same(params, params_of(network), strict=True)
-  assert type(CONFIGS[network])(**from_json(meta["model"])) == CONFIGS[network]
+  assert METAS[network].from_json(meta, network).model == CONFIGS[network]
 
 
 def test_params_go_straight_to_their_devices(imported):
@@ -180,6 +180,7 @@ def test_what_models_say_of_each_other(imported):
   assert set(metas["dit"]) == {
     *("model", "text", "max_text_tokens", "tokens", "text_tokens", "segments"),
     *("reference_fps", "conditional", "noise", "vae", "steps", "id"),
+    *("version", "network"),
   }
 
 
@@ -187,7 +188,9 @@ def test_samples_from_an_imported_checkpoint(imported):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   model = sample.Sampler.from_checkpoint(imported, mesh)
   # Rows as short as the clips, for the test's time.
-  model.meta |= {"tokens": 128, "text_tokens": 1024, "segments": 2}
+  model.denoiser.meta = dataclasses.replace(
+    model.meta, tokens=128, text_tokens=1024, segments=2
+  )
   requests = [sample.Request(text, 8, 8, 5, 16.0) for text in ("a red circle", "b")]
   first, second = model.sample(requests, Options(steps=2))
   assert first.shape == (5, 8, 8, 3) and first.dtype == np.uint8
@@ -368,8 +371,8 @@ def test_an_export_is_a_pipeline(exported, imported, tmp_path):
 
 def test_export_of_params_that_were_trained(tmp_path):
   """Saved by Orbax as jax.Array, several layers to a chunk."""
-  meta = {"model": dataclasses.asdict(DIT), "text": {"features": "x"}}
-  meta["noise"] = {"process": "flow", "target": "velocity"}
+  text = FrozenText("x", pad_to=512)
+  meta = DiTMeta(DIT, text, 512, 128, 1024, 2, 16.0, True, "vae-0").to_json()
   checkpoint.save_model(
     tmp_path / "dit" / "model", jax.tree.map(jax.numpy.asarray, params_of("dit")), meta
   )

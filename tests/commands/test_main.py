@@ -13,8 +13,9 @@ import pytest
 import tiny
 
 from sora_jax import train_dit, train_vae
-from sora_jax.data import records, video
+from sora_jax.data import records
 from sora_jax.data.clips import read_manifest
+from sora_jax.data.video import probe, reader, writer
 from sora_jax.run import recipe as recipes
 from sora_jax.run import stages
 from sora_jax.runtime import checkpoint, sharding
@@ -40,8 +41,8 @@ def test_a_run_makes_samples(tiny_run):
   assert [film.suffix for film in films] == [".mp4", ".png"]
   for film, sample in zip(films, samples, strict=True):
     shape = (sample["frames"], sample["height"], sample["width"], 3)
-    assert video.read(film).shape == shape
-  assert video.probe(films[0]).fps == pytest.approx(12)
+    assert reader.read(film).shape == shape
+  assert probe.probe(films[0]).fps == pytest.approx(12)
   with PIL.Image.open(folder / "contact_sheet.png") as sheet:
     # Two rows of frames of 64x64 drawn twice as large.
     assert sheet.height > 2 * 128 and sheet.width > 128
@@ -187,7 +188,7 @@ def make_folder(folder, captions):
     frames = 1 if name.lower().endswith(".png") else 17
     height = 64 if number % 2 else 48
     noise = rng.integers(0, 256, (frames, height // 8, 10, 3), np.uint8)
-    video.write(folder / name, noise.repeat(8, axis=1).repeat(8, axis=2), 12)
+    writer.write(folder / name, noise.repeat(8, axis=1).repeat(8, axis=2), 12)
     if captions:
       text = (folder / name).with_suffix(".txt")
       text.write_text(f"noise number {number}\n\nein Rauschen, 噪声\n")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from data.batch_checks import assert_equal, rows_of, take
 
-from sora_jax.data import video
 from sora_jax.data.batches import Batches
 from sora_jax.data.clip_dataset import ClipDataset
 from sora_jax.data.clips import Clip
+from sora_jax.data.video import writer
 
 
 def ramp(frames, height, width):
@@ -26,7 +26,7 @@ def pixels(tmp_path_factory):
   for i in range(9):
     frames, height, width = [(17, 32, 48), (1, 48, 32), (9, 32, 32)][i % 3]
     path = str(folder / f"{i}.{'png' if frames == 1 else 'mp4'}")
-    video.write(path, ramp(frames, height, width), 16.0)
+    writer.write(path, ramp(frames, height, width), 16.0)
     split = "heldout" if i == 8 else "train"
     clips.append(Clip(str(i), path, 0.0, frames, 16.0, height, width, (), split, None))
   return clips

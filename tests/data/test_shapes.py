@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from sora_jax.data import shapes, sources, video
+from sora_jax.data import shapes, sources
+from sora_jax.data.video import reader
 from sora_jax.evaluation import shape_attributes
 
 _HELDOUT = 200
@@ -133,7 +134,7 @@ def test_the_encoder_keeps_the_picture(folder):
   quality = []
   for row in [row for row in _rows(folder) if row["truth"]["frames"] > 1][:40]:
     want = shapes.draw(row["truth"]).astype(np.float64)
-    error = (video.read(folder / row["path"]) - want) ** 2
+    error = (reader.read(folder / row["path"]) - want) ** 2
     quality.append(10 * np.log10(255**2 / error.mean()))
   # What is lost is lost by 4:2:0 chroma; a chroma shift would cost 1.5 dB more.
   assert min(quality) > 32 and np.mean(quality) > 38, (min(quality), np.mean(quality))
@@ -157,7 +158,7 @@ def _judge(rows, read):
 @pytest.mark.slow
 def test_analyser_reads_heldout_clips(folder):
   rows = [row for row in _rows(folder) if row["split"] == "heldout"]
-  right, confused = _judge(rows, lambda row: video.read(folder / row["path"]))
+  right, confused = _judge(rows, lambda row: reader.read(folder / row["path"]))
   assert set(right) == {"color", "shape", "motion", "count", "reappear"}
   assert right["color"][1] == _HELDOUT and right["motion"][1] > 0.7 * _HELDOUT
   for name, (share, _) in right.items():
@@ -168,7 +169,7 @@ def test_analyser_reads_blurred_and_noisy_clips(folder):
   rng = np.random.default_rng(0)
 
   def read(row):
-    clip = video.read(folder / row["path"]).astype(np.float32)
+    clip = reader.read(folder / row["path"]).astype(np.float32)
     clip = ndimage.gaussian_filter(clip, (0, 1, 1, 0)) + rng.normal(0, 6, clip.shape)
     return clip.clip(0, 255).astype(np.uint8)
 
@@ -186,7 +187,7 @@ def test_analyser_judges_what_it_sees(folder):
     for row in rows:
       items = row["truth"]["objects"]
       if [o["motion"] for o in items] == [motion] and row["truth"]["frames"] > 1:
-        return video.read(folder / row["path"])
+        return reader.read(folder / row["path"])
 
   def motion(clip):
     (item,) = shape_attributes.analyse_video(clip)["objects"]

@@ -8,7 +8,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from sora_jax.data import clips, sources, video
+from sora_jax.data import clips, sources
+from sora_jax.data.video import reader, writer
 
 _LIMITS = {"max_frames": 17, "max_pixels": 64 * 64, "size_multiple": 16}
 
@@ -19,7 +20,7 @@ def media(tmp_path_factory):
   path = tmp_path_factory.mktemp("media") / "a.mp4"
   frames = np.full((10, 48, 64, 3), 90, np.uint8)
   frames += np.arange(10, dtype=np.uint8)[:, None, None, None]
-  video.write(path, frames, 10)
+  writer.write(path, frames, 10)
   return path
 
 
@@ -65,13 +66,13 @@ def test_manifest_says_what_to_use(tmp_path, media):
 def test_long_videos_are_cut(tmp_path):
   frames = np.repeat(np.arange(44, dtype=np.uint8) * 5, 48 * 64 * 3)
   frames = frames.reshape(44, 48, 64, 3)
-  video.write(tmp_path / "long.mp4", frames, 20)
+  writer.write(tmp_path / "long.mp4", frames, 20)
   found, _ = sources.scan(tmp_path, **_LIMITS)
   assert [c.id for c in found] == ["long#0", "long#1", "long#2"]
   assert [c.frames for c in found] == [17, 17, 9]
   assert [c.start for c in found] == pytest.approx([0.0, 0.85, 1.7])
   for clip in found:
-    got = video.read(
+    got = reader.read(
       clip.path, start=clip.start, frames=clip.frames, fps=clip.fps,
       size=(clip.height, clip.width),
     )  # fmt: skip
@@ -90,7 +91,7 @@ def test_bad_files_are_listed_and_left_out(tmp_path, media):
   (tmp_path / "text.webm").write_text("hello " * 100)
   data = media.read_bytes()
   (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
-  video.write(tmp_path / "short.mp4", np.zeros((3, 32, 32, 3), np.uint8), 10)
+  writer.write(tmp_path / "short.mp4", np.zeros((3, 32, 32, 3), np.uint8), 10)
   found, rejected = sources.scan(tmp_path, **_LIMITS)
   assert [clip.id for clip in found] == ["good"]
   reasons = {path.rsplit("/", 1)[1]: reason for path, reason in rejected}
@@ -171,10 +172,9 @@ def test_legal_sizes():
     sources.legal_size(64, 64, 100, 16)
 
 
-def test_legal_frames():
-  assert [sources.legal_frames(n) for n in (1, 4, 5, 8, 9, 34)] == [1, 1, 5, 5, 9, 33]
-  with pytest.raises(ValueError, match="not 0"):
-    sources.legal_frames(0)
+def test_clips_of_no_frame_are_refused(tmp_path):
+  with pytest.raises(ValueError, match="at least 1 frame is needed, not 0"):
+    sources.scan(tmp_path, max_frames=0, max_pixels=64 * 64, size_multiple=16)
 
 
 def test_manifest_round_trip(tmp_path):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from golden import make_ssim
 
-from sora_jax.data import shapes, sources, video
+from sora_jax.data import shapes, sources
 from sora_jax.data.clips import Clip, read_rows
+from sora_jax.data.video import writer
 from sora_jax.evaluation import attributes, heldout, quality
 from sora_jax.evaluation.reconstruction import reconstruction
 from sora_jax.run import recipe as recipes
@@ -84,7 +85,7 @@ def test_attributes_of_real_and_of_shuffled_files(heldout_rows):
 def test_attributes_of_files_that_show_nothing(heldout_rows, tmp_path):
   """What an untrained model makes has no attribute right, and is not an error."""
   path = tmp_path / "grey.mp4"
-  video.write(path, np.full((9, 64, 64, 3), 90, np.uint8), 12)
+  writer.write(path, np.full((9, 64, 64, 3), 90, np.uint8), 12)
   row = next(row for row in heldout_rows if row["truth"]["frames"] > 1)
   table = attributes.attribute_table([row["truth"]], [path], [row["path"]])
   assert {column["samples"] for column in table.values()} == {0.0}
@@ -104,7 +105,7 @@ def test_format_table():
 
 def make_clip(path, frames=9, height=32, width=32):
   rng = np.random.default_rng(frames)
-  video.write(path, rng.integers(0, 256, (frames, height, width, 3), np.uint8), 8)
+  writer.write(path, rng.integers(0, 256, (frames, height, width, 3), np.uint8), 8)
   return Clip(path.stem, str(path), 0.0, frames, 8.0, height, width)
 
 

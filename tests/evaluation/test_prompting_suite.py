@@ -5,8 +5,8 @@ import types
 import numpy as np
 import pytest
 
-from sora_jax.data import video
 from sora_jax.data.clips import Clip
+from sora_jax.data.video import writer
 from sora_jax.evaluation import prompting_cases, prompting_suite
 
 FPS = 8.0
@@ -20,7 +20,7 @@ def cases(tmp_path):
   for seed, name in enumerate("ab"):
     path = tmp_path / f"{name}.mp4"
     rng = np.random.default_rng(seed)
-    video.write(path, rng.integers(0, 256, (17, 64, 64, 3), np.uint8), FPS)
+    writer.write(path, rng.integers(0, 256, (17, 64, 64, 3), np.uint8), FPS)
     sizes = (0.0, 17, FPS, 64, 64)
     clips.append(Clip(name, str(path), *sizes, (f"clip {name}",), truth=TRUTH))
   autoencoder = types.SimpleNamespace(batch_size=lambda n: n, decode=lambda x: x)

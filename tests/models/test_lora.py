@@ -16,7 +16,7 @@ from golden import make_losses
 from golden.make_losses import FAST_COMPILE
 from jax.sharding import PartitionSpec as P
 
-from sora_jax.data import video
+from sora_jax.data.video import reader
 from sora_jax.models import dit, lora
 from sora_jax.run import init_from
 from sora_jax.run import recipe as recipes
@@ -300,7 +300,7 @@ def test_sampling_the_run_or_the_base_with_its_adapter(lora_run, tiny_run, comma
   ):
     out = run.workdir.parent / f"{name}.png"
     commands.run("sample", *more, "--prompt=a star", "--steps=2", f"--out={out}")
-    videos.append(video.read(out))
+    videos.append(reader.read(out))
   np.testing.assert_array_equal(videos[0], videos[1])
 
 

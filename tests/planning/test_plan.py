@@ -32,7 +32,7 @@ from sora_jax.planning import (
   workload,
 )
 from sora_jax.run import recipe
-from sora_jax.runtime import sharding
+from sora_jax.runtime import files, sharding
 
 CUBE = hardware.parse("v5p:4x4x4")
 
@@ -537,7 +537,7 @@ def test_search_resumes_and_ranks(monkeypatch, tmp_path):
       "programs": [{"fits": number != 1, "peak": 9e10}],
       "speed": {"step_seconds": 2.0, "mfu": 0.4, "tokens_per_day": 1e9 * number},
     }
-    search.write(tmp_path / folder / "v5p-4x4x4-1.json", result)
+    files.write_json(tmp_path / folder / "v5p-4x4x4-1.json", result)
     return types.SimpleNamespace(returncode=0, stderr="")
 
   monkeypatch.setattr(subprocess, "run", run)

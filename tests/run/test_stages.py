@@ -7,6 +7,8 @@ import types
 
 import pytest
 
+from sora_jax.models.meta import TextMeta
+from sora_jax.models.t5 import T5Config
 from sora_jax.run import recipe as recipes
 from sora_jax.run import stages
 
@@ -270,7 +272,8 @@ def test_models_to_begin_with_are_looked_at_first(runs, tmp_path):
 def _write_text_meta(folder):
   path = folder / "text" / "model"
   path.mkdir(parents=True)
-  model = {"params": "params-0", "meta": {"model": {"width": 4096}}}
+  meta = TextMeta(T5Config(width=4096), id="text-0").to_json()
+  model = {"params": "params-0", "meta": meta}
   (path / "model.json").write_text(json.dumps(model))
   return str(folder)
 

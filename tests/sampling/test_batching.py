@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import numpy as np
@@ -41,7 +42,7 @@ def test_rows_have_few_lengths(wanted, trained, length):
 
 
 def test_rows_are_shorter_so_that_all_devices_have_one():
-  meta = {"tokens": 32768, "text_tokens": 64, "segments": 8}
+  meta = types.SimpleNamespace(tokens=32768, text_tokens=64, segments=8)
   sizes = [(6000, 8, 1)] * 4
   for shards, tokens, rows in ((1, 24576, 1), (2, 12288, 2), (4, 6144, 4)):
     budget = batching.budget_of(sizes, meta, shards)
@@ -61,7 +62,8 @@ def test_rows_are_shorter_so_that_all_devices_have_one():
 )
 def test_rows_of_a_published_size(size, frames, tokens):
   """Wan 2.1's 14B: prompts of large images and long videos become one row each."""
-  model, meta = dit.PRESETS["wan2.1-t2v-14b"], {"tokens": 4096, "text_tokens": 512}
+  model = dit.PRESETS["wan2.1-t2v-14b"]
+  meta = types.SimpleNamespace(tokens=4096, text_tokens=512, segments=1)
   job = Job("a star", size=size, frames=frames, fps=16.0, window=81, given=9)
   timeline = modes.plan(job, None, 16)
   assert timeline.frames == frames and timeline.grid[0] == 1 + (frames - 1) // 4
@@ -71,7 +73,7 @@ def test_rows_of_a_published_size(size, frames, tokens):
   features = np.zeros((512, 1), np.float32)
   texts, shot_T = conditioning.texts(prompt)
   clip = batching.RowClip(prompt, [(features, features)] * len(texts), shot_T)
-  budget = batching.budget_of([clip.size], {**meta, "segments": 1})
+  budget = batching.budget_of([clip.size], meta)
   assert tokens <= budget.tokens < max(2 * tokens, 4097)
   rows = sample_batch.RowLayout(dataclasses.replace(model, channels=1), 16.0, "flow")
   batch, _ = rows.batch([[clip]], [[0]], 1, budget, 5.0)

@@ -9,7 +9,7 @@ from absl.testing import flagsaver
 from sampling.toy_media import clip
 
 from sora_jax import sample
-from sora_jax.data import video
+from sora_jax.data.video import reader, writer
 from sora_jax.diffusion.solvers import Options
 from sora_jax.run import cli
 from sora_jax.sampling import flags as job_flags
@@ -34,7 +34,7 @@ def command(sampler):
 
 def test_a_sidecar_makes_the_same_again(command, tmp_path):
   source, first, again = (tmp_path / f"{name}.mp4" for name in ("in", "a", "b"))
-  video.write(source, clip(9), 12)
+  writer.write(source, clip(9), 12)
   command(
     "--checkpoint=runs/tiny",
     "--prompt=a red circle",
@@ -49,14 +49,14 @@ def test_a_sidecar_makes_the_same_again(command, tmp_path):
   )
   made = json.loads((tmp_path / "a.mp4.json").read_text())
   assert made["job"]["extend_after"] == 0.7 and made["options"]["steps"] == 2
-  assert len(video.read(first)) == 17
+  assert len(reader.read(first)) == 17
   command(f"--from={first}.json", f"--out={again}")
   assert first.read_bytes() == again.read_bytes()
   assert json.loads((tmp_path / "b.mp4.json").read_text()) == made
   # A flag changes what it says, and nothing else.
   command(f"--from={first}.json", "--seed=6", f"--out={again}")
   assert first.read_bytes() != again.read_bytes()
-  video.write(source, clip(9, 1), 12)
+  writer.write(source, clip(9, 1), 12)
   with pytest.raises(ValueError, match="in.mp4 has changed since"):
     command(f"--from={first}.json", f"--out={again}")
 
@@ -65,8 +65,8 @@ def test_previews_are_written_first(command, tmp_path):
   out = tmp_path / "x.png"
   command("--checkpoint=runs/tiny", "--prompt=a star", "--size=32x64", "--steps=2",
           "--preview=0.5", f"--out={out}")  # fmt: skip
-  assert video.read(tmp_path / "x-preview.png").shape == (1, 32, 16, 3)
-  assert video.read(out).shape == (1, 64, 32, 3)
+  assert reader.read(tmp_path / "x-preview.png").shape == (1, 32, 16, 3)
+  assert reader.read(out).shape == (1, 64, 32, 3)
 
 
 def test_every_field_of_a_job_and_of_the_options_is_a_flag(command):

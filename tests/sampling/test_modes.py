@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sampling.toy_media import OPTIONS, C, clip, latents, request
 
-from sora_jax.data import video
+from sora_jax.data.video import resizing
 from sora_jax.sampling import modes, windows
 from sora_jax.sampling.conditioning import Prompt
 from sora_jax.sampling.job import Job
@@ -153,7 +153,7 @@ def test_what_is_lost_is_said(sampler, caplog):
 
 def test_fits():
   wide = np.full((1, 16, 32, 3), 200, np.uint8)
-  padded = video.resize(wide, (32, 32), "pad")[0]
+  padded = resizing.resize(wide, (32, 32), "pad")[0]
   assert (padded[:8] == 0).all() and (padded[24:] == 0).all()
   assert (padded[8:24] == 200).all()
-  assert (video.resize(wide, (32, 32), "crop") == 200).all()
+  assert (resizing.resize(wide, (32, 32), "crop") == 200).all()

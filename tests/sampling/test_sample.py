@@ -12,8 +12,9 @@ from absl import flags
 from absl.testing import flagsaver
 
 from sora_jax import sample
-from sora_jax.data import video
+from sora_jax.data.video import probe, reader
 from sora_jax.diffusion.solvers import Options
+from sora_jax.models.meta import Noise
 from sora_jax.run import cli
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding
@@ -160,7 +161,7 @@ def test_negative_prompt(sampler):
 
 
 def test_a_model_is_sampled_by_its_own_noise_process(sampler):
-  meta = {**sampler.meta, "noise": {"process": "ddpm_linear", "target": "eps"}}
+  meta = dataclasses.replace(sampler.meta, noise=Noise("ddpm_linear", "eps"))
   parts = (sampler.params, meta, sampler.autoencoder, sampler.vocabulary)
   made = sample.Sampler(*parts, sampler.dtype)
   (ours,), (flow,) = make(made, FILM), make(sampler, FILM)
@@ -178,7 +179,7 @@ def test_heun_and_guidance(sampler, film):
 def test_without_guidance_and_longer_than_a_row_of_training(sampler):
   # 9 latent frames of 16 tokens, where a row of training had 96.
   request = dataclasses.replace(FILM, frames=33)
-  assert sampler.meta["tokens"] == 96
+  assert sampler.meta.tokens == 96
   (longer,) = make(sampler, request, guidance_scale=1.0)
   assert longer.shape == (33, 64, 64, 3)
 
@@ -261,9 +262,9 @@ def command(sampler):
 def test_formats(command, film, tmp_path, suffix):
   out = tmp_path / "new" / f"x{suffix}"
   command(f"--prompt={FILM.prompt}", "--frames=9", "--seed=4", f"--out={out}")
-  read = video.read(out)
+  read = reader.read(out)
   assert read.shape == film.shape
-  info = video.probe(out)
+  info = probe.probe(out)
   assert info.fps == pytest.approx(12, rel=0.05)
   assert brightness_error(read, film) < 4
   names = sorted(path.name for path in out.parent.iterdir())
@@ -273,7 +274,7 @@ def test_formats(command, film, tmp_path, suffix):
 def test_an_image(command, sampler, tmp_path):
   out = tmp_path / "x.png"
   command("--prompt=white noise", "--size=48x32", "--fps=8", "--seed=6", f"--out={out}")
-  assert difference(video.read(out), make(sampler, IMAGE)[0]) == 0
+  assert difference(reader.read(out), make(sampler, IMAGE)[0]) == 0
   with PIL.Image.open(out) as image:
     assert image.text["comment"] == "white noise"
 
@@ -292,7 +293,7 @@ def test_several_prompts(command, film, tmp_path):
   )
   names = [f"x-00{n}.mp4" for n in range(3)]
   assert sorted(path.name for path in tmp_path.glob("*.mp4")) == names
-  videos = [video.read(tmp_path / name) for name in names]
+  videos = [reader.read(tmp_path / name) for name in names]
   # The second prompt has the second seed, and is what it is by itself.
   assert brightness_error(videos[1], film) < 4 < brightness_error(videos[0], film)
   assert difference(videos[0], videos[2]) > 3
@@ -304,7 +305,7 @@ def test_an_odd_size_is_said(command, tmp_path, caplog):
   out = tmp_path / "x.png"
   caplog.set_level("INFO", logger="absl")
   command("--prompt=white noise", "--size=47x33", "--seed=6", f"--out={out}")
-  assert video.read(out).shape == (1, 33, 47, 3)
+  assert reader.read(out).shape == (1, 33, 47, 3)
   assert "47x33 is off the model's grid of 16 pixels: made at 48x48" in caplog.text
 
 
@@ -323,5 +324,5 @@ def test_as_a_user_types_it(tiny_run, commands, tmp_path):
   )
   assert "60x70, 10 frames is off the model's grid" in log
   for n in range(2):
-    assert video.read(tmp_path / f"x-00{n}.mp4").shape == (10, 70, 60, 3)
+    assert reader.read(tmp_path / f"x-00{n}.mp4").shape == (10, 70, 60, 3)
   assert sheet.exists()

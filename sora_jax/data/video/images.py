@@ -1,0 +1,49 @@
+"""Images in files: one frame [H, W, 3], upright, without transparency."""
+
+import pathlib
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import PIL.PngImagePlugin
+
+from sora_jax.data.video import media
+
+
+def read(path) -> np.ndarray:
+  """Reads an image file: uint8 [H, W, 3].
+
+  Raises:
+    ClipError: the file is damaged, or no image.
+  """
+  try:
+    with PIL.Image.open(path) as image:
+      image.load()
+      image = PIL.ImageOps.exif_transpose(image)
+      if image.mode.startswith("I"):  # 16 bit grey, which Pillow would clip
+        grey = np.asarray(image).astype(np.float32) / 257
+        image = PIL.Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+      if image.has_transparency_data:
+        return over_white(np.asarray(image.convert("RGBA")))
+      return np.asarray(image.convert("RGB"))
+  except (*media.DECODE_ERRORS, PIL.Image.DecompressionBombError) as e:
+    raise media.ClipError(path, f"not an image ({media.short_message(e)})") from e
+
+
+def over_white(rgba: np.ndarray) -> np.ndarray:
+  """Lays uint8 [..., 4] over white: uint8 [..., 3]."""
+  alpha = rgba[..., 3:].astype(np.uint16)
+  rgb = rgba[..., :3] * alpha + 255 * (255 - alpha)
+  return ((rgb + 127) // 255).astype(np.uint8)
+
+
+def write(path: pathlib.Path, frame_HWC: np.ndarray, metadata: dict[str, str]) -> None:
+  """Writes a frame as .png or .jpg; only a PNG keeps the metadata."""
+  image = PIL.Image.fromarray(np.ascontiguousarray(frame_HWC))
+  if path.suffix.lower() == ".png":
+    info = PIL.PngImagePlugin.PngInfo()
+    for name, text in metadata.items():
+      info.add_itxt(name, text)
+    image.save(path, pnginfo=info)
+  else:
+    image.save(path, quality=95, subsampling=0)
