@@ -153,6 +153,7 @@ def test_networks_and_math_do_no_io(layer):
     "math",
     "bisect",
     "functools",
+    "operator",
   ]
   allowed += ["collections", "dataclasses", "typing", "re", "sora_jax"]
   for name in inside(layer):

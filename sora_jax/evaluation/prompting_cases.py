@@ -13,6 +13,7 @@ import numpy as np
 
 from sora_jax.data.clips import Clip
 from sora_jax.data.video import reader
+from sora_jax.packing import time_grid
 from sora_jax.sampling.job import Job
 from sora_jax.sampling.pipeline import Sampler
 
