@@ -26,6 +26,7 @@ setup(
     "Programming Language :: Python :: 3.13",
   ],
   packages=find_packages(include=["sora_jax", "sora_jax.*"]),
+  package_data={"sora_jax": ["py.typed"]},
   # Ranges that were run together; the lower ends are what CI has seen.
   install_requires=[
     "absl-py>=2.1",
@@ -60,6 +61,7 @@ setup(
     "notebook": NOTEBOOK,
     "test": [
       *NOTEBOOK,
+      "mypy>=1.13",
       "pytest>=8",
       "pytest-xdist>=3.6",
       "ruff>=0.14",

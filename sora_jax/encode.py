@@ -118,7 +118,7 @@ def encode_clips(
     captions = sorted({caption for clip in clips for caption in clip.captions})
     texts = dict(zip(captions, encode_text(captions), strict=True))
   batch_size = autoencoder.batch_size(config.batch_size)
-  groups = {}
+  groups: dict[tuple[int, int, int], list] = {}
   for clip in clips:
     frames = frame_bucket(clip.frames, config.frame_buckets)
     key = (frames, clip.height, clip.width)

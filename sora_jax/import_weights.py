@@ -124,7 +124,7 @@ def _meta_of(out, kind):
 
 def _params(component, dtype) -> dict:
   """Params whose leaves read their tensors when they are written."""
-  params = {}
+  params: dict = {}
   for path, parts in mapping.by_leaf(component.published.entries()).items():
     # The DiT's params are as its task has them.
     prefix = ["dit"] if component.published.network == "dit" else []

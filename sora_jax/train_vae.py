@@ -146,7 +146,8 @@ def latent_statistics(model, params, batches, mesh) -> tuple[np.ndarray, np.ndar
       jnp.sum(mean_BTHWC**2 * mask, (0, 1, 2, 3)),
     )
 
-  count, total, squares = 0.0, 0.0, 0.0
+  C = model.latent_channels
+  count, total, squares = 0.0, np.zeros(C), np.zeros(C)
   with jax.set_mesh(mesh):
     for batch in batches:
       batch = {k: v for k, v in batch.items() if not k.startswith("clip")}

@@ -12,7 +12,7 @@ _FILE = "bad_clips.jsonl"
 class BadClips:
   """Notes clips that could not be read, once a process, in <folder>/bad_clips.jsonl."""
 
-  def __init__(self, folder: str | None):
+  def __init__(self, folder: str | os.PathLike | None):
     self._path = None
     if folder is not None:
       os.makedirs(folder, exist_ok=True)
@@ -36,7 +36,7 @@ class BadClips:
       os.close(descriptor)
 
 
-def report_bad_clips(folder: str, total: int) -> int:
+def report_bad_clips(folder: str | os.PathLike, total: int) -> int:
   """Logs how many clips of `total` could not be read so far, and why; the count."""
   path = os.path.join(os.fspath(folder), _FILE)
   if not os.path.exists(path):

@@ -11,7 +11,7 @@ from sora_jax.packing import time_grid
 
 def limit_sizes(clips: list[Clip], max_sizes: int) -> list[Clip]:
   """Gives clips of rare frame sizes the nearest of the `max_sizes` commonest ones."""
-  counts = {}
+  counts: dict[tuple[int, int], int] = {}
   for clip in clips:
     size = (clip.height, clip.width)
     counts[size] = counts.get(size, 0) + 1

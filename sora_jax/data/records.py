@@ -104,7 +104,7 @@ class LatentReader:
 
   def __init__(self, folder: str):
     self._folder = os.fspath(folder)
-    self._readers = {}
+    self._readers: dict = {}
 
   def read(self, clip: LatentClip) -> dict[str, np.ndarray]:
     """Returns `latent_THWC` and `extras_NHWC`, float32, and the list `texts`, bfloat16.
@@ -134,7 +134,7 @@ class LatentReader:
   def close(self):
     for reader in self._readers.values():
       reader.close()
-    self._readers = {}
+    self._readers: dict = {}
 
   def __getstate__(self):
     return {"_folder": self._folder, "_readers": {}}

@@ -76,7 +76,7 @@ class FrozenTextEncoder:
     of the mesh must call it alike.
     """
     ids = [self._tokenizer.encode(clean(text), max_tokens) for text in texts]
-    features = [None] * len(ids)
+    features: dict[int, np.ndarray] = {}
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     rows = sharding.whole_batch(_BATCH, self._mesh)
     for start in range(0, len(order), rows):
@@ -89,15 +89,15 @@ class FrozenTextEncoder:
         text_BS[row, : len(ids[i])], mask_BS[row, : len(ids[i])] = ids[i], True
       batch = NamedSharding(self._mesh, P(sharding.BATCH_AXES))
       with jax.set_mesh(self._mesh):
-        text_BS, mask_BS = (
-          jax.make_array_from_callback(x.shape, batch, lambda index, x=x: x[index])
+        placed = (
+          jax.make_array_from_callback(x.shape, batch, x.__getitem__)
           for x in (text_BS, mask_BS)
         )
-        made_BSE = self._encode({"params": self._params}, text_BS, mask_BS)
-      made_BSE = np.asarray(jax.device_get(made_BSE)).astype(jnp.bfloat16)
+        features_BSE = self._encode({"params": self._params}, *placed)
+      features_BSE = np.asarray(jax.device_get(features_BSE)).astype(jnp.bfloat16)
       for row, i in enumerate(part):
-        features[i] = made_BSE[row, : len(ids[i])]
-    return features
+        features[i] = features_BSE[row, : len(ids[i])]
+    return [features[i] for i in range(len(ids))]
 
 
 def clean(text: str) -> str:

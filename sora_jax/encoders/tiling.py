@@ -60,9 +60,9 @@ def plan(grid: tuple[int, int], tile: int) -> Tiles:
   """
   if tile < 2:
     raise ValueError(f"a tile has {tile} latent pixels a side, it needs 2 to overlap")
-  size = tuple(min(tile, n) for n in grid)
-  starts = [_starts(n, length) for n, length in zip(grid, size, strict=True)]
-  return Tiles(tuple(grid), size, *starts)
+  height, width = (min(tile, n) for n in grid)
+  rows, columns = _starts(grid[0], height), _starts(grid[1], width)
+  return Tiles((grid[0], grid[1]), (height, width), rows, columns)
 
 
 def _starts(length, tile):

@@ -96,13 +96,16 @@ def _long_clips(workdir) -> list:
   return clips
 
 
-def measure(model, cases, options) -> tuple[dict, np.ndarray | None]:
+def measure(model, cases, options) -> tuple[dict, np.ndarray]:
   """Runs the cases of a mode.
 
   Returns:
     The means over the cases, as the module names them, and the first case's video.
   """
-  values, equal, first, begin = collections.defaultdict(list), [], None, 0.0
+  values: dict[str, list] = collections.defaultdict(list)
+  videos: list[np.ndarray] = []
+  equal: list[bool] = []
+  begin = 0.0
   for i, case in enumerate(cases):
 
     def watch(prompt, latent_THWC):
@@ -115,7 +118,7 @@ def measure(model, cases, options) -> tuple[dict, np.ndarray | None]:
     # The first one compiles.
     begin = time.monotonic() if i == 1 else begin
     video_THWC = np.concatenate(list(model.stream(case.job, options, watch=watch)))
-    first = video_THWC if first is None else first
+    videos = videos or [video_THWC]
     for part, wanted_THWC in case.kept:
       values["kept"].append(
         psnr(video_THWC[part][:, *case.region], wanted_THWC[:, *case.region])
@@ -130,10 +133,11 @@ def measure(model, cases, options) -> tuple[dict, np.ndarray | None]:
       )
       for name in ("color", "shape", "count"):
         values[name].append(right[name])
-  row = {name: float(np.mean(found)) for name, found in values.items()}
+  row: dict = {name: float(np.mean(found)) for name, found in values.items()}
   row["seconds"] = (time.monotonic() - begin) / max(1, len(cases) - 1)
   row["n"] = len(cases)
-  return {**row, "equal": all(equal) if equal else None, "soft": cases[0].soft}, first
+  row |= {"equal": all(equal) if equal else None, "soft": cases[0].soft}
+  return row, videos[0]
 
 
 def seam_ratio(video_THWC: np.ndarray, at: int, others=None) -> float:

@@ -20,6 +20,7 @@ from sora_jax.models.vae_config import VAEConfig
 VERSION = 1
 
 
+@dataclasses.dataclass(frozen=True)
 class _Meta:
   """Reads and writes the fields of a dataclass that derives from it."""
 

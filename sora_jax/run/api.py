@@ -26,9 +26,10 @@ def load_config(
     ValueError: if there is no such file or key, or the values do not go together.
   """
   path, _, variant = os.fspath(name).partition(":")
-  if not pathlib.Path(path).is_file():
+  if not (path.endswith(".py") and pathlib.Path(path).is_file()):
     raise ValueError(f"{path}: no such config file")
   spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+  assert spec and spec.loader, path  # a path that ends in .py has a loader
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   if not hasattr(module, "get_config"):

@@ -62,9 +62,9 @@ def without_free(section, values: dict) -> dict:
 
 def of(name: str, old: dict, new: dict, recipe: recipes.Recipe) -> list[Change]:
   """The keys in which a stage's config differs; free ones do not count."""
-  configs = (effective(name, config, recipe) for config in (old, new))
+  before_all, after_all = (effective(name, c, recipe) for c in (old, new))
   changes = []
-  for key, before, after in hosts.differences(*configs):
+  for key, before, after in hosts.differences(before_all, after_all):
     default = _default(recipe, key)
     changes.append(
       Change(key, *(default if value is None else value for value in (before, after)))

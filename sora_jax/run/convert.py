@@ -25,7 +25,7 @@ def fill_in(
     kind, missing = hints[field.name], field.default is dataclasses.MISSING
     if field.name in without.get(where, ()):
       continue
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
       if field.name not in config:
         config[field.name] = ConfigDict()
       fill_in(kind, config[field.name], f"{where}.{field.name}", without)

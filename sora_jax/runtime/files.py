@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -25,14 +26,13 @@ def replacing(path, suffix: str = ".tmp") -> Iterator[pathlib.Path]:
       that one of a bucket (`etils.epath`) is replaced there.
     suffix: of the new file, for writers that take the format from it.
   """
-  if not isinstance(path, pathlib.PurePath):
-    path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
+  file: Any = path if isinstance(path, pathlib.PurePath) else pathlib.Path(path)
+  file.parent.mkdir(parents=True, exist_ok=True)
   # Processes may write the same file at once: each has a name of its own.
-  partial = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
+  partial = file.with_name(f".{file.name}.{os.getpid()}{suffix}")
   try:
     yield partial
-    partial.replace(path)
+    partial.replace(file)
   except BaseException:
     partial.unlink(missing_ok=True)
     raise

@@ -43,7 +43,7 @@ class Progress:
     self.what, self.total, self.unit = what, total, unit
     self.done, self._skipped = 0, 0
     self._silent = process != 0
-    self._bar: int | None = None
+    self._bar: bars.TaskID | None = None
     self._begin = self._last_line = 0.0
 
   def __enter__(self) -> "Progress":
@@ -114,10 +114,10 @@ class _Display:
     self._console = console
     self._lock = threading.Lock()
     self._bars: bars.Progress | None = None
-    self._open: set[int] = set()
+    self._open: set[bars.TaskID] = set()
     self._log_stream = None
 
-  def open(self, what: str, total: int) -> int | None:
+  def open(self, what: str, total: int) -> bars.TaskID | None:
     """Returns the id of a new bar, or None where there is no terminal."""
     console = self._console or Console(stderr=True)
     if not console.is_terminal:
@@ -142,13 +142,13 @@ class _Display:
       self._open.add(bar)
       return bar
 
-  def update(self, bar: int, count: int, figures: str) -> None:
+  def update(self, bar: bars.TaskID, count: int, figures: str) -> None:
     """Moves a bar on by `count` and shows other figures beside it."""
     with self._lock:
       if self._bars is not None:
         self._bars.update(bar, advance=count, figures=figures)
 
-  def close(self, bar: int) -> None:
+  def close(self, bar: bars.TaskID) -> None:
     """Ends a bar; the last one gives the terminal back."""
     with self._lock:
       self._open.discard(bar)

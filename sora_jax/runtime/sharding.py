@@ -160,7 +160,7 @@ def host_shard(mesh: Mesh) -> tuple[int, int]:
   """
   columns = np.moveaxis(mesh.devices, [mesh.axis_names.index(a) for a in BATCH_AXES],
                         [0, 1])  # fmt: skip
-  shards = {}
+  shards: dict[int, set[int]] = {}
   for row, devices in enumerate(columns.reshape(-1, *columns.shape[2:])):
     for device in devices.flat:
       shards.setdefault(device.process_index, set()).add(row)
@@ -243,9 +243,7 @@ def shard_alike(batch, mesh: Mesh):
       )
     spec = PartitionSpec(BATCH_AXES) if value.ndim else PartitionSpec()
     place = NamedSharding(mesh, spec)
-    placed[name] = jax.make_array_from_callback(
-      value.shape, place, lambda index, value=value: value[index]
-    )
+    placed[name] = jax.make_array_from_callback(value.shape, place, value.__getitem__)
   return placed
 
 

@@ -304,7 +304,8 @@ class _Run:
 
   def _write_evaluation(self, step, params) -> None:
     """Writes the mean of task.evaluate over the batches as eval/*."""
-    totals, frozen = {}, self._setup.task.frozen
+    totals: dict[str, float] = {}
+    frozen = self._setup.task.frozen
     for count, batch in enumerate(self._setup.eval_batches):
       batch = _to_device(batch, self._mesh)
       batch.pop(_STOP, None)

@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import time
+from typing import IO
 
 import numpy as np
 import tensorboardX
@@ -66,7 +67,8 @@ class Meter:
     state = state or {"sums": {}, "count": 0}
     self._goodput = goodput.Goodput(state.get("goodput"), alive)
     self._sums, self._count = dict(state["sums"]), state["count"]
-    self._run = None  # (time, step) when the clock started
+    # (time, step) when the clock started.
+    self._run: tuple[float, int] | None = None
     self._reset(timed=False)
 
   def _reset(self, timed=True):
@@ -144,6 +146,7 @@ class Meter:
         row["tflops_per_device"] = self._tflops / seconds
         if self._peak:
           row["mfu"] = row["tflops_per_device"] / self._peak
+      assert self._run is not None, "timed steps come after a start"
       begin, first = self._run
       row["eta_seconds"] = (now - begin) / (step - first) * (self._steps - step)
     shares = self._goodput.shares()
@@ -182,7 +185,8 @@ class Writer:
   """
 
   def __init__(self, folder, step: int = 0, active: bool = True):
-    self._file = self._board = None
+    self._file: IO[str] | None = None
+    self._board: tensorboardX.SummaryWriter | None = None
     if not active:
       return
     folder = pathlib.Path(folder)
@@ -197,7 +201,7 @@ class Writer:
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Writes one row {"step": step, **values}; non-finite numbers become null."""
-    if not self._file:
+    if not self._file or not self._board:
       return
     values = {name: float(value) for name, value in values.items()}
     row = {k: v if math.isfinite(v) else None for k, v in values.items()}
@@ -239,7 +243,7 @@ class Writer:
       self._board.flush()
 
   def close(self) -> None:
-    if self._file:
+    if self._file and self._board:
       self._file.close()
       self._board.close()
 

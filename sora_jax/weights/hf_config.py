@@ -1,5 +1,6 @@
 """The config.json of published models, and our configs of the same networks."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from sora_jax.models import dit as dit_model
@@ -13,7 +14,11 @@ PRESETS = {
   "dit": dit_model.PRESETS,
   "text": text_model.PRESETS,
 }
-_ENTRIES = {"vae": vae.entries, "dit": dit.entries, "text": text.entries}
+_ENTRIES: dict[str, Callable] = {
+  "vae": vae.entries,
+  "dit": dit.entries,
+  "text": text.entries,
+}
 # Other tensors that a file of the network may hold.
 IGNORED = {"vae": (), "dit": (), "text": text.IGNORED}
 

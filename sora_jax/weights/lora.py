@@ -73,7 +73,7 @@ def read(path, config: DiTConfig) -> dict:
     raise ValueError(f"{path}: no such adapter file")
   pairs, alphas = _collect(path, safetensors_io.read_header(path), config)
   default = _alpha(path)
-  found = {}
+  found: dict = {}
   for (entry, name), pair in pairs.items():
     a, b = (
       safetensors_io.read(pair[kind]).astype(np.float32)

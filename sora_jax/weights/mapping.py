@@ -85,7 +85,7 @@ def assemble(entries: Sequence[Entry], read: Callable[[str], np.ndarray]) -> dic
     entries: of one network.
     read: name of a tensor -> its value.
   """
-  params = {}
+  params: dict = {}
   for path, parts in by_leaf(entries).items():
     if parts[0].layer is None:
       value = parts[0].load(read(parts[0].name))
@@ -126,7 +126,7 @@ def differences(
 
 def by_leaf(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
   """Entries of each leaf of ours, by path, layers in order."""
-  leaves = {}
+  leaves: dict[str, list[Entry]] = {}
   for entry in entries:
     leaves.setdefault(entry.path, []).append(entry)
   for path, parts in leaves.items():

@@ -14,7 +14,7 @@ def merge_file(params, path, config: DiTConfig, mesh, strength: float = 1.0):
   Raises:
     ValueError: naming the file, for one that is not of this model.
   """
-  adapters = {}
+  adapters: dict = {}
   for module, (a, b) in lora_files.read(path, config).items():
     adapters |= {f"dit/{module}/{lora.A}": a, f"dit/{module}/{lora.B}": b}
   return merge(params, lora.nest(adapters), strength, mesh)

@@ -204,7 +204,8 @@ def write(
     values: of the planned tensors, in their order.
     shard_bytes: of the tensors in a file, but where a single one is larger.
   """
-  folder, shards, size = pathlib.Path(folder), [[]], 0
+  folder, size = pathlib.Path(folder), 0
+  shards: list[list] = [[]]
   for tensor in planned:
     if shards[-1] and size + tensor.nbytes > shard_bytes:
       shards.append([])
@@ -212,19 +213,20 @@ def write(
     shards[-1].append(tensor)
     size += tensor.nbytes
   folder.mkdir(parents=True, exist_ok=True)
-  made, names = [], {}
+  paths = []
+  names: dict[str, str] = {}
   for number, shard in enumerate(shards, start=1):
     suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-    made.append(folder / f"{stem}{suffix}.safetensors")
-    write_file(made[-1], shard, values)
-    names |= {tensor.name: made[-1].name for tensor in shard}
+    paths.append(folder / f"{stem}{suffix}.safetensors")
+    write_file(paths[-1], shard, values)
+    names |= {tensor.name: paths[-1].name for tensor in shard}
   assert next(values, None) is None
   if len(shards) > 1:
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
     index = {"metadata": {"total_size": total}, "weight_map": names}
-    made.append(folder / f"{stem}.safetensors.index.json")
-    files.write_json(made[-1], index, sort_keys=True)
-  return made
+    paths.append(folder / f"{stem}.safetensors.index.json")
+    files.write_json(paths[-1], index, sort_keys=True)
+  return paths
 
 
 def write_file(file, planned, values, metadata=None) -> None:

@@ -76,4 +76,6 @@ def declared_duration(stream) -> float | None:
 def is_cut_off(found: float, declared: float | None, fps: float) -> bool:
   """Whether the seconds found are fewer than the header declares."""
   # Headers round and may leave out the last frame's duration, hence the slack.
-  return bool(declared) and declared - found > max(2.5 / fps, 0.02 * declared)
+  if not declared:
+    return False
+  return declared - found > max(2.5 / fps, 0.02 * declared)

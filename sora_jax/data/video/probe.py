@@ -1,6 +1,7 @@
 """Measures media files: their length, rate and size, without reading all frames."""
 
 import dataclasses
+from fractions import Fraction
 
 import av
 
@@ -31,16 +32,18 @@ def probe(path) -> Info:
     return Info(1, 1.0, width, height, 1.0, True)
   with media.open_video(path) as container:
     stream = container.streams.video[0]
-    base = stream.time_base
+    base = stream.time_base or Fraction(1)
     try:
-      pts, ends, latest = [], [], 0.0
+      pts: list[int] = []
+      ends: list[int] = []
+      latest = 0.0
       for packet in container.demux():
         if packet.is_corrupt:
           raise media.ClipError(path, f"damaged after {len(pts)} frames")
         if packet.pts is None or packet.is_discard:  # the flush, or trimmed away
           continue
         end = packet.pts + (packet.duration or 0)
-        latest = max(latest, float(end * packet.time_base))
+        latest = max(latest, float(end * (packet.time_base or base)))
         if packet.stream is stream:
           pts.append(packet.pts)
           ends.append(end)

@@ -64,7 +64,7 @@ def write_chunks(
   if suffix not in media.IMAGE_SUFFIXES + media.VIDEO_SUFFIXES:
     known = " ".join(media.IMAGE_SUFFIXES + media.VIDEO_SUFFIXES)
     raise ValueError(f"{path}: cannot write {suffix!r}, only {known}")
-  metadata = {k: str(v) for k, v in (metadata or {}).items()}
+  texts = {k: str(v) for k, v in (metadata or {}).items()}
   chunks = (_checked(path, chunk) for chunk in chunks)
   first = next(chunks)
   if suffix in media.IMAGE_SUFFIXES or suffix == ".gif":
@@ -75,12 +75,12 @@ def write_chunks(
   # The suffix names the format, before the file has its name, too.
   with files.replacing(path, path.suffix) as partial:
     if suffix in media.IMAGE_SUFFIXES:
-      images.write(partial, first[0], metadata)
+      images.write(partial, first[0], texts)
     elif suffix == ".gif":
-      _write_gif(partial, first, fps, metadata)
+      _write_gif(partial, first, fps, texts)
     else:
       frames = _write_video(partial, itertools.chain([first], chunks), fps, crf,
-                            metadata)  # fmt: skip
+                            texts)  # fmt: skip
   return frames
 
 
