@@ -133,10 +133,10 @@ def encode_clips(
     for frames, read in decoded:
       if not read:
         continue
-      for made in _encode_batch(read, frames, batch_size, autoencoder, config, seed):
+      for record in _encode_batch(read, frames, batch_size, autoencoder, config, seed):
         if encode_text:
-          made["texts"] = [texts[caption] for caption in made["captions"]]
-        yield made
+          record["texts"] = [texts[caption] for caption in record["captions"]]
+        yield record
 
 
 def _read(batch, bad_clips):

@@ -125,13 +125,13 @@ def _write(out, name, published, leaves, dtype, shard_bytes):
     for path, part in parts.items()
     for entry in part
   ]
-  made = safetensors_io.write(out / place, stem, planned, values(), shard_bytes)
+  paths = safetensors_io.write(out / place, stem, planned, values(), shard_bytes)
   names = {str(tensor.dtype) for tensor in planned}
   config = to_json(published, names.pop() if len(names) == 1 else "float32")
   files.write_json(out / place / "config.json", config)
   size = sum(tensor.nbytes for tensor in planned)
   logging.info(
-    "%s: %.2f GB in %d files in %s", name, size / 1e9, len(made), out / place
+    "%s: %.2f GB in %d files in %s", name, size / 1e9, len(paths), out / place
   )
 
 

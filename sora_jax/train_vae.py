@@ -56,7 +56,7 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
 
 
 def _lpips_params(config: vae_task.VAELossConfig, mesh):
-  """Those of config.vae.loss.lpips_file on the mesh; None, and a message, without."""
+  """Loads config.vae.loss.lpips_file onto the mesh; None, and a message, without."""
   if not config.lpips_weight:
     logging.info("vae: no perceptual loss (config.vae.loss.lpips_weight is 0)")
     return None

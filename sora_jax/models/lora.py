@@ -58,16 +58,16 @@ def init(key: Array, shapes, config: LoRAConfig) -> dict:
     ValueError: if the regex picks nothing or what is no kernel, or the rank is above a
       picked kernel's width.
   """
-  made = {}
+  adapters = {}
   for i, (name, leaf) in enumerate(picked(shapes, config).items()):
     *layers, fan_in, fan_out = leaf.shape
     bound = math.sqrt(1 / fan_in)
-    made[f"{name}/{A}"] = jax.random.uniform(
+    adapters[f"{name}/{A}"] = jax.random.uniform(
       jax.random.fold_in(key, i), (*layers, fan_in, config.rank), minval=-bound,
       maxval=bound,
     )  # fmt: skip
-    made[f"{name}/{B}"] = jnp.zeros((*layers, config.rank, fan_out))
-  return nest(made)
+    adapters[f"{name}/{B}"] = jnp.zeros((*layers, config.rank, fan_out))
+  return nest(adapters)
 
 
 def picked(shapes, config: LoRAConfig) -> dict:
@@ -99,7 +99,7 @@ def sharding_rules(
   The long side of A is cut as W's rows are, that of B as its columns, and both along
   the axes of the other side too: so all of the state is shared by all devices.
   """
-  made = []
+  rules_of = []
   for name, leaf in picked(shapes, config).items():
     spec = next(
       spec for regex, spec in rules if re.fullmatch(regex, f"{name}/{KERNEL}")
@@ -109,8 +109,8 @@ def sharding_rules(
     rows, columns = _axes(rows), _axes(columns)
     a = PartitionSpec(*layers, rows + columns, None)
     b = PartitionSpec(*layers, None, columns + rows)
-    made += [(re.escape(f"{name}/{A}"), a), (re.escape(f"{name}/{B}"), b)]
-  return made
+    rules_of += [(re.escape(f"{name}/{A}"), a), (re.escape(f"{name}/{B}"), b)]
+  return rules_of
 
 
 def _axes(entry) -> tuple[str, ...]:

@@ -203,7 +203,7 @@ def finish(recipe: recipes.Recipe, adapters, folder, rules: sharding.Rules, mesh
 
 
 def _shapes(recipe):
-  """Of the DiT's params."""
+  """Shapes of the DiT's params, without making them."""
   stage, text = recipe.dit, None if recipe.text.folder else recipe.dit.text
   task = dit_task.make(stage.model, text, stage.loss, stage.segments)
   return jax.eval_shape(task.init, jax.random.key(0))

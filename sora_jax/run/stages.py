@@ -97,7 +97,10 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
 
 
 def _check_mesh(recipe):
-  """Batches must divide by the devices; better known now than after hours."""
+  """Raises ValueError for batches that do not divide by the devices.
+
+  That is better known now than after hours.
+  """
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
   if not recipe.vae.folder:
     check_rows("config.vae.batch_size", recipe.vae.batch_size, recipe.vae.train, mesh)
@@ -105,7 +108,7 @@ def _check_mesh(recipe):
 
 
 def _check_text(recipe):
-  """Likewise: the text encoder must be there, and have the width of the config."""
+  """Raises ValueError unless the text encoder is there, as wide as the config says."""
   if recipe.text.folder:
     folder = pathlib.Path(recipe.text.folder) / "text" / "model"
     width = TextMeta.from_json(checkpoint.load_meta(folder), folder).model.width

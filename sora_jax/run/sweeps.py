@@ -80,16 +80,16 @@ def names(runs: Sequence[Overrides]) -> list[str]:
   last = {key: key.rsplit(".", 1)[-1] for key in keys}
   often = collections.Counter(last.values())
   short = {key: last[key] if often[last[key]] == 1 else key for key in keys}
-  made = []
+  names = []
   for overrides in runs:
     text = ",".join(f"{short[key]}={value}" for key, value in overrides.items())
     name = re.sub(r"[^\w.,=+-]+", "_", text) or "base"
     if len(name) > 100 or name != (text or "base"):
       name = f"{name[:90]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    if name in made:
+    if name in names:
       raise ValueError(f"two runs of the sweep are the same: {overrides}")
-    made.append(name)
-  return made
+    names.append(name)
+  return names
 
 
 def _rounded(value: float) -> float:

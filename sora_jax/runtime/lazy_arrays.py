@@ -66,7 +66,7 @@ def checkpointer() -> ocp.Checkpointer:
 
 
 def restore_args() -> ocp.RestoreArgs:
-  """For each leaf, whatever it was saved from."""
+  """Returns what restores a leaf as a `Streamed`, whatever it was saved from."""
   return ocp.RestoreArgs(restore_type=Streamed)
 
 

@@ -35,12 +35,12 @@ class Goodput:
       self._seconds["idle"] += max(now - saved - lost, 0.0)
 
   def become(self, cause: str) -> None:
-    """From now on, time goes to this cause."""
+    """Counts the time from now on for this cause."""
     self._count()
     self._cause = cause
 
   def spent(self, cause: str, seconds: float) -> None:
-    """Of the time until now, the last seconds went to this cause instead."""
+    """Counts the last seconds before now for this cause instead."""
     self._count()
     self._seconds[cause] += seconds
     self._seconds[self._cause] -= seconds

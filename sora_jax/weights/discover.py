@@ -167,10 +167,10 @@ def _of_names(published, tensors):
 
   def matches(layout):
     try:
-      made = published._replace(layout=layout).entries()
+      entries = published._replace(layout=layout).entries()
     except ValueError:  # a layout that cannot express the config
       return -1
-    return sum(entry.name in tensors for entry in made)
+    return sum(entry.name in tensors for entry in entries)
 
   return published._replace(layout=max(("diffusers", "original"), key=matches))
 

@@ -158,7 +158,7 @@ def _collect(path, tensors, config):
 
 
 def _alpha(path) -> float | None:
-  """Of the whole file, by its metadata or adapter_config.json; None if not there."""
+  """Alpha of the whole file, by its metadata or adapter_config.json, or None."""
   settings = json.loads(safetensors_io.read_metadata(path).get(_METADATA, "{}"))
   settings = {k.removeprefix("transformer."): v for k, v in settings.items()}
   beside = path.with_name("adapter_config.json")

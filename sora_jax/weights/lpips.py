@@ -18,17 +18,17 @@ _IGNORED = (r"lins\..*", r"scaling_layer\..*")
 
 def names(widths=lpips.WIDTHS) -> list[mapping.Entry]:
   """Every tensor of a file, for `models.lpips.LPIPS(widths)`."""
-  made, fan_in = [], 3
+  parts, fan_in = [], 3
   for i, (width, layers) in enumerate(zip(widths, _LAYERS, strict=True)):
     for j, layer in enumerate(layers):
       name, path = f"net.slice{i + 1}.{layer}", f"vgg/conv_{i}_{j}"
-      made += [
+      parts += [
         mapping.conv(f"{name}.weight", (3, 3), fan_in, width, f"{path}/kernel"),
         mapping.plain(f"{name}.bias", (width,), f"{path}/bias"),
       ]
       fan_in = width
-    made.append(mapping.plain(f"lin{i}.model.1.weight", (1, width, 1, 1), f"head_{i}"))
-  return made
+    parts.append(mapping.plain(f"lin{i}.model.1.weight", (1, width, 1, 1), f"head_{i}"))
+  return parts
 
 
 def load(file, widths=lpips.WIDTHS) -> dict:

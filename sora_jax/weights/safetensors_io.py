@@ -159,13 +159,13 @@ def _read_shards(index):
 
 def pickle_message(file) -> str:
   """What to do with a file that is no safetensors file."""
-  made = pathlib.Path(file).with_suffix(".safetensors")
+  target = pathlib.Path(file).with_suffix(".safetensors")
   return (
     f"{file} is a pickle, which can run any program when it is opened, so it is not "
     "read. Convert it once, where torch is installed: import torch, safetensors.torch; "
     f"x = torch.load({str(file)!r}, map_location='cpu', weights_only=True); "
     "safetensors.torch.save_file({k: v.contiguous().clone() for k, v in x.items()}, "
-    f"{str(made)!r})"
+    f"{str(target)!r})"
   )
 
 

@@ -88,31 +88,31 @@ def entries(config: VAEConfig, layout: str) -> list[Entry]:
 
 def _encoder(config, layout):
   ends, widths = _ENDS[layout], config.encoder_widths
-  made = _end_conv(config, "encoder", ends["conv_in"], "conv_in", None, widths[0])
+  parts = _end_conv(config, "encoder", ends["conv_in"], "conv_in", None, widths[0])
   fan_in = widths[0]
   names = _stage_names(config, layout, "encoder", config.blocks)
   for i, width in enumerate(widths):
     for j in range(config.blocks):
       path = f"encoder/stage_{i}_block_{j}"
-      made += _block(layout, names[i][j], path, fan_in, width)
+      parts += _block(layout, names[i][j], path, fan_in, width)
       fan_in = width
     if i < len(config.downsample):
-      made += _resample(config, names[i][-1], f"encoder/down_{i}", i, width, width)
-  made += _middle(layout, "encoder", fan_in)
+      parts += _resample(config, names[i][-1], f"encoder/down_{i}", i, width, width)
+  parts += _middle(layout, "encoder", fan_in)
   moments = 2 * config.latent_channels
-  made += [
+  parts += [
     plain(
       f"encoder.{ends['norm_out']}.gamma", (fan_in, 1, 1, 1), "encoder/norm_out/scale"
     ),
     *_conv(f"encoder.{ends['conv_out']}", "encoder/conv_out/conv", 3, fan_in, moments),
     *_conv(ends["to_moments"], "encoder/to_moments/conv", 1, moments, moments),
   ]
-  return made
+  return parts
 
 
 def _decoder(config, layout):
   ends, widths, channels = _ENDS[layout], config.decoder_widths, config.latent_channels
-  made = [
+  parts = [
     *_conv(ends["from_latent"], "decoder/from_latent/conv", 1, channels, channels),
     *_conv(
       f"decoder.{ends['conv_in']}", "decoder/conv_in/conv", 3, channels, widths[0]
@@ -124,15 +124,17 @@ def _decoder(config, layout):
   for i, width in enumerate(widths):
     for j in range(config.blocks + 1):
       path = f"decoder/stage_{i}_block_{j}"
-      made += _block(layout, names[i][j], path, fan_in, width)
+      parts += _block(layout, names[i][j], path, fan_in, width)
       fan_in = width
     if i < len(config.downsample):
       fan_in = width if config.stage_shortcut else width // 2
       stage = len(config.downsample) - 1 - i
-      made += _resample(config, names[i][-1], f"decoder/up_{i}", stage, width, fan_in)
+      parts += _resample(config, names[i][-1], f"decoder/up_{i}", stage, width, fan_in)
   name = f"decoder.{ends['norm_out']}.gamma"
-  made.append(plain(name, (fan_in, 1, 1, 1), "decoder/norm_out/scale"))
-  return made + _end_conv(config, "decoder", ends["conv_out"], "conv_out", fan_in, None)
+  parts.append(plain(name, (fan_in, 1, 1, 1), "decoder/norm_out/scale"))
+  return parts + _end_conv(
+    config, "decoder", ends["conv_out"], "conv_out", fan_in, None
+  )
 
 
 def _stage_names(config, layout, part, blocks):
@@ -162,7 +164,7 @@ def _stage_names(config, layout, part, blocks):
 
 def _block(layout, name, path, fan_in, fan_out):
   names = _BLOCK[layout]
-  made = [
+  parts = [
     plain(f"{name}.{names['norm_1']}.gamma", (fan_in, 1, 1, 1), f"{path}/norm_1/scale"),
     *_conv(f"{name}.{names['conv_1']}", f"{path}/conv_1/conv", 3, fan_in, fan_out),
     plain(
@@ -171,10 +173,10 @@ def _block(layout, name, path, fan_in, fan_out):
     *_conv(f"{name}.{names['conv_2']}", f"{path}/conv_2/conv", 3, fan_out, fan_out),
   ]
   if fan_in != fan_out:
-    made += _conv(
+    parts += _conv(
       f"{name}.{names['shortcut']}", f"{path}/shortcut/conv", 1, fan_in, fan_out
     )
-  return made
+  return parts
 
 
 def _middle(layout, part, width):
@@ -192,7 +194,7 @@ def _middle(layout, part, width):
 def _resample(config, name, path, stage, fan_in, fan_out):
   """The convolution over space of a frame, and the one over time."""
   up = path.startswith("decoder")
-  made = [
+  parts = [
     Entry(
       f"{name}.resample.1.weight",
       (fan_out, fan_in, 3, 3),
@@ -207,11 +209,11 @@ def _resample(config, name, path, stage, fan_in, fan_out):
   if "t" in config.downsample[stage]:
     time = f"{path}/time/conv" if up else f"{path}/time"
     features = 2 * fan_in if up else fan_in
-    made += [
+    parts += [
       conv(f"{name}.time_conv.weight", (3, 1, 1), fan_in, features, f"{time}/kernel"),
       plain(f"{name}.time_conv.bias", (features,), f"{time}/bias"),
     ]
-  return made
+  return parts
 
 
 def _conv(name, path, size, fan_in, fan_out):
