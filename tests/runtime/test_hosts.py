@@ -26,9 +26,12 @@ def losses(workdir, stage):
 
 def assert_equal_losses(found, expected):
   assert [x[:2] for x in found] == [x[:2] for x in expected]
-  for (_, name, value), (_, _, wanted) in zip(found, expected, strict=True):
-    # Evaluation is of params that Adam has made of gradients near zero, too.
-    assert value == pytest.approx(wanted, rel=1e-5 if name == "loss" else 1e-4)
+  for (step, name, value), (_, _, wanted) in zip(found, expected, strict=True):
+    # Sums of several processes round otherwise. Adam makes a whole step of a gradient
+    # near zero, whatever its sign, so that this grows: on an Intel CPU the VAE's losses
+    # are equal to the bit up to step 4 and 6e-5 apart at step 8.
+    exact = name == "loss" and step <= 4
+    assert value == pytest.approx(wanted, rel=1e-6 if exact else 1e-4), (step, name)
 
 
 def files(workdir, stage):
