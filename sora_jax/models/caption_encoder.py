@@ -73,9 +73,9 @@ class _TextBlock(nn.Module):
 
     def dense(features, name):
       # Only what is rotated has its channels in the order that `apply_rope` wants.
-      halves = c.width // c.heads if name in ("query", "key") else 0
+      head_dim = c.width // c.heads if name in ("query", "key") else 0
       return layers.Dense(
-        features, use_bias=False, dtype=x_BSE.dtype, halves=halves, name=name
+        features, use_bias=False, dtype=x_BSE.dtype, rope_half_split=head_dim, name=name
       )
 
     h = layers.RMSNorm(name="attention_norm")(x_BSE)

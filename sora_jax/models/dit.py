@@ -269,8 +269,8 @@ class _Block(nn.Module):
 
     def rotated(x_BLD, name):
       K = c.width // c.heads
-      x_BLD = dense(c.width, name, halves=K)(x_BLD)
-      x_BLD = layers.RMSNorm(name=f"{name}_norm", halves=K)(x_BLD)
+      x_BLD = dense(c.width, name, rope_half_split=K)(x_BLD)
+      x_BLD = layers.RMSNorm(name=f"{name}_norm", rope_half_split=K)(x_BLD)
       return layers.apply_rope(heads(x_BLD), *rope)
 
     def heads(x):

@@ -17,17 +17,17 @@ from sora_jax.models import lora, partition
 class RMSNorm(nn.Module):
   """Root-mean-square norm over the last axis with a learned scale, in float32.
 
-  halves: that of the `Dense` layer whose output is normalised, so that the scale meets
-    the channels in the order that they have there.
+  rope_half_split: that of the `Dense` layer whose output is normalised, so that the
+    scale meets the channels in the order that they have there.
   """
 
   epsilon: float = 1e-6
-  halves: int = 0
+  rope_half_split: int = 0
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-    scale = in_halves(scale, self.halves)
+    scale = in_halves(scale, self.rope_half_split)
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
     return (y * scale).astype(x.dtype)
@@ -114,8 +114,9 @@ class Dense(nn.Module):
   Attributes:
     features, use_bias, dtype, kernel_init: as of `nn.Dense`.
     shared: see `dot_general`.
-    halves: channels of a head, in whose output the even channels come first, as
-      `apply_rope` wants them, while the params keep the published order; 0 = all keep.
+    rope_half_split: channels of a head, in whose output the even channels come first,
+      as `apply_rope` wants them, while the params keep the published order; 0 = all
+      keep it.
   """
 
   features: int
@@ -123,7 +124,7 @@ class Dense(nn.Module):
   dtype: jnp.dtype | None = None
   kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
   shared: int | None = None
-  halves: int = 0
+  rope_half_split: int = 0
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -136,14 +137,14 @@ class Dense(nn.Module):
       contracted = (((x.ndim - 1,), (0,)), ((), ()))
       return dot_general(x, kernel.astype(dtype), contracted, **kwargs)
 
-    y = product(x, in_halves(kernel, self.halves), shared=self.shared)
+    y = product(x, in_halves(kernel, self.rope_half_split), shared=self.shared)
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-      y += in_halves(bias, self.halves).astype(dtype)
+      y += in_halves(bias, self.rope_half_split).astype(dtype)
     if self.has_variable("params", lora.A):
       a: Array = self.get_variable("params", lora.A)
       b: Array = self.get_variable("params", lora.B)
-      y += product(product(x, a), in_halves(b, self.halves))
+      y += product(product(x, a), in_halves(b, self.rope_half_split))
     return y
 
 

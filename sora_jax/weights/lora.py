@@ -150,9 +150,9 @@ def _collect(path, tensors, config):
       f"{path}: tensors that are no adapters of this model: "
       f"{safetensors_io.listed(unknown)}"
     )
-  halves = [name for (_, name), pair in pairs.items() if len(pair) < 2]
-  if halves or not pairs:
-    what = safetensors_io.listed(halves) or "all layers"
+  incomplete = [name for (_, name), pair in pairs.items() if len(pair) < 2]
+  if incomplete or not pairs:
+    what = safetensors_io.listed(incomplete) or "all layers"
     raise ValueError(f"{path}: one of lora_A and lora_B is missing of {what}")
   return pairs, alphas
 
