@@ -9,7 +9,6 @@ off the written files by evaluation/attributes.py, beside chance and the score o
 real files.
 """
 
-import json
 import pathlib
 
 import jax
@@ -22,6 +21,7 @@ from sora_jax.evaluation.heldout import heldout_clips
 from sora_jax.evaluation.reconstruction import reconstruction
 from sora_jax.run import build, cli
 from sora_jax.run import recipe as recipes
+from sora_jax.runtime import files
 
 
 def run(recipe: recipes.Recipe, workdir) -> None:
@@ -55,7 +55,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     logging.info("no ground truth in the manifest: attributes are not evaluated")
   path = workdir / "evaluate" / "results.json"
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(results, indent=2) + "\n")
+  files.write_json(path, results)
   logging.info("results are in %s", path)
   _say_what_next(workdir, clips)
 

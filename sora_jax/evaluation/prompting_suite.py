@@ -17,7 +17,6 @@ All modes of one checkpoint on held-out clips of generated shapes:
 """
 
 import collections
-import json
 import pathlib
 import time
 
@@ -36,6 +35,7 @@ from sora_jax.evaluation.prompting_cases import (
 from sora_jax.evaluation.quality import psnr
 from sora_jax.packing.time_grid import TIME_FACTOR
 from sora_jax.run import recipe as recipes
+from sora_jax.runtime import files
 from sora_jax.runtime.progress import track
 from sora_jax.runtime.text import table_lines
 from sora_jax.sampling.job import Job
@@ -75,7 +75,7 @@ def run(recipe: recipes.Recipe, workdir, count: int = 8, extensions: int = 10) -
   buckets = model.denoiser.integrate._cache_size()
   results = {"modes": rows, "drift": drift, "compiled": buckets}
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / "prompting.json").write_text(json.dumps(results, indent=2) + "\n")
+  files.write_json(folder / "prompting.json", results)
   contact_sheet.write(
     folder / "prompting.png", list(shown.values()), list(shown), columns=12, scale=1
   )

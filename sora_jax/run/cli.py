@@ -21,6 +21,9 @@ from sora_jax.runtime import hosts
 from sora_jax.training import loop
 from sora_jax.weights.discover import NETWORKS
 
+# The flags belong to the command that calls, so that its --help shows them.
+flags.disclaim_key_flags()
+
 
 def define_flags() -> None:
   """Defines the flags of a command that reads a config: `--config`, `--workdir`, ..."""

@@ -12,6 +12,7 @@ from absl import logging
 
 from sora_jax.data.video import writer
 from sora_jax.diffusion.solvers import Options
+from sora_jax.runtime import files as whole_files
 from sora_jax.sampling import modes
 from sora_jax.sampling.conditioning import Request
 from sora_jax.sampling.job import Job
@@ -119,5 +120,5 @@ def _write(parts, options, source):
   chunks = itertools.chain([frames_THWC], (part.frames_THWC for part in parts))
   count = writer.write_chunks(path, chunks, fps, metadata=metadata)
   text = json.dumps(described, indent=2, ensure_ascii=False)
-  path.with_name(f"{path.name}.json").write_text(text + "\n")
+  whole_files.write_text(path.with_name(f"{path.name}.json"), text + "\n")
   logging.info("%s: %s, %d frames: %s", path, job.mode, count, job.prompt)

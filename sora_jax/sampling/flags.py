@@ -13,6 +13,9 @@ from typing import Any
 
 from absl import flags
 
+# The flags belong to the command that calls, so that its --help shows them.
+flags.disclaim_key_flags()
+
 
 def define(config: type, without: Iterable[str] = ()) -> None:
   """Defines a flag for each field of a dataclass but those of `without`."""

@@ -12,7 +12,7 @@ import numpy as np
 from sora_jax.data.clips import Clip, read_manifest
 from sora_jax.data.video import contact_sheet, reader, writer
 from sora_jax.run import recipe as recipes
-from sora_jax.runtime import sharding
+from sora_jax.runtime import files, sharding
 from sora_jax.sampling.conditioning import Request
 from sora_jax.sampling.pipeline import Sampler
 
@@ -65,7 +65,8 @@ def write_samples(folder, requests, videos, shown: int = 16) -> list[pathlib.Pat
       [reader.read(paths[i]) if videos[i] is None else videos[i] for i in chosen],
       [requests[i].prompt for i in chosen],
     )
-    (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    files.write_text(folder / "samples.jsonl", lines)
   return paths
 
 
