@@ -182,7 +182,7 @@ def main(_):
   for name in ONLY.value:
     figures |= tables[name](model)
   settings = {name: flags.FLAGS[name].value for name in ("steps", "clips", "frames")}
-  settings["model_steps"] = model.meta["steps"]
+  settings["model_steps"] = model.meta.steps
   record.append("sampling", settings, figures, CHECKPOINT.value)
 
 
