@@ -93,6 +93,12 @@ def _jobs(args, described, out) -> list[Job]:
   )
   if out.suffix not in files.SUFFIXES:
     raise ValueError(f"--out={out}: the name must end in .mp4, .webm, .gif or .png")
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(f"--out={out}: {error.strerror}") from error
+  if out.suffix == ".png" and job.mode == "image":
+    raise ValueError(f"--out={out} holds one image, but --{job.mode} makes a video")
   if out.suffix == ".png" and job.mode == "text":
     if (job.frames or 1) > 1:
       raise ValueError(f"--out={out} holds one image, but --frames={job.frames}")

@@ -155,6 +155,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   params = state.ema
   if stage.lora.rank:
     params = init_from.finish(recipe, params, folder, make_task(recipe)[1], mesh)
+  meta = dataclasses.replace(meta, id=checkpoint.fingerprint(params))
   checkpoint.save_model(folder / "model", params, meta.to_json())
   if jax.process_index() == 0 and not recipe.text.folder:
     shutil.copyfile(vocabulary, folder / "model" / "tokenizer.model")

@@ -19,7 +19,7 @@ from sora_jax.data.clip_dataset import ClipDataset
 from sora_jax.data.clips import read_manifest
 from sora_jax.models.meta import VAEMeta
 from sora_jax.models.vae import VAE
-from sora_jax.run import cli, init_from, stages
+from sora_jax.run import cli, init_from
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import vae as vae_task
@@ -120,7 +120,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     model=stage.model,
     latent_mean=tuple(mean.tolist()),
     latent_std=tuple(std.tolist()),
-    id=stages.fingerprint("vae", workdir),
+    id=checkpoint.fingerprint(params),
     steps=stage.train.steps,
   )
   checkpoint.save_model(workdir / "vae" / "model", params, meta.to_json())

@@ -231,6 +231,14 @@ def main(argv):
       sys.exit(1)
 
 
+def guarded(argv):
+  """Runs `main`, with what a user got wrong as one line."""
+  try:
+    main(argv)
+  except ValueError as error:
+    sys.exit(str(error))
+
+
 if __name__ == "__main__":
   _define_flags()
-  app.run(main)
+  app.run(guarded)

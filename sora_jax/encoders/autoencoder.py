@@ -1,6 +1,7 @@
 """A trained VAE as other stages use it: pixels to normalised latents and back."""
 
 import functools
+import pathlib
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -27,8 +28,20 @@ class Autoencoder:
   channel, with the statistics that are stored with the model.
   """
 
-  def __init__(self, folder, mesh, dtype=jnp.float32):
-    """Raises ValueError if the folder holds no complete VAE."""
+  def __init__(self, folder, mesh: jax.sharding.Mesh | None = None, dtype=jnp.float32):
+    """Loads a VAE.
+
+    Args:
+      folder: of the model, or of a run with vae/model in it.
+      mesh: that clips lie on; all local devices share a clip if None.
+      dtype: of the computation.
+
+    Raises:
+      ValueError: if the folder holds no complete VAE.
+    """
+    inside = pathlib.Path(folder) / "vae" / "model"
+    folder = inside if inside.is_dir() else folder
+    mesh = mesh or sharding.sampling_mesh(1)
     meta = VAEMeta.from_json(checkpoint.load_meta(folder), folder)
     params, _ = checkpoint.load_model(folder)
     self.config, self.mesh, self.meta = meta.model, mesh, meta

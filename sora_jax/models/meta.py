@@ -202,7 +202,7 @@ class DiTMeta(_Meta):
     vae: id of the VAE whose latents it makes; "" while an imported checkpoint has none.
     steps: of its training; 0 if it was imported.
     init_from: folder of the checkpoint that its training began with.
-    id: of imported weights.
+    id: of the weights.
   """
 
   model: DiTConfig

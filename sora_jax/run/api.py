@@ -36,6 +36,9 @@ def load_config(
     raise ValueError(f"{path} has no function get_config")
   config: ConfigDict = module.get_config(*([variant] if variant else []))
   config.lock()
+  for key, value in (overrides or {}).items():
+    if isinstance(value, Mapping):
+      raise ValueError(f"{key} is a section: give its keys, as {key}.NAME")
   try:
     config.update_from_flattened_dict(dict(overrides or {}))
   except (KeyError, TypeError) as error:

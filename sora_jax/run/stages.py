@@ -79,6 +79,11 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
     if reason is None:
       logging.info("stage %s: complete already, in %s", name, workdir / name)
       continue
+    if (workdir / name).is_symlink():
+      raise ValueError(
+        f"stage {name} would run ({reason}), but {workdir / name} is a link to another "
+        "run's, which stays as it is: remove the link to make an own one"
+      )
     _store(name, {**stage, "complete": False}, workdir)
     logging.info("stage %s: %s, in %s", name, reason, workdir / name)
     begin = time.monotonic()
@@ -90,6 +95,9 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
       # The config says which folder, the manifest what was in it.
       manifest = (workdir / "data" / "manifest.jsonl").read_bytes()
       stage["made"] = hashlib.sha256(manifest).hexdigest()[:16]
+    if name in ("vae", "dit"):
+      # The config does not say which weights: free keys change their last bits, too.
+      stage["made"] = checkpoint.load_meta(workdir / name / "model").get("id")
     _store(name, {**stage, "complete": True}, workdir)
     sharding.sync(f"stage {name}")
     seconds = text.format_seconds(time.monotonic() - begin)
@@ -197,6 +205,12 @@ def _reason_to_run(name, stage, workdir, recipe) -> str | None:
     elif changes.are_extensions(changed, recipe):
       if complete:
         changes.check_longer(name, changed[0], _made_from(name, workdir), workdir)
+        if not any((workdir / name / "checkpoints").glob("[0-9]*")):
+          raise ValueError(
+            f"{key} is {after}, but {workdir / name} has no checkpoint to go on from: "
+            f"put {before} back, or begin another run with its model "
+            f"(config.{'vae.folder' if name == 'vae' else 'dit.init_from'})"
+          )
       reason += "goes on"
     else:
       raise changes.refuse(name, changed, complete, workdir)

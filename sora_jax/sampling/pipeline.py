@@ -1,8 +1,8 @@
 """A trained model as Python calls it: prompts, images and videos in, videos out.
 
   sampler = Sampler.from_checkpoint("runs/quickstart")
-  video_THWC = solvers.video("a red circle moves right", size=(64, 64), frames=17)
-  video_THWC = solvers.video("it goes on", video="x.mp4", extend_after=2.0)
+  video_THWC = sampler.video("a red circle moves right", size=(64, 64), frames=17)
+  video_THWC = sampler.video("it goes on", video="x.mp4", extend_after=2.0)
 
 Long videos are made window by window and decoded as they come: `Sampler.stream`.
 """
@@ -142,6 +142,8 @@ class Sampler:
     Raises:
       ValueError: for options that the model's noise process cannot be sampled with.
     """
+    if not requests:
+      return []
     legal = [self.legal(request) for request in requests]
     latents = self.latents([self._text_prompt(r) for r in legal], options, rows=rows)
     videos = self._decode(latents, legal)
@@ -190,13 +192,13 @@ class Sampler:
   # --- everything to a video
 
   def video(self, prompt: str = "", *, options=None, tile=None, **job) -> np.ndarray:
-    """One video, uint8 [T, H, W, 3], of what `jobs.Job` says; an image has one frame.
+    """One video, uint8 [T, H, W, 3], of what `job.Job` says; an image has one frame.
 
     Args:
       prompt: what to make.
       options: of the solver and of guidance, `solvers.Options`.
       tile: see `Autoencoder.decode_stream`.
-      **job: of `jobs.Job`: size, frames, seed, image, video, extend_after, loop, ...
+      **job: of `job.Job`: size, frames, seed, image, video, extend_after, loop, ...
 
     Raises:
       ValueError: for what cannot be made; says why.

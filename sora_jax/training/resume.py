@@ -33,9 +33,10 @@ def first_step(checkpoints: checkpoint.Checkpoints, config: TrainConfig) -> int:
     planned = config.steps
     if config.schedule != "constant":
       logging.warning(
-        "%s: the checkpoint of step %d does not say for how many steps its schedule %r "
-        "was; taken to be %d, as in the config",
-        *(name, newest, config.schedule, planned),
+        "%s: the checkpoint of step %d, of an older version, does not say for how many "
+        "steps its schedule %r was. It goes on as if for %d, as in the config; if they "
+        "were fewer, the rate jumps, and %d steps from the start are something else",
+        *(name, newest, config.schedule, planned, planned),
       )
   same = optim.common_updates(config, planned)
   if newest <= same:

@@ -43,6 +43,8 @@ def runs(monkeypatch):
       names.append(name)
       if name == "data":
         (workdir / "data" / "manifest.jsonl").write_text(manifest["text"])
+      if name in ("vae", "dit"):
+        _write_model(workdir / name, weights[name])
 
     return types.SimpleNamespace(run=run)
 
@@ -52,6 +54,15 @@ def runs(monkeypatch):
   return names
 
 
+def _write_model(folder, weights_id):
+  """A finished model's description, and a checkpoint that it could go on from."""
+  (folder / "model").mkdir(parents=True, exist_ok=True)
+  (folder / "checkpoints" / "8").mkdir(parents=True, exist_ok=True)
+  model = {"params": "params-0", "meta": {"id": weights_id}}
+  (folder / "model" / "model.json").write_text(json.dumps(model))
+
+
+weights = {"vae": "vae-0", "dit": "dit-0"}
 runs_that_fail = set()
 manifest = {"text": "one clip"}
 ALL = list(recipes.STAGES)
@@ -230,6 +241,47 @@ def test_a_folder_with_other_files_makes_the_stages_after_it_stale(
   remake("data", BASE, tmp_path)
   with pytest.raises(ValueError, match="vae.*was made from another data"):
     stages.run(["vae"], BASE, tmp_path)
+
+
+def test_other_weights_are_noticed(runs, tmp_path, monkeypatch):
+  """Free keys are not in the config, but they change what is trained."""
+  stages.run(ALL, BASE, tmp_path)
+  monkeypatch.setitem(weights, "vae", "vae-1")
+  remake("vae", BASE, tmp_path)
+  with pytest.raises(ValueError, match="encode.*was made from another vae"):
+    stages.run(ALL, BASE, tmp_path)
+  # The same weights again are what was there before.
+  monkeypatch.setitem(weights, "vae", "vae-0")
+  remake("vae", BASE, tmp_path)
+  runs.clear()
+  stages.run(ALL, BASE, tmp_path)
+  assert not runs
+
+
+def test_a_linked_stage_is_read_and_never_run(runs, tmp_path):
+  base, other = tmp_path / "base", tmp_path / "other"
+  stages.run(ALL, BASE, base)
+  other.mkdir()
+  for name in ("data", "vae", "encode", "dit"):
+    (other / name).symlink_to(base / name)
+  before = (base / "dit" / "stage.json").read_text()
+  runs.clear()
+  stages.run(ALL, BASE, other)
+  assert runs == ["sample", "evaluate"]
+  train = dataclasses.replace(BASE.dit.train, steps=2 * BASE.dit.train.steps)
+  longer = dataclasses.replace(BASE, dit=dataclasses.replace(BASE.dit, train=train))
+  with pytest.raises(ValueError, match="dit is a link to another run's"):
+    stages.run(ALL, longer, other)
+  assert (base / "dit" / "stage.json").read_text() == before
+
+
+def test_more_steps_need_a_checkpoint(runs, tmp_path):
+  stages.run(ALL, BASE, tmp_path)
+  (tmp_path / "dit" / "checkpoints" / "8").rmdir()
+  train = dataclasses.replace(BASE.dit.train, steps=2 * BASE.dit.train.steps)
+  longer = dataclasses.replace(BASE, dit=dataclasses.replace(BASE.dit, train=train))
+  with pytest.raises(ValueError, match="has no checkpoint to go on from"):
+    stages.run(ALL, longer, tmp_path)
 
 
 def test_a_section_that_is_new_leaves_old_runs_as_they_are(runs, tmp_path):

@@ -176,3 +176,27 @@ def test_incomplete_models_are_named(tmp_path):
   shutil.rmtree(tmp_path / "m" / "params-0" / "d")
   with pytest.raises(ValueError, match=message("m", "params-0 is damaged")):
     checkpoint.load_model(tmp_path / "m")
+
+
+def test_a_fingerprint_is_of_the_values_alone():
+  """One bit changes it, and so does an exchange; the mesh does not."""
+  rng = np.random.default_rng(0)
+  params = {
+    "a": rng.standard_normal((16, 8)).astype(np.float32),
+    "b": {"c": np.arange(24, dtype=np.float32).reshape(2, 3, 4), "d": np.float32(3)},
+    "e": jnp.asarray(rng.standard_normal(8), jnp.bfloat16),
+  }
+  expected = checkpoint.fingerprint(params)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+  spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
+  placed = {**params, "a": jax.device_put(params["a"], spread)}
+  assert checkpoint.fingerprint(placed) == expected
+  flipped = params["a"].copy()
+  flipped.view(np.uint32)[5, 3] ^= 1
+  swapped = params["a"][::-1]
+  renamed = {**params, "f": params["a"]}
+  del renamed["a"]
+  others = [{**params, "a": flipped}, {**params, "a": swapped}, renamed]
+  others.append({**params, "b": {**params["b"], "d": np.float32(-3)}})
+  found = {checkpoint.fingerprint(other) for other in others}
+  assert len(found) == 4 and expected not in found
