@@ -3,10 +3,10 @@
   python -m sora_jax.evaluate --config=configs/quickstart.py
   python -m sora_jax.evaluate --config=configs/quickstart.py --suite=prompting
 
-PSNR and SSIM of held-out clips through the VAE. For the generated shapes also the share
-of samples whose colour, shape, ... are what the prompt of a held-out clip says, read
-off the written files by evaluation/attributes.py, beside chance and the score of the
-real files.
+PSNR and SSIM of held-out clips through the VAE, and whether its latents are healthy.
+For the generated shapes also the share of samples whose colour, shape, ... are what the
+prompt of a held-out clip says, read off the written files by evaluation/attributes.py,
+beside chance, the ceiling that the VAE sets, and the score of the real files.
 """
 
 import pathlib
@@ -18,7 +18,7 @@ from sora_jax.data.clips import Clip
 from sora_jax.encoders.autoencoder import Autoencoder
 from sora_jax.evaluation import attributes, prompting_suite
 from sora_jax.evaluation.heldout import heldout_clips
-from sora_jax.evaluation.reconstruction import reconstruction
+from sora_jax.evaluation.reconstruction import log_figures, reconstruction
 from sora_jax.run import build, cli
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import files
@@ -34,11 +34,9 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   clips = heldout_clips(recipe, workdir)
   mesh = build.clip_mesh(recipe.encode)
   autoencoder = Autoencoder(workdir / "vae" / "model", mesh, recipe.dtype)
-  results = {"vae": reconstruction(clips, autoencoder, recipe.encode)}
-  logging.info(
-    "VAE on %(clips)d held-out clips: PSNR %(psnr).2f dB, SSIM %(ssim).4f",
-    results["vae"],
-  )
+  reconstructed = reconstruction(clips, autoencoder, recipe.encode)
+  results = {"vae": reconstructed.figures}
+  log_figures(reconstructed.figures)
   truths = [clip.truth for clip in clips if clip.truth]
   measured = len(truths) == len(clips)
   # Training has seen no combination of objects like those of held-out prompts.
@@ -47,7 +45,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     return  # what is left to do is quick, and done once
   if measured:
     results["attributes"] = attributes.attribute_table(
-      truths, samples, [clip.path for clip in clips]
+      truths, samples, [clip.path for clip in clips], reconstructed.scores
     )
     for line in attributes.format_table(results["attributes"]):
       logging.info("%s", line)

@@ -2,7 +2,8 @@
 
 For clips of generated shapes, whose content is known: the colour, shape, motion and
 count are read off the written files by `shape_attributes` and stand beside the level
-of chance and the score of the real files.
+of chance, the score of real clips that went through the VAE, which is the ceiling of
+what a sample can reach, and that of the real files.
 """
 
 import collections
@@ -41,16 +42,20 @@ def sample_captions(
   return write_samples(folder, requests, sample_share(model, requests, config))
 
 
-def attribute_table(truths: list[dict], samples: list, real: list) -> dict:
+def attribute_table(
+  truths: list[dict], samples: list, real: list, decoded: list[dict]
+) -> dict:
   """Measures which share of samples, and of real files, has each attribute.
 
   Args:
     truths: what the prompts describe.
     samples: paths of the samples, in that order.
     real: paths of the clips that the prompts are of, in that order.
+    decoded: scores of the real clips that went through the VAE, in any order.
 
   Returns:
-    attribute -> {"samples", "chance", "real": shares, "n": number it applies to}.
+    attribute -> {"samples", "chance", "ceiling", "real": shares, "n": number it applies
+    to}. The ceiling is what the VAE leaves of real clips.
   """
   chance = shape_attributes.chance_levels(truths)
   columns = {}
@@ -62,10 +67,15 @@ def attribute_table(truths: list[dict], samples: list, real: list) -> dict:
       ).items():
         scores[attribute].append(right)
     columns[name] = scores
+  ceiling = collections.defaultdict(list)
+  for score in decoded:
+    for attribute, right in score.items():
+      ceiling[attribute].append(right)
   return {
     attribute: {
       "samples": float(np.mean(columns["samples"][attribute])),
       "chance": float(chance[attribute]),
+      "ceiling": float(np.mean(ceiling[attribute])),
       "real": float(np.mean(rights)),
       "n": len(rights),
     }
@@ -79,6 +89,8 @@ def format_table(table: dict) -> list[str]:
   for name, row in table.items():
     share = row["samples"]
     error = 1.96 * np.sqrt(max(share * (1 - share), 1e-9) / row["n"])
-    shares = (share, error, row["chance"], row["real"])
+    shares = (share, error, row["chance"], row["ceiling"], row["real"])
     rows.append([name, *(f"{value:.1%}" for value in shares), str(row["n"])])
-  return table_lines(["attribute", "samples", "+-", "chance", "real", "n"], rows)
+  return table_lines(
+    ["attribute", "samples", "+-", "chance", "ceiling", "real", "n"], rows
+  )

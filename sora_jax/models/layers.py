@@ -162,10 +162,10 @@ def conv_general_dilated(
   """Computes `lax.conv_general_dilated` for `nn.Conv`; on CPU by a matmul if small.
 
   XLA's convolutions there, their gradients above all, are up to twice slower than a
-  matmul over the shifted copies of the input (channels last, stride 1).
+  matmul over the shifted copies of the input (channels last).
   """
   kernel = rhs.shape[:-2]
-  small = math.prod(kernel) <= 9 and set(window_strides) == {1}
+  small = math.prod(kernel) <= 9
   dense = kwargs.get("feature_group_count", 1) == 1 and not isinstance(padding, str)
   dilated = any(
     d != 1 for name in ("lhs_dilation", "rhs_dilation") for d in kwargs.get(name) or ()
@@ -180,11 +180,21 @@ def conv_general_dilated(
       **kwargs,
     )
   padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
-  sizes = [n - k + 1 for n, k in zip(padded.shape[1:-1], kernel, strict=True)]
+  strides = window_strides
+  sizes = [
+    (n - k) // stride + 1
+    for n, k, stride in zip(padded.shape[1:-1], kernel, strides, strict=True)
+  ]
   # One shifted copy of the input for each cell of the kernel, side by side in channels.
   taps = [
     padded[
-      (slice(None), *(slice(o, o + n) for o, n in zip(offset, sizes, strict=True)))
+      (
+        slice(None),
+        *(
+          slice(o, o + (n - 1) * stride + 1, stride)
+          for o, n, stride in zip(offset, sizes, strides, strict=True)
+        ),
+      )
     ]
     for offset in np.ndindex(*kernel)
   ]

@@ -164,6 +164,7 @@ class Downsample(nn.Module):
         strides=(1, 2, 2),
         padding=((0, 0), (0, 1), (0, 1)),
         dtype=self.dtype,
+        conv_general_dilated=layers.conv_general_dilated,
         name="space",
       )(x_BTHWC)
     if "t" in self.kind:

@@ -23,6 +23,8 @@ from sora_jax.tasks import Task
 _DELTA, _MOST = 1e-4, 1e4
 # The data pipeline fills a clip's padding with black.
 _BLACK = -1.0
+# A channel that varies less is taken to say nothing.
+_LEAST_VARIANCE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,9 @@ class VAELossConfig:
       their standard deviation; each clip gets a random share. So it learns to draw a
       steady video of latents that are not quite right, as generated ones are.
     kl_weight: of the posterior's divergence from the standard normal.
+    decorrelation_weight: of the squared correlations between channels of the latents
+      over a batch. Noise on latents that is relative to each channel rewards saying
+      few things in many channels; this makes each say something of its own.
     lpips_weight: of the perceptual distance of frames (models/lpips.py); it needs
       lpips_file, a .safetensors file with the names of weights/lpips.py.
     lpips_frames: random frames of each clip that it looks at; 0 = all.
@@ -50,6 +55,7 @@ class VAELossConfig:
   mse_weight: float = 0.0
   latent_noise: float = 0.0
   kl_weight: float = 1e-5
+  decorrelation_weight: float = 0.0
   lpips_weight: float = 0.0
   lpips_file: str = ""
   lpips_frames: int = 4
@@ -67,6 +73,10 @@ class VAELossConfig:
       )
     if self.latent_noise < 0:
       raise ValueError(f"vae latent_noise {self.latent_noise} is negative")
+    if self.decorrelation_weight < 0:
+      raise ValueError(
+        f"vae decorrelation_weight {self.decorrelation_weight} is negative"
+      )
     if self.lpips_frames < 0:
       raise ValueError(f"vae lpips_frames {self.lpips_frames} is less than 0, for all")
 
@@ -183,9 +193,9 @@ def _loss(networks: _Networks, params, batch, key: Array, frozen=None):
   clips = _Clips(to_float(batch["video_THWC"]), valid_mask(batch))
   moments = networks.encode(params, clips.video_BTHWC)
   latent_BTHWC = _draw_latent(*moments, config.latent_noise, key)
-  kl = _masked_mean(_kl_divergence(*moments), latent_mask(networks.model, batch))
+  latent = _latent_loss(networks, moments, latent_mask(networks.model, batch))
   reconstruction = functools.partial(
-    _reconstruction_loss, networks, clips, kl, frozen, key
+    _reconstruction_loss, networks, clips, latent, frozen, key
   )
   if not networks.adversarial:
     return reconstruction(networks.decode(params, latent_BTHWC))
@@ -218,19 +228,50 @@ def _draw_latent(mean_BTHWC, logvar_BTHWC, latent_noise: float, key: Array) -> A
   return latent_BTHWC
 
 
+def _latent_loss(networks: _Networks, moments, mask_BTHWC) -> tuple[Array, dict]:
+  """Returns (KL + decorrelation by their weights, each of them)."""
+  config = networks.loss_config
+  kl = _masked_mean(_kl_divergence(*moments), mask_BTHWC)
+  total, metrics = config.kl_weight * kl, {"kl": kl}
+  if config.decorrelation_weight > 0:
+    correlation_CC = correlation(moments[0], mask_BTHWC)
+    # How far each channel is said by the others, the mean over the channels.
+    repeated = jnp.sum(correlation_CC**2) - jnp.sum(jnp.diag(correlation_CC) ** 2)
+    metrics["decorrelation"] = repeated / networks.model.latent_channels
+    total += config.decorrelation_weight * metrics["decorrelation"]
+  return total, metrics
+
+
+def correlation(latent_BTHWC, mask_BTHWC) -> Array:
+  """Returns the correlation [C, C] of channels over the latents whose mask is 1.
+
+  Channels that do not vary have none, not even with themselves.
+  """
+  count = jnp.maximum(jnp.sum(mask_BTHWC), 1.0)
+  axes = tuple(range(4))
+  mean_C = jnp.sum(latent_BTHWC * mask_BTHWC, axes) / count
+  centered_BTHWC = (latent_BTHWC - mean_C) * mask_BTHWC
+  covariance_CC = jnp.einsum("bthwc,bthwd->cd", centered_BTHWC, centered_BTHWC) / count
+  scale_C = jax.lax.rsqrt(jnp.diag(covariance_CC) + _LEAST_VARIANCE)
+  return covariance_CC * scale_C[:, None] * scale_C
+
+
 def _kl_divergence(mean_BTHWC, logvar_BTHWC) -> Array:
   """Returns the divergence of each number's posterior from the standard normal."""
   return 0.5 * (mean_BTHWC**2 + jnp.exp(logvar_BTHWC) - 1.0 - logvar_BTHWC)
 
 
 def _reconstruction_loss(
-  networks: _Networks, clips: _Clips, kl: Array, frozen, key: Array, decoded_BTHWC
+  networks: _Networks, clips: _Clips, latent, frozen, key: Array, decoded_BTHWC
 ):
-  """Returns (L1 + KL + squared error + LPIPS by their weights, each of them)."""
+  """Returns (L1 + squared error + LPIPS + the terms of the latent, each of them).
+
+  All but L1 are weighted in the sum. latent: what `_latent_loss` returns.
+  """
   config = networks.loss_config
   video_BTHWC, mask_BTHWC = clips
   l1 = _masked_mean(jnp.abs(decoded_BTHWC - video_BTHWC), mask_BTHWC)
-  total, metrics = l1 + config.kl_weight * kl, {"l1": l1, "kl": kl}
+  total, metrics = l1 + latent[0], {"l1": l1, **latent[1]}
   if config.mse_weight > 0:
     metrics["mse"] = _masked_mean((decoded_BTHWC - video_BTHWC) ** 2, mask_BTHWC)
     total += config.mse_weight * metrics["mse"]
@@ -272,13 +313,17 @@ def _cell_mask(networks: _Networks, clips: _Clips) -> Array:
 def _evaluate(networks: _Networks, params, batch, key: Array, frozen=None) -> dict:
   """Returns the PSNR, and with frozen params the LPIPS, of decoded clips.
 
-  The posterior's mean is decoded, so that no noise is in the figures; key only chooses
-  the frames of LPIPS.
+  Also the effective rank of the latents: of how many channels they would have as much
+  to say if none repeated another, see evaluation/vae_health.py. The posterior's mean is
+  decoded, so that no noise is in the figures; key only chooses the frames of LPIPS.
   """
   clips = _Clips(to_float(batch["video_THWC"]), valid_mask(batch))
   mean_BTHWC, _ = networks.encode(params, clips.video_BTHWC)
   decoded_BTHWC = networks.decode(params, mean_BTHWC)
-  metrics = {"psnr": _mean_psnr(jnp.clip(decoded_BTHWC, -1.0, 1.0), clips)}
+  metrics = {
+    "psnr": _mean_psnr(jnp.clip(decoded_BTHWC, -1.0, 1.0), clips),
+    "effective_rank": _effective_rank(mean_BTHWC, latent_mask(networks.model, batch)),
+  }
   if frozen is not None:
     shown = (
       clips.on_black(jnp.clip(video_BTHWC, -1.0, 1.0))
@@ -286,6 +331,13 @@ def _evaluate(networks: _Networks, params, batch, key: Array, frozen=None) -> di
     )
     metrics["lpips"] = networks.lpips(frozen, (*shown, clips.mask_BTHWC), key)
   return metrics
+
+
+def _effective_rank(latent_BTHWC, mask_BTHWC) -> Array:
+  """Returns exp of the entropy of the eigenvalues of the channels' correlation."""
+  eigenvalues = jnp.linalg.eigvalsh(correlation(latent_BTHWC, mask_BTHWC))
+  shares = jnp.maximum(eigenvalues, 1e-12) / jnp.maximum(jnp.sum(eigenvalues), 1e-6)
+  return jnp.exp(-jnp.sum(shares * jnp.log(shares)))
 
 
 def _mean_psnr(video_BTHWC, clips: _Clips) -> Array:

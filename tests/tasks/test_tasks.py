@@ -12,10 +12,11 @@ import pytest
 from golden import make_losses as golden
 from jax.sharding import PartitionSpec
 
+from sora_jax.evaluation import vae_health
 from sora_jax.models import discriminator
 from sora_jax.models.discriminator import Discriminator
 from sora_jax.models.lpips import LPIPS
-from sora_jax.models.vae import VAEConfig
+from sora_jax.models.vae import VAE, VAEConfig
 from sora_jax.runtime import sharding
 from sora_jax.tasks import vae as vae_task
 from sora_jax.training import loop
@@ -345,7 +346,9 @@ def test_lpips_term(narrow_lpips):
   (loss, _), gradients = step(params, nothing, KEY, task.frozen)
   assert loss == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
   evaluated = fast_jit(task.evaluate)(params, batch, KEY, task.frozen)
-  assert set(evaluated) == {"psnr", "lpips"} and evaluated["lpips"] > 0
+  assert (
+    set(evaluated) == {"psnr", "effective_rank", "lpips"} and evaluated["lpips"] > 0
+  )
 
 
 @pytest.mark.slow
@@ -551,3 +554,58 @@ def test_dit_step_is_finite_without_any_token():
   assert values["loss"] == values["grad_norm"] == 0.0 and values["padding"] == 1.0
   for value in (*values.values(), *jax.tree.leaves(state)):
     assert np.isfinite(value).all()
+
+
+def test_correlation_of_channels():
+  """Channels x, -x, y and a constant, with something else where the mask is 0."""
+  rng = np.random.default_rng(0)
+  x, y = rng.choice([-1.0, 1.0], (2, 2, 3, 16, 16)).astype(np.float32)
+  y -= np.sum(x * y) / np.sum(x * x) * x  # no chance correlation
+  latent = np.stack([2.0 * x + 3.0, -x, y, np.full_like(x, 7.0)], axis=-1)
+  mask = np.ones((2, 4, 16, 16, 1), np.float32)
+  mask[:, -1] = 0.0
+  padded = np.concatenate([latent, rng.standard_normal((2, 1, 16, 16, 4))], axis=1)
+  found = vae_task.correlation(padded.astype(np.float32), mask)
+  expected = np.diag([1.0, 1.0, 1.0, 0.0])
+  expected[0, 1] = expected[1, 0] = -1.0
+  # y has a mean, which is taken off: its correlation with x is small, not 0.
+  np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+@pytest.mark.slow
+def test_decorrelation_term():
+  """It adds its weight to the loss, asks the encoder only, and can be lowered."""
+  quiet = dataclasses.replace(golden.VAE_LOSS, gan_weight=0.0)
+  config = dataclasses.replace(quiet, decorrelation_weight=0.5)
+  params, batch = {"vae": small_vae_params()["vae"]}, vae_batch()
+  losses = []
+  for each in (quiet, config):
+    task = vae_task.make(SMALL_VAE, each)
+    losses.append(fast_jit(task.loss)(params, batch, KEY))
+  (plain, _), (total, metrics) = losses
+  np.testing.assert_allclose(total, plain + 0.5 * metrics["decorrelation"], rtol=1e-6)
+  assert metrics["decorrelation"] > 0.01
+  only = dataclasses.replace(config, decorrelation_weight=1e3)
+  gradient = fast_jit(
+    jax.grad(lambda p: vae_task.make(SMALL_VAE, only).loss(p, batch, KEY)[0])
+  )(params)
+  stepped = jax.tree.map(lambda p, g: p - 1e-6 * g, params, gradient)
+  _, lower = fast_jit(vae_task.make(SMALL_VAE, config).loss)(stepped, batch, KEY)
+  assert lower["decorrelation"] < metrics["decorrelation"]
+  with pytest.raises(ValueError, match="decorrelation_weight -0.1 is negative"):
+    vae_task.VAELossConfig(decorrelation_weight=-0.1)
+
+
+def test_effective_rank_is_scored():
+  """It is that of evaluation/vae_health.py, of the posterior's means."""
+  task = vae_task.make(SMALL_VAE, dataclasses.replace(golden.VAE_LOSS, gan_weight=0.0))
+  # Params of a size that makes channels vary by more than what counts as nothing.
+  params, batch = random_params(task, 0.4), vae_batch()
+  rank = fast_jit(task.evaluate)(params, batch, KEY)["effective_rank"]
+  video = vae_task.to_float(batch["video_THWC"])
+  mean_BTHWC, _ = VAE(SMALL_VAE).apply({"params": params["vae"]}, video,
+                                       method=VAE.encode)  # fmt: skip
+  mask = np.asarray(vae_task.latent_mask(SMALL_VAE, batch))[..., 0] > 0
+  moments = vae_health.latent_moments(np.asarray(mean_BTHWC)[mask])
+  expected = vae_health.effective_rank(vae_health.correlation_eigenvalues(moments))
+  np.testing.assert_allclose(rank, expected, rtol=1e-3)
