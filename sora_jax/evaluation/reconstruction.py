@@ -81,18 +81,19 @@ def reconstruction(
     for batch in _batches(mine, encode, size):
       read = _read(batch.clips)
       unread += len(batch.clips) - len(read)
-      for clip, *videos, latent_THWC in _decoded(read, batch.frames, size, autoencoder):
-        measures.append(_measure(clip, *videos, block))
+      decoded = _decoded(read, batch.frames, size, autoencoder)
+      for clip, real_THWC, decoded_THWC, latent_THWC in decoded:
+        measures.append(_measure(clip, real_THWC, decoded_THWC, block))
         moments = moments + vae_health.latent_moments(latent_THWC)
       progress.advance(len(batch.clips))
   shares = hosts.gather([measures, np.asarray(moments).tolist(), unread])
   measures = [measure for share in shares for measure in share[0]]
   if not measures:
     raise ValueError(f"none of {len(clips)} held-out clips could be read")
-  moments = sum(np.asarray(share[1]) for share in shares)
+  total = np.sum([np.asarray(share[1]) for share in shares if share[0]], axis=0)
   figures = {
     **_figures(measures),
-    "latents": _latent_figures(moments),
+    "latents": _latent_figures(total),
     "unread": sum(share[2] for share in shares),
   }
   return Reconstruction(figures, [m["score"] for m in measures if m["score"]])
