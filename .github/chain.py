@@ -57,7 +57,7 @@ def draw(path):
   axes.text(-0.4, 3.5, "Training", size=12, weight="bold", color="#35506b")
   for x, title, text, color in (
     (columns[0], "your videos", "any length, size,\nframe rate; captions", DATA),
-    (columns[1], "data", "cut into clips,\nat their native size", STAGE),
+    (columns[1], "data", "cut into clips, of\ntheir own aspect ratio", STAGE),
     (columns[2], "vae", "learns to make\nvideo small and back", STAGE),
     (columns[3], "encode", "clips and captions\nto latents, once", STAGE),
     (columns[4], "packed rows", "patches of many clips\nin rows of one length", DATA),
@@ -67,6 +67,9 @@ def draw(path):
   for left, right in zip(columns, columns[1:], strict=False):
     arrow(axes, (left + WIDTH / 2, above), (right - WIDTH / 2, above))
   packed_row(axes, columns[4], above - 0.8, (0.3, 0.12, 0.33, 0.06, 0.15))
+  axes.text(
+    columns[4], above - 0.93, "each colour a clip, white padding", ha="center", size=8
+  )
 
   axes.text(-0.4, 1.5, "Sampling", size=12, weight="bold", color="#35506b")
   for x, title, text, color in (
@@ -75,7 +78,7 @@ def draw(path):
     (columns[2], "DiT", "takes noise off,\nstep by step", MODEL),
     (columns[3], "latents", "one grid for each\nvideo", DATA),
     (columns[4], "VAE decoder", "latents to frames,\nin chunks", MODEL),
-    (columns[5], "a video", "sample writes it,\nevaluate measures it", DATA),
+    (columns[5], "sample, evaluate", "write the video,\nmeasure it", STAGE),
   ):
     box(axes, x, below, title, text, color)
   for left, right in zip(columns, columns[1:], strict=False):
