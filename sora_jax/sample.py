@@ -73,7 +73,8 @@ def _prompts(args, described) -> list[str]:
     prompts += [line.strip() for line in path.read_text().splitlines() if line.strip()]
   if not prompts and described:
     prompts = [described["job"].get("prompt", "")]
-  if not prompts and (args.video or args.image):
+  media = (args.video, args.image, args.last_image, args.key_frame)
+  if not prompts and any(media):
     prompts = [""]
   if not prompts:
     raise ValueError("no prompt: give --prompt or --prompts_file")

@@ -102,6 +102,8 @@ class Job:
     for name in ("strength", "gap_strength", "given_noise", "preview"):
       if getattr(self, name) is not None:
         check_level(name, getattr(self, name))
+    if self.seed < 0:
+      raise ValueError(f"seed {self.seed} is negative")
     for name in ("extend_before", "extend_after"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name} {getattr(self, name)} s is negative")

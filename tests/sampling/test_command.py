@@ -117,6 +117,9 @@ def test_flags_are_read_into_the_types_of_the_fields(command):
     (["--strength=2"], "strength 2.0 is not between 0 and 1"),
     (["--from=no.json"], "--from=no.json is no description of a video"),
     (["--frames=9", "--out=x.png"], "holds one image, but --frames=9"),
+    (["--image=a.png", "--out=x.png"], "holds one image, but --image makes a video"),
+    (["--seed=-1"], "seed -1 is negative"),
+    (["--out=/proc/none/x.mp4"], "--out=/proc/none/x.mp4: "),
   ],
 )
 def test_flags_that_cannot_be(command, arguments, message):

@@ -122,6 +122,7 @@ def test_a_mode_encodes_once(mode):
     ({"interpolate": 3, "video": clip(9)}, "interpolate 3 is not 2 or 4"),
     ({"size": (0, 64)}, "size 0x64: width and height must be positive"),
     ({"frames": 0}, "frames 0: at least 1"),
+    ({"seed": -1}, "seed -1 is negative"),
     ({"window": 9, "given": 9}, "a window of 9 frames with 9 given"),
     ({"shots": ((2.0, "a star"), (1.0, "x"))}, "shots begin at"),
     ({"shots": ((2.0, "a star"),)}, "a shot begins at 2.0 s, but the video has 17"),
