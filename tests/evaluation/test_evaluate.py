@@ -201,7 +201,8 @@ def test_dead_channels_are_said(in_use, warnings, caplog):
     **{"images": None, "videos": {"psnr": 30.0, "ssim": 0.9, "clips": 2}},
     "latents": {"channels": 16, "effective_rank": 14.5, "channels_in_use": in_use},
   }
-  with caplog.at_level("INFO"):
+  # Other tests set how much absl says.
+  with caplog.at_level("INFO", logger="absl"):
     log_figures(figures)
   assert "effective rank 14.5 of 16 channels" in caplog.text
   assert sum("only 15 of 16" in record.message for record in caplog.records) == warnings
