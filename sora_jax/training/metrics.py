@@ -112,7 +112,8 @@ class Meter:
 
     And the time of the run until now, by cause.
     """
-    sums = {"sums": self._sums, "count": self._count}
+    # A copy: it is written by a thread, while the next step adds to the sums.
+    sums = {"sums": dict(self._sums), "count": self._count}
     return {**sums, "goodput": self._goodput.state()}
 
   def summary(self) -> str:

@@ -156,3 +156,13 @@ def test_inactive_writer_writes_nothing(tmp_path):
   writer.flush()
   writer.close()
   assert not (tmp_path / "none").exists()
+
+
+def test_a_state_stays_as_it_was_taken():
+  """Checkpoints are written by a thread, while the next steps are counted."""
+  meter = meter_of()
+  meter.start(0)
+  meter.add({"loss": 1.0})
+  state = meter.state()
+  meter.add({"loss": 5.0})
+  assert state["sums"] == {"loss": 1.0} and state["count"] == 1
