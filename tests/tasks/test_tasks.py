@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from golden import make_losses as golden
 from jax.sharding import PartitionSpec
+from markers import slow_but
 
 from sora_jax.evaluation import vae_health
 from sora_jax.models import discriminator
@@ -44,7 +45,7 @@ def names_of(tree):
 # --- training
 
 
-@pytest.mark.parametrize("case", golden.CASES)
+@pytest.mark.parametrize("case", slow_but(golden.CASES, ("dit", "vae_plain")))
 def test_golden_losses(case):
   """See golden/make_losses.py."""
   expected = json.loads(golden.PATH.read_text())[case]
