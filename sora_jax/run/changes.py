@@ -123,6 +123,12 @@ def check_longer(
       f"and {others} of it: training it longer would make them worthless. Put it back, "
       f"choose another --workdir, or delete {others} to make them again"
     )
+  if not any((workdir / name / "checkpoints").glob("[0-9]*")):
+    raise ValueError(
+      f"{key} is {after}, but {workdir / name} has no checkpoint to go on from: "
+      f"put {before} back, or begin another run with its model "
+      f"(config.{'vae.folder' if name == 'vae' else 'dit.init_from'})"
+    )
 
 
 def _field(recipe, key) -> dataclasses.Field | None:

@@ -91,13 +91,8 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
     if name != "data" or jax.process_index() == 0:
       module.run(recipe, workdir)
     sharding.sync(f"stage {name} ran")
-    if name == "data":
-      # The config says which folder, the manifest what was in it.
-      manifest = (workdir / "data" / "manifest.jsonl").read_bytes()
-      stage["made"] = hashlib.sha256(manifest).hexdigest()[:16]
-    if name in ("vae", "dit"):
-      # The config does not say which weights: free keys change their last bits, too.
-      stage["made"] = checkpoint.load_meta(workdir / name / "model").get("id")
+    if identity := _identity(name, workdir):
+      stage["made"] = identity
     _store(name, {**stage, "complete": True}, workdir)
     sharding.sync(f"stage {name}")
     seconds = text.format_seconds(time.monotonic() - begin)
@@ -125,6 +120,18 @@ def _check_text(recipe):
         f"config.text.width is {recipe.text.width}, but the features of {folder} have "
         f"{width}"
       )
+
+
+def _identity(name, workdir) -> str | None:
+  """Identifies what a stage has made, where its config alone does not."""
+  if name == "data":
+    # The config says which folder, the manifest what was in it.
+    manifest = (workdir / "data" / "manifest.jsonl").read_bytes()
+    return hashlib.sha256(manifest).hexdigest()[:16]
+  if name in ("vae", "dit"):
+    # The config does not say which weights: free keys change their last bits, too.
+    return checkpoint.load_meta(workdir / name / "model").get("id")
+  return None
 
 
 def fingerprint(name: str, workdir) -> str:
@@ -205,12 +212,6 @@ def _reason_to_run(name, stage, workdir, recipe) -> str | None:
     elif changes.are_extensions(changed, recipe):
       if complete:
         changes.check_longer(name, changed[0], _made_from(name, workdir), workdir)
-        if not any((workdir / name / "checkpoints").glob("[0-9]*")):
-          raise ValueError(
-            f"{key} is {after}, but {workdir / name} has no checkpoint to go on from: "
-            f"put {before} back, or begin another run with its model "
-            f"(config.{'vae.folder' if name == 'vae' else 'dit.init_from'})"
-          )
       reason += "goes on"
     else:
       raise changes.refuse(name, changed, complete, workdir)

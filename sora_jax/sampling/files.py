@@ -89,8 +89,9 @@ def _parts(model, jobs, paths, options, tile) -> Iterator[Part]:
       metadata = {"comment": job.prompt}
       writer.write(preview, small_THWC, modes.rate(full), metadata=metadata)
       logging.info("%s: preview", preview)
+    fps = modes.rate(full)  # once: it looks into the job's first medium
     for frames_THWC in model.stream(full, options, tile):
-      yield Part(path, job, modes.rate(full), frames_THWC)
+      yield Part(path, job, fps, frames_THWC)
 
 
 def _text_request(job):
