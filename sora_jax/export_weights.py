@@ -16,11 +16,11 @@ from absl import flags, logging
 
 from sora_jax.models.meta import METAS, Noise
 from sora_jax.run import cli
-from sora_jax.runtime import checkpoint, files, sharding
-from sora_jax.weights import mapping, safetensors_io
+from sora_jax.runtime import checkpoint, files, safetensors_io, sharding
+from sora_jax.runtime.safetensors_io import PARAM_DTYPES
+from sora_jax.weights import mapping
 from sora_jax.weights.discover import NETWORKS
 from sora_jax.weights.hf_config import Published, to_json
-from sora_jax.weights.safetensors_io import PARAM_DTYPES
 
 # Network -> folder and stem of its files.
 _PLACES = {

@@ -20,11 +20,11 @@ from absl import flags, logging
 from sora_jax.data.tokenizer import Tokenizer
 from sora_jax.models.meta import METAS, DiTMeta, FrozenText, TextMeta, VAEMeta
 from sora_jax.run import cli
-from sora_jax.runtime import checkpoint
+from sora_jax.runtime import checkpoint, safetensors_io
 from sora_jax.runtime.lazy_arrays import Streamed
-from sora_jax.weights import discover, mapping, safetensors_io
+from sora_jax.runtime.safetensors_io import PARAM_DTYPES
+from sora_jax.weights import discover, mapping
 from sora_jax.weights.discover import NETWORKS
-from sora_jax.weights.safetensors_io import PARAM_DTYPES
 
 _TEXT_TOKENS = 512  # that Wan pads each caption to
 # Of a packed row: captions of some clips, and tokens that sampling doubles until the

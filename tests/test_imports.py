@@ -67,7 +67,7 @@ ROOMS = {
   "models": ("packing", "runtime.fields"),
   "data": ("packing", "runtime.files"),
   "tasks": ("models", "diffusion"),
-  "weights": ("models", "runtime.files"),
+  "weights": ("models", "runtime.safetensors_io"),
   "training": ("tasks", "runtime"),
   "encoders": ("models", "tasks", "data.tokenizer", "runtime", "packing"),
   "run": BELOW_RUN,

@@ -24,7 +24,8 @@ import record  # noqa: E402
 from absl import app, flags  # noqa: E402
 
 from sora_jax import import_weights  # noqa: E402
-from sora_jax.weights import hf_config, safetensors_io  # noqa: E402
+from sora_jax.runtime import safetensors_io  # noqa: E402
+from sora_jax.weights import hf_config  # noqa: E402
 
 PRESET = flags.DEFINE_string("preset", "wan2.1-t2v-1.3b", "Sizes of the model.")
 FOLDER = flags.DEFINE_string("folder", None, "For the files; emptied by you.")

@@ -5,7 +5,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sora_jax.weights import mapping, safetensors_io, text
+from sora_jax.runtime import safetensors_io
+from sora_jax.weights import mapping, text
 from sora_jax.weights.hf_config import IGNORED, Published, from_json, preset
 
 NETWORKS = ("vae", "text", "dit")

@@ -14,7 +14,8 @@ import re
 import numpy as np
 
 from sora_jax.models.dit import DiTConfig
-from sora_jax.weights import dit, safetensors_io
+from sora_jax.runtime import safetensors_io
+from sora_jax.weights import dit
 from sora_jax.weights.mapping import Entry
 
 _METADATA = "lora_adapter_metadata"

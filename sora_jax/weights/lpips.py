@@ -8,7 +8,8 @@ The file is made once, where torch and lpips are installed:
 import functools
 
 from sora_jax.models import lpips
-from sora_jax.weights import mapping, safetensors_io
+from sora_jax.runtime import safetensors_io
+from sora_jax.weights import mapping
 
 # Index of each convolution in torchvision's `vgg16().features`, by slice.
 _LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))

@@ -23,9 +23,9 @@ from sora_jax.models.dit import DiTConfig
 from sora_jax.models.meta import METAS, DiTMeta, FrozenText
 from sora_jax.models.t5 import T5Config
 from sora_jax.models.vae_config import VAEConfig
-from sora_jax.runtime import checkpoint, lazy_arrays, sharding
+from sora_jax.runtime import checkpoint, lazy_arrays, safetensors_io, sharding
 from sora_jax.tasks import dit as dit_task
-from sora_jax.weights import discover, hf_config, mapping, safetensors_io
+from sora_jax.weights import discover, hf_config, mapping
 
 VAE = VAEConfig(
   width=4,

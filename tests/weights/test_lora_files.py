@@ -11,8 +11,8 @@ from models import test_wan_dit
 
 from sora_jax.models import lora
 from sora_jax.models.dit import DiT
+from sora_jax.runtime import safetensors_io
 from sora_jax.weights import lora as lora_files
-from sora_jax.weights import safetensors_io
 
 GOLDEN = test_wan_dit.GOLDEN / "wan_lora.safetensors"
 IMAGE = test_wan_dit.CONFIGS["2.1"]
