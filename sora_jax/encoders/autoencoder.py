@@ -1,7 +1,6 @@
 """A trained VAE as other stages use it: pixels to normalised latents and back."""
 
 import functools
-import pathlib
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -14,7 +13,7 @@ from sora_jax.encoders import tiling
 from sora_jax.models.meta import VAEMeta
 from sora_jax.models.vae import VAE, VAEConfig
 from sora_jax.models.vae_stream import decode_chunk, encode_chunk
-from sora_jax.runtime import checkpoint, sharding
+from sora_jax.runtime import checkpoint, sharding, shipped
 from sora_jax.tasks import vae as vae_task
 
 
@@ -32,14 +31,16 @@ class Autoencoder:
     """Loads a VAE.
 
     Args:
-      folder: of the model, or of a run with vae/model in it.
+      folder: of the model, or of a run with vae/model in it; or the name of a
+        checkpoint that comes with the package.
       mesh: that clips lie on; all local devices share a clip if None.
       dtype: of the computation.
 
     Raises:
       ValueError: if the folder holds no complete VAE.
     """
-    inside = pathlib.Path(folder) / "vae" / "model"
+    folder = shipped.find(folder)
+    inside = folder / "vae" / "model"
     folder = inside if inside.is_dir() else folder
     mesh = mesh or sharding.sampling_mesh(1)
     meta = VAEMeta.from_json(checkpoint.load_meta(folder), folder)

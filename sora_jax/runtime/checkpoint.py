@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from sora_jax.runtime import files, lazy_arrays
+from sora_jax.runtime import files, lazy_arrays, portable
 
 
 class Checkpoints:
@@ -166,6 +166,17 @@ def save_model(folder, params, meta: dict) -> None:
   multihost_utils.sync_global_devices("save_model")
 
 
+def save_portable(folder, params, meta: dict) -> None:
+  """Writes a model as `save_model` does, but its params as `portable` ones.
+
+  `load_model` and all else here read either; one process must call it.
+  """
+  folder = epath.Path(folder).absolute()
+  digest = portable.write(folder / portable.NAME, params)
+  model = {"params": portable.NAME, "sha256": digest, "meta": meta}
+  files.write_json(folder / "model.json", model)
+
+
 def load_meta(folder) -> dict:
   """Meta of a model. ValueError if there is no complete model in the folder."""
   return _read_model(epath.Path(folder).absolute())["meta"]
@@ -218,15 +229,18 @@ def save_meta(folder, meta: dict) -> None:
 
 
 def load_model(folder, shardings=None, dtype=None) -> tuple[dict, dict]:
-  """(params, meta) of a model that save_model wrote.
+  """(params, meta) of a model that save_model or save_portable wrote.
 
   shardings: tree of shardings like the params, or a function of the params' shapes
   that returns it; without it the params come whole to the default device.
-  dtype: of the params, or a tree of dtypes like them; as they were saved if None.
+  dtype: of the params, or a tree of dtypes like them; if None as they were saved, and
+  float32 for portable ones.
   ValueError naming the folder if there is no complete model in it.
   """
   folder = epath.Path(folder).absolute()
   model = _read_model(folder)
+  if _is_portable(model):
+    return _load_portable(folder, model, shardings, dtype), model["meta"]
   try:
     with ocp.PyTreeCheckpointer() as checkpointer:
       saved = checkpointer.metadata(folder / model["params"]).item_metadata.tree
@@ -256,6 +270,28 @@ def load_model(folder, shardings=None, dtype=None) -> tuple[dict, dict]:
   return params, model["meta"]
 
 
+def _load_portable(folder, model, shardings, dtype):
+  """Params of a model that save_portable wrote; see `load_model`."""
+  params = portable.read(folder / model["params"], model["sha256"])
+  dtypes = dtype
+  if not isinstance(dtype, dict):
+    dtypes = jax.tree.map(lambda _: dtype or jnp.float32, params)
+  try:
+    params = jax.tree.map(lambda x, dtype: x.astype(dtype), params, dtypes)
+    if shardings is None:
+      return jax.tree.map(jnp.asarray, params)
+    places = shardings(params) if callable(shardings) else shardings
+    return jax.tree.map(
+      lambda x, place: jax.make_array_from_callback(x.shape, place, x.__getitem__),
+      params,
+      places,
+    )
+  except ValueError as error:
+    raise ValueError(
+      f"{folder}: the model's {model['params']} does not fit ({error})"
+    ) from error
+
+
 def stream_model(folder) -> tuple[dict, dict]:
   """(params, meta); each leaf is a `lazy_arrays.Streamed` and is read block by block.
 
@@ -264,6 +300,8 @@ def stream_model(folder) -> tuple[dict, dict]:
   folder = epath.Path(folder).absolute()
   model = _read_model(folder)
   path = folder / model["params"]
+  if _is_portable(model):
+    return portable.stream(path, model["sha256"]), model["meta"]
   try:
     with lazy_arrays.checkpointer() as checkpointer:
       saved = checkpointer.metadata(path).item_metadata.tree
@@ -278,9 +316,14 @@ def stream_model(folder) -> tuple[dict, dict]:
 def _read_model(folder) -> dict:
   try:
     model = json.loads((folder / "model.json").read_text())
-    return {"params": model["params"], "meta": model["meta"]}
+    names = ("params", "meta", *(["sha256"] if _is_portable(model) else []))
+    return {name: model[name] for name in names}
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(
       f"{folder}: no complete model here (model.json: {type(error).__name__}); "
       "train it to the end, or name the folder of a finished model"
     ) from error
+
+
+def _is_portable(model) -> bool:
+  return str(model["params"]).endswith(".safetensors")
