@@ -8,8 +8,11 @@
 
   python -m sora_jax.sample --config=configs/quickstart.py
 
-The last form is the stage "sample" of a run: the prompts of config.sample. Beside each
-file its .json says how it was made: --from=x.mp4.json makes the same again.
+A checkpoint is the folder of a run, or the name of one that comes with the package.
+Size, length, rate and the options of the solver are as its recipe has them, where no
+flag says otherwise (whatever default --help shows). The last form is the stage "sample"
+of a run: the prompts of config.sample. Beside each file its .json says how it was made:
+--from=x.mp4.json makes the same again.
 """
 
 import dataclasses
@@ -21,10 +24,12 @@ from sora_jax.data.video import contact_sheet, reader
 from sora_jax.diffusion.solvers import Options
 from sora_jax.run import cli, stages
 from sora_jax.run import recipe as recipes
-from sora_jax.runtime import sharding
+from sora_jax.runtime import sharding, shipped
 from sora_jax.sampling import files
 from sora_jax.sampling import flags as job_flags
 from sora_jax.sampling.conditioning import Request as Request  # for users
+from sora_jax.sampling.defaults import Defaults
+from sora_jax.sampling.defaults import read as read_defaults
 from sora_jax.sampling.job import Job
 from sora_jax.sampling.pipeline import Sampler as Sampler
 from sora_jax.sampling.requests import (
@@ -51,7 +56,13 @@ def run(recipe: recipes.Recipe, workdir) -> None:
 
 
 def _define_flags():
-  flags.DEFINE_string("checkpoint", None, "Folder of a run, with vae/ and dit/ in it.")
+  flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "Folder of a run, with vae/ and dit/ in it, or the name of a model that comes with "
+    f"the package: {', '.join(shipped.names()) or 'none'}. Its recipe says how it is "
+    "sampled, where no flag does.",
+  )
   flags.DEFINE_multi_string("lora", [], "Adapters to merge in, .safetensors files.")
   flags.DEFINE_float("lora_strength", 1.0, "How strongly; 1 is as they were trained.")
   flags.DEFINE_multi_string("prompt", [], "What to make; may be given several times.")
@@ -110,11 +121,26 @@ def _jobs(args, described, out) -> list[Job]:
   ]
 
 
-def _options(args, described) -> Options:
-  kept = dict(described.get("options", {}))
+def _options(args, described, usual: Options) -> Options:
+  """As the flags say, else as `described`, a sidecar, or without one the usual ones."""
+  kept = dict(described.get("options", {}) if described else dataclasses.asdict(usual))
   if "guidance_interval" in kept:
     kept["guidance_interval"] = tuple(kept["guidance_interval"])
+  if not described:
+    # What the flags have left without a meaning, which would be an error.
+    for name in _idle(args):
+      del kept[name]
   return Options(**job_flags.values(Options, args, kept))
+
+
+def _idle(args) -> list[str]:
+  """Options of a checkpoint that do nothing beside the flags that were given."""
+  idle = []
+  if args["guidance_scale"].present and args.guidance_scale == 1.0:
+    idle += ["guidance_interval", "guidance_rescale", "cfg_zero"]
+  if args["method"].present and args.method != "ddim":
+    idle.append("eta")
+  return idle
 
 
 def _main(argv):
@@ -133,7 +159,11 @@ def _main(argv):
   if not checkpoint:
     raise ValueError("--checkpoint is missing: the folder of a run, as runs/quickstart")
   out = pathlib.Path(args.out)
-  jobs, options = _jobs(args, described, out), _options(args, described)
+  usual = read_defaults(shipped.find(checkpoint))
+  jobs = _jobs(args, described, out)
+  # What a sidecar leaves out had the package's default.
+  jobs = [(Defaults() if described else usual).fill(job) for job in jobs]
+  options = _options(args, described, usual.options)
   loras = [(path, args.lora_strength) for path in args.lora]
   loras = loras or described.get("loras", [])
   # Others than texts are made one after the other.

@@ -45,12 +45,16 @@ class Job:
 
   prompt: str = _field("", "What to make.")
   size: tuple[int, int] | None = _field(
-    None, "WIDTHxHEIGHT; that of the first medium, or 64x64.", form="WIDTHxHEIGHT"
+    None,
+    "WIDTHxHEIGHT; that of the first medium, or the checkpoint's.",
+    form="WIDTHxHEIGHT",
   )
   frames: int | None = _field(
-    None, "Frames; the video's own, or 17, and 1 for an image.", least=1
+    None, "Frames; the video's own, or the checkpoint's, and 1 for an image.", least=1
   )
-  fps: float | None = _field(None, "Frames per second; the video's, or 12.", least=0.1)
+  fps: float | None = _field(
+    None, "Frames per second; the video's, or the checkpoint's.", least=0.1
+  )
   seed: int = _field(0, "Seed; of several prompts the next has the next one.")
   negative_prompt: str = _field("", "What guidance leads away from.")
   guidance_scale: float | None = _field(None, "In place of that of the options.")

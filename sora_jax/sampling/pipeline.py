@@ -29,10 +29,12 @@ from sora_jax.encoders.autoencoder import Autoencoder, in_chunks
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.models.meta import DiTMeta
 from sora_jax.packing import time_grid
-from sora_jax.runtime import checkpoint, sharding
+from sora_jax.runtime import checkpoint, sharding, shipped
 from sora_jax.runtime.prefetch import ahead
 from sora_jax.sampling import media, modes, windows
 from sora_jax.sampling.conditioning import Prompt, Request, Timeline
+from sora_jax.sampling.defaults import Defaults
+from sora_jax.sampling.defaults import read as read_defaults
 from sora_jax.sampling.denoise import Denoiser
 from sora_jax.sampling.job import Job
 from sora_jax.tasks import dit as dit_task
@@ -49,7 +51,16 @@ _WARM_UP = 4
 class Sampler:
   """Makes videos and images of any size from prompts, images and videos."""
 
-  def __init__(self, params, meta, autoencoder, vocabulary, dtype, encode_text=None):
+  def __init__(
+    self,
+    params,
+    meta,
+    autoencoder,
+    vocabulary,
+    dtype,
+    encode_text=None,
+    defaults: Defaults | None = None,
+  ):
     """Args: as `from_checkpoint` loads them; vocabulary is a sentencepiece file.
 
     encode_text: (texts, max_tokens) -> features of each, for a model that was trained
@@ -57,6 +68,7 @@ class Sampler:
     """
     self.params, self.meta, self.autoencoder = params, meta, autoencoder
     self.vocabulary, self.dtype = vocabulary, dtype
+    self.defaults = defaults or Defaults()
     self.denoiser = Denoiser(meta, vocabulary, dtype, autoencoder.mesh, encode_text)
 
   @classmethod
@@ -68,7 +80,8 @@ class Sampler:
     A frozen text encoder is in text/model, or where it was in training.
 
     Args:
-      folder: of the run, or of an imported checkpoint.
+      folder: of the run, or of an imported or shipped checkpoint; or the name of one
+        that comes with the package.
       mesh: that params are sharded over. By default all local devices share a video;
         for many small ones see `sharding.sampling_mesh`.
       dtype: of the computation.
@@ -78,7 +91,7 @@ class Sampler:
     Raises:
       ValueError: if one of the models is missing, damaged, or made for another.
     """
-    folder = pathlib.Path(folder)
+    folder = shipped.find(folder)
     if not folder.is_dir():
       raise ValueError(f"{folder}: no such checkpoint folder")
     if dtype is None:
@@ -106,7 +119,8 @@ class Sampler:
         place = pathlib.Path(text.folder or folder)
       encode_text = FrozenTextEncoder(place, mesh, dtype, text.features).encode
     vocabulary = model / "tokenizer.model"
-    return cls(params, meta, autoencoder, vocabulary, dtype, encode_text)
+    defaults = read_defaults(folder)
+    return cls(params, meta, autoencoder, vocabulary, dtype, encode_text, defaults)
 
   @property
   def size_multiple(self) -> int:
@@ -136,7 +150,7 @@ class Sampler:
     Args:
       requests: what to make.
       options: of the solver and of guidance (guidance_scale 1 is half the work); the
-        defaults of `solvers.Options` if not given.
+        checkpoint's own if not given.
       rows: packed rows computed at once.
 
     Raises:
@@ -186,8 +200,7 @@ class Sampler:
 
     Given ones are exactly what the prompt says. See `Denoiser`.
     """
-    options = options or solvers.Options()
-    return self.denoiser(self.params, prompts, options, rows)
+    return self.denoiser(self.params, prompts, options or self.defaults.options, rows)
 
   # --- everything to a video
 
@@ -196,7 +209,8 @@ class Sampler:
 
     Args:
       prompt: what to make.
-      options: of the solver and of guidance, `solvers.Options`.
+      options: of the solver and of guidance, `solvers.Options`; the checkpoint's own if
+        not given, as are size, frames and fps.
       tile: see `Autoencoder.decode_stream`.
       **job: of `job.Job`: size, frames, seed, image, video, extend_after, loop, ...
 
@@ -219,19 +233,21 @@ class Sampler:
 
     watch: is called with each window's prompt and the latents made of it.
     """
-    options = options or solvers.Options()
+    job, options = self.defaults.fill(job), options or self.defaults.options
     if job.preview:
       job = self.refined(job, np.concatenate(list(self.preview(job, options, tile))))
     return self._stream(job, options, tile, watch)
 
   def preview(self, job: Job, options=None, tile=None) -> Iterator[np.ndarray]:
     """Chunks of the small version of a job that has a preview."""
+    job, options = self.defaults.fill(job), options or self.defaults.options
     half = tuple(max(self.size_multiple, n // 2) for n in self._canvas(job).crop[::-1])
     small = dataclasses.replace(job, size=half, preview=0.0)
-    return self._stream(small, options or solvers.Options(), tile)
+    return self._stream(small, options, tile)
 
   def refined(self, job: Job, small_THWC: np.ndarray) -> Job:
     """The job that makes a preview again at full size, of the same composition."""
+    job = self.defaults.fill(job)
     canvas = self._canvas(job)
     return dataclasses.replace(
       job,

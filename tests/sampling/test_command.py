@@ -13,6 +13,7 @@ from sora_jax.data.video import reader, writer
 from sora_jax.diffusion.solvers import Options
 from sora_jax.run import cli
 from sora_jax.sampling import flags as job_flags
+from sora_jax.sampling.defaults import Defaults
 from sora_jax.sampling.job import Job
 
 
@@ -59,6 +60,38 @@ def test_a_sidecar_makes_the_same_again(command, tmp_path):
   writer.write(source, clip(9, 1), 12)
   with pytest.raises(ValueError, match="in.mp4 has changed since"):
     command(f"--from={first}.json", f"--out={again}")
+
+
+def test_a_checkpoints_own_defaults_hold_where_no_flag_was_given(command, tmp_path):
+  usual = Defaults(
+    Options(steps=2, method="ddim", eta=0.5, guidance_interval=(0.2, 0.9)),
+    *((32, 48), 5, 8.0),
+  )
+  (tmp_path / "m").mkdir()
+  (tmp_path / "m" / "sample.json").write_text(json.dumps(usual.to_json()))
+  out = tmp_path / "x.mp4"
+
+  def made(*arguments):
+    command(f"--out={out}", *arguments)
+    described = json.loads((tmp_path / "x.mp4.json").read_text())
+    options = described["options"]
+    interval = tuple(options.pop("guidance_interval"))
+    return described["job"], Options(**options, guidance_interval=interval)
+
+  own = [f"--checkpoint={tmp_path / 'm'}", "--prompt=a star"]
+  job = {"prompt": "a star", "size": [32, 48], "frames": 5, "fps": 8.0}
+  assert made(*own) == (job, usual.options)
+  assert reader.read(out).shape == (5, 48, 32, 3)
+  # What a flag leaves without a meaning is left out, and not an error.
+  plain = Options(steps=3, guidance_scale=1.0)
+  flags_given = ["--fps=6", "--steps=3", "--method=euler", "--guidance_scale=1"]
+  assert made(*own, *flags_given) == ({**job, "fps": 6.0}, plain)
+  # A sidecar says all, and what an old one leaves out had the package's default.
+  old = json.loads((tmp_path / "x.mp4.json").read_text())
+  del old["job"]["size"], old["job"]["fps"], old["options"]["eta"]
+  (tmp_path / "old.json").write_text(json.dumps(old))
+  again = {**job, "size": [64, 64], "fps": 12.0}
+  assert made(f"--from={tmp_path / 'old.json'}") == (again, plain)
 
 
 def test_previews_are_written_first(command, tmp_path):

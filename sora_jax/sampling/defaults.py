@@ -1,0 +1,107 @@
+"""What a checkpoint is sampled with where a user does not say: its recipe's choice.
+
+A run keeps that in sample/stage.json, the record of its stage "sample". A checkpoint
+that was shipped keeps it in sample.json. Others have the defaults of the package.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from sora_jax.diffusion.solvers import Options
+from sora_jax.runtime import checkpoint
+from sora_jax.sampling.job import Job
+
+NAME = "sample.json"
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+  """Options, and what a job without media is of.
+
+  Attributes:
+    options: of the solver and of guidance.
+    size: (width, height) in pixels.
+    frames: of a video.
+    fps: frames per second.
+  """
+
+  options: Options = Options()
+  size: tuple[int, int] = (64, 64)
+  frames: int = 17
+  fps: float = 12.0
+
+  def fill(self, job: Job) -> Job:
+    """The job with the size, length and rate that neither it nor its media say."""
+    known: dict[str, Any] = {}
+    media = (job.image, job.last_image, job.video, job.key_frames or None)
+    if job.size is None and all(medium is None for medium in media):
+      known["size"] = self.size
+    if job.frames is None and job.mode in ("text", "image"):
+      known["frames"] = self.frames
+    if job.fps is None and job.video is None:
+      known["fps"] = self.fps
+    return dataclasses.replace(job, **known)
+
+  def to_json(self) -> dict[str, Any]:
+    """What sample.json holds."""
+    return {"version": VERSION, **dataclasses.asdict(self)}
+
+
+def read(folder) -> Defaults:
+  """The defaults of a checkpoint's folder.
+
+  Raises:
+    ValueError: if they are damaged or of a newer version; names the file.
+  """
+  folder = pathlib.Path(folder)
+  for path, parse in (
+    (folder / NAME, _of_json),
+    (folder / "sample" / "stage.json", _of_stage),
+  ):
+    if path.is_file():
+      try:
+        return parse(json.loads(path.read_text()), folder)
+      except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+      except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged ({error!r})") from error
+  return Defaults()
+
+
+def _of_json(values, folder) -> Defaults:
+  del folder
+  if (version := values["version"]) not in range(1, VERSION + 1):
+    raise ValueError(
+      f"version is {version!r}, but this sora_jax reads {VERSION} at most: the "
+      "checkpoint is of a newer one"
+    )
+  width, height = values["size"]
+  return Defaults(
+    _options(values["options"]),
+    (int(width), int(height)),
+    int(values["frames"]),
+    float(values["fps"]),
+  )
+
+
+def _of_stage(values, folder) -> Defaults:
+  """Of the stage's config: its options, and the first prompt that is a video's."""
+  section = values["config"]["sample"]
+  options = _options(section)
+  if not (prompts := section.get("prompts")):
+    return Defaults(options)
+  _, (width, height), frames, fps = min(prompts, key=lambda prompt: prompt[2] == 1)
+  # As the stage has it: 0 is the rate that the model was trained at.
+  fps = fps or checkpoint.load_meta(folder / "dit" / "model")["reference_fps"]
+  return Defaults(options, (width, height), frames, fps)
+
+
+def _options(values) -> Options:
+  names = [field.name for field in dataclasses.fields(Options)]
+  known: dict[str, Any] = {name: values[name] for name in names if name in values}
+  if "guidance_interval" in known:
+    known["guidance_interval"] = tuple(known["guidance_interval"])
+  return Options(**known)
