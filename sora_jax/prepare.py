@@ -30,6 +30,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
       num_train=data.train_clips,
       num_heldout=data.heldout_clips,
       seed=recipe.seed,
+      world=data.world,
       watch=track,
     )
   found, rejected = sources.scan(

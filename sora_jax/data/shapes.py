@@ -6,6 +6,7 @@ some (colour, shape, motion) combinations are kept out of training as a whole; e
 pair of attribute values still occurs in training.
 """
 
+import dataclasses
 import json
 import pathlib
 
@@ -43,9 +44,42 @@ BACKGROUNDS = {
 }
 _BAR = (24, 22, 26)
 
-_SIZES = ((64, 64), (64, 96), (96, 64))  # height, width
-_FRAMES = (9, 9, 17, 17, 33)  # long clips are rarer
-_RATES = (8, 12, 16, 24)
+
+@dataclasses.dataclass(frozen=True)
+class World:
+  """What clips can show; all colours, shapes and motions in any.
+
+  Attributes:
+    sizes, frames, rates: (height, width), frames and frames a second to draw from.
+    backgrounds: of BACKGROUNDS; gradients: share of them that are shaded.
+    images: share of the clips that are images, beside those of what stands still.
+    pairs, bars: whether some clips have two objects, or one that passes behind a bar.
+  """
+
+  sizes: tuple[tuple[int, int], ...] = ((64, 64), (64, 96), (96, 64))
+  frames: tuple[int, ...] = (9, 9, 17, 17, 33)  # long clips are rarer
+  rates: tuple[int, ...] = (8, 12, 16, 24)
+  backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
+  gradients: float = 0.5
+  images: float = 0.1
+  pairs: bool = True
+  bars: bool = True
+
+
+WORLDS = {
+  "whole": World(),
+  # For minutes on a laptop: one object on one ground, at one size and rate.
+  "simple": World(
+    sizes=((64, 64),),
+    frames=(17,),
+    rates=(12,),
+    backgrounds=("dark grey",),
+    gradients=0.0,
+    images=0.5,
+    pairs=False,
+    bars=False,
+  ),
+}
 _MARGIN = 1.5  # pixels between an object and the edge of its region
 
 _PHRASES = {
@@ -62,7 +96,13 @@ _PHRASES = {
 
 
 def generate(
-  folder, *, num_train, num_heldout, seed, watch=lambda items, *_: items
+  folder,
+  *,
+  num_train,
+  num_heldout,
+  seed,
+  world="whole",
+  watch=lambda items, *_: items,
 ) -> None:
   """Writes media files and their manifest.jsonl to a folder.
 
@@ -73,20 +113,28 @@ def generate(
   motion, trajectory [x, y, r, angle] a frame in units of width, height, the shorter
   side, whole turns), count, occluder, background, frames, fps, height, width.
 
-  watch: (items, what is done to each, what they are) -> the same items, as
-    `runtime.progress.track`; shows nothing by default.
+  Args:
+    folder: is made.
+    num_train, num_heldout: clips of each split.
+    seed: of all that is drawn.
+    world: what they can show, one of WORLDS.
+    watch: (items, what is done to each, what they are) -> the same items, as
+      `runtime.progress.track`; shows nothing by default.
 
   Raises:
-    ValueError: negative counts, or the folder holds clips of another seed.
+    ValueError: negative counts, an unknown world, or the folder holds clips of another
+      seed or world.
   """
+  if world not in WORLDS:
+    raise ValueError(f"world {world!r} is none of {list(WORLDS)}")
   if num_train < 0 or num_heldout < 0 or num_train + num_heldout == 0:
     raise ValueError(f"{folder}: {num_train} train and {num_heldout} heldout clips")
   folder = pathlib.Path(folder)
-  _claim(folder, seed)
+  _claim(folder, seed, world)
   rows, drawn = [], 0
   for split, count in (("train", num_train), ("heldout", num_heldout)):
     for index in watch(range(count), "drew", f"{split} clips"):
-      clip = describe(split, index, seed)
+      clip = describe(split, index, seed, WORLDS[world])
       path = folder / clip["path"]
       if not path.exists():
         writer.write(path, draw(clip["truth"]), clip["truth"]["fps"])
@@ -123,22 +171,22 @@ def combinations(split) -> list:
   ]
 
 
-def describe(split, index, seed) -> dict:
+def describe(split, index, seed, world=WORLDS["whole"]) -> dict:
   """The manifest row of clip number `index`; depends on nothing but the arguments."""
   rng = np.random.default_rng([seed, split == "heldout", index])
   known = combinations(split)
   stills = [triple for triple in known if triple[2] == "still"]
   triple = _deal(known, index, [seed, split == "heldout"])
   kind = rng.random()
-  if kind < 0.1 or triple[2] == "still" and kind < 0.8:
+  if kind < world.images or triple[2] == "still" and kind < 0.8:
     triple = _deal(stills, index, [seed, 2])  # an image, which shows no motion
-    others = stills if kind < 0.02 or 0.1 < kind < 0.2 else None
-    truth = _scene(rng, triple, others, frames=(1,))
-  elif triple[2] in ("left", "right") and kind < 0.55:
-    truth = _scene(rng, triple, None, frames=(17, 33), bar=True)
+    others = stills if world.pairs and (kind < 0.02 or 0.1 < kind < 0.2) else None
+    truth = _scene(rng, world, triple, others, frames=(1,))
+  elif world.bars and triple[2] in ("left", "right") and kind < 0.55:
+    truth = _scene(rng, world, triple, None, frames=(17, 33), bar=True)
   else:
-    others = known if kind < 0.3 or kind > 0.95 else None
-    truth = _scene(rng, triple, others, frames=_FRAMES)
+    others = known if world.pairs and (kind < 0.3 or kind > 0.95) else None
+    truth = _scene(rng, world, triple, others, frames=world.frames)
   suffix = ".png" if truth["frames"] == 1 else ".mp4"
   return {
     "path": f"{split}/{index:06d}{suffix}",
@@ -174,15 +222,16 @@ def draw(truth) -> np.ndarray:
   return video_THWC.round().astype(np.uint8)
 
 
-def _claim(folder, seed):
-  """Refuses a folder of another seed: its files would be taken for ours."""
+def _claim(folder, seed, world):
+  """Refuses a folder of another seed or world: its files would be taken for ours."""
   marker = folder / "seed.txt"
+  wanted = str(seed) if world == "whole" else f"{seed} {world}"
   if marker.exists():
     found = marker.read_text().strip()
-    if found != str(seed):
-      raise ValueError(f"{folder}: holds clips of seed {found}, not of seed {seed}")
+    if found != wanted:
+      raise ValueError(f"{folder}: holds clips of seed {found}, not of seed {wanted}")
   else:
-    clips.write_lines(marker, [str(seed)])
+    clips.write_lines(marker, [wanted])
 
 
 def _deal(items, index, key):
@@ -194,20 +243,21 @@ def _deal(items, index, key):
 # --- what happens in a clip
 
 
-def _scene(rng, triple, others, frames, bar=False):
+def _scene(rng, world, triple, others, frames, bar=False):
   """Draws sizes and rates until the objects fit; the truth of one clip.
 
   Args:
     rng: numpy generator.
+    world: what there is to draw from.
     triple: (color, shape, motion) of the first object.
     others: triples to take a second object from, or None.
     frames: numbers of frames to choose from.
     bar: whether the object passes behind a bar; the motion is then left or right.
   """
   for _ in range(10000):
-    height, width = (64, 96) if bar else _SIZES[rng.integers(len(_SIZES))]
+    height, width = (64, 96) if bar else world.sizes[rng.integers(len(world.sizes))]
     count = int(rng.choice(frames))
-    fps = int(rng.choice(_RATES)) if count > 1 else 1
+    fps = int(rng.choice(world.rates)) if count > 1 else 1
     times = np.arange(count) / fps
     triples = [triple]
     regions = [(0, 0, width, height)]
@@ -235,9 +285,9 @@ def _scene(rng, triple, others, frames, bar=False):
       ],
       "count": len(triples),
       "occluder": bar,
-      "background": list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))],
+      "background": world.backgrounds[rng.integers(len(world.backgrounds))],
       # Direction of the gradient in turns, None for a flat background.
-      "gradient": round(rng.random(), 3) if rng.random() < 0.5 else None,
+      "gradient": round(rng.random(), 3) if rng.random() < world.gradients else None,
       "frames": count,
       "fps": fps,
       "height": height,

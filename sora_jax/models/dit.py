@@ -234,6 +234,8 @@ class DiT(nn.Module):
       split_rngs={"params": True},
       in_axes=(nn.broadcast, 0),
       length=c.depth,
+      # On CPU a loop copies what it keeps for the backward pass in and out.
+      unroll=c.depth if c.remat == "none" and partition.platform() == "cpu" else 1,
     )(c, name="blocks")
     return blocks(x_BLD, context, text_states)[0]
 

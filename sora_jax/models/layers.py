@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from sora_jax.models import lora, partition
+from sora_jax.models import lora, partition, rounded_matmul
 
 
 class RMSNorm(nn.Module):
@@ -52,7 +52,11 @@ def dot_general(lhs, rhs, dimension_numbers, precision=None, shared=None, **kwar
   if partition.platform() != "cpu" or lhs_batch or not dense:
     return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, **kwargs)
   rows = lhs.reshape(-1, lhs.shape[-1])
-  out = jax.lax.dot_general(rows, rhs, (((1,), (0,)), ((), ())), precision, **kwargs)
+  if rounded_matmul.is_wanted() and rhs.ndim == 2 and rows.dtype == jnp.float32:
+    out = rounded_matmul.matmul(rows, rhs)
+  else:
+    contracted = (((1,), (0,)), ((), ()))
+    out = jax.lax.dot_general(rows, rhs, contracted, precision, **kwargs)
   return out.reshape(*lhs.shape[:-1], *rhs.shape[1:])
 
 
@@ -199,7 +203,9 @@ def conv_general_dilated(
     for offset in np.ndindex(*kernel)
   ]
   rows = jnp.concatenate(taps, axis=-1).reshape(-1, math.prod(rhs.shape[:-1]))
-  out = rows @ rhs.reshape(-1, rhs.shape[-1])
+  kernel_DF = rhs.reshape(-1, rhs.shape[-1])
+  rounded = rounded_matmul.is_wanted() and rows.dtype == jnp.float32
+  out = rounded_matmul.matmul(rows, kernel_DF) if rounded else rows @ kernel_DF
   return out.reshape(lhs.shape[0], *sizes, rhs.shape[-1])
 
 

@@ -15,6 +15,7 @@ import functools
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -302,7 +303,10 @@ class Decoder(nn.Module):
       patch_size = (1, *patch_size[1:])
     if c.head_width:
       x_BTHWC = nn.silu(conv(c.head_width, name="conv_head")(x_BTHWC, first))
-    x_BTHWC = conv(3 * math.prod(patch_size), name="conv_out")(x_BTHWC, first)
+    window = patch_size[0], *(n + 2 * c.overlap for n in patch_size[1:])
+    x_BTHWC = conv(3 * math.prod(window), name="conv_out")(x_BTHWC, first)
+    if c.overlap:
+      x_BTHWC = _add_overlap(x_BTHWC, patch_size, c.overlap)
     return _unfold(x_BTHWC, patch_size, first)
 
 
@@ -322,6 +326,33 @@ def _unfold(x_BTHWC, patch_size, first):
   x_BLP = x_BTHWC.reshape(B, math.prod(grid), P)
   video_BTHWC = patches.unpatchify(x_BLP, grid, patch_size)
   return video_BTHWC[:, patch_size[0] - 1 :] if first else video_BTHWC
+
+
+def _add_overlap(x_BTHWC, patch_size, overlap):
+  """Adds to each patch what its eight neighbours draw of it.
+
+  x_BTHWC: of each cell the pixels of a window, its patch with `overlap` more on every
+    side, in the order of `_fold`. Returns those of the patches. What reaches over the
+    frame's edge is cut off.
+  """
+  B, T, H, W, _ = x_BTHWC.shape
+  t, p, o = patch_size[0], patch_size[1], overlap
+  window = x_BTHWC.reshape(B, T, H, W, t, p + 2 * o, p + 2 * o, 3)
+  for axis, cells in ((5, 2), (6, 3)):
+    n = window.shape[cells]
+    inner = jax.lax.slice_in_dim(window, o, o + p, axis=axis)
+    # The cell before reaches into the first pixels, the one after into the last.
+    before = jax.lax.slice_in_dim(window, o + p, o + p + o, axis=axis)
+    after = jax.lax.slice_in_dim(window, 0, o, axis=axis)
+    before = _pad(jax.lax.slice_in_dim(before, 0, n - 1, axis=cells), cells, 1, 0)
+    after = _pad(jax.lax.slice_in_dim(after, 1, n, axis=cells), cells, 0, 1)
+    window = inner + _pad(before, axis, 0, p - o) + _pad(after, axis, p - o, 0)
+  return window.reshape(B, T, H, W, t * p * p * 3)
+
+
+def _pad(x, axis, low, high):
+  """Pads one axis with zeros."""
+  return jnp.pad(x, [(low, high) if i == axis else (0, 0) for i in range(x.ndim)])
 
 
 def _average(x_BTHWC, features, factors, first):

@@ -28,6 +28,8 @@ class VAEConfig:
       (Wan). A folded patch has many pixels for that last, linear layer to draw.
     blend: the frames of a folded patch are drawn one by one, of features that go evenly
       from those of the latent before to its own: no jump is between two latents.
+    overlap: pixels by which each drawn patch reaches over its neighbours on every side,
+      where what both draw is added up, so that no border is between two patches.
   """
 
   width: int = 96
@@ -44,6 +46,7 @@ class VAEConfig:
   stage_shortcut: bool = False
   head_width: int = 0
   blend: bool = False
+  overlap: int = 0
 
   def __post_init__(self):
     if len(self.downsample) != len(self.width_multipliers) - 1:
@@ -55,6 +58,11 @@ class VAEConfig:
       raise ValueError(f"vae downsample entries {sorted(unknown)} are not s, t or st")
     if self.patch_size[1] != self.patch_size[2]:
       raise ValueError(f"vae patch_size {self.patch_size} must be square in space")
+    if not 0 <= self.overlap <= self.patch_size[1]:
+      raise ValueError(
+        f"vae overlap {self.overlap} is not between 0 and the patch's "
+        f"{self.patch_size[1]} pixels"
+      )
     if self.stage_shortcut:
       self._check_shortcuts()
 

@@ -88,8 +88,10 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
     logging.info("stage %s: %s, in %s", name, reason, workdir / name)
     begin = time.monotonic()
     module = importlib.import_module(f"sora_jax.{STAGES[name].module}")
-    if name != "data" or jax.process_index() == 0:
-      module.run(recipe, workdir)
+    precision = recipe.matmul_precision or None
+    with jax.default_matmul_precision(precision):
+      if name != "data" or jax.process_index() == 0:
+        module.run(recipe, workdir)
     sharding.sync(f"stage {name} ran")
     if identity := _identity(name, workdir):
       stage["made"] = identity

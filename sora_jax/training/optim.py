@@ -20,8 +20,8 @@ def make(
   """Optimizer for params (arrays or shapes), and the schedule of its learning rate.
 
   "adafactor" (arXiv:1804.04235) keeps second moments as rows and columns and no first
-  ones. "muon" is Muon (arXiv:2502.16982) for the kernels of blocks, at the learning
-  rate of AdamW, and AdamW for the rest. `learning_rates`, (path regex, peak) pairs,
+  ones. "muon" is Muon (arXiv:2502.16982) for the kernels of blocks and of 3D
+  convolutions, at the learning rate of AdamW, and AdamW for the rest. `learning_rates`, (path regex, peak) pairs,
   give the matching params (the whole path) an optimizer of their own, with its own
   clipping; a GAN's discriminator needs that.
 
@@ -128,12 +128,21 @@ def _optimizer(config, schedule) -> optax.GradientTransformation:
 
 
 def _matrices_of_blocks(params):
-  """Muon's axes of the kernels that `nn.scan` stacks; None for all else."""
-  matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+  """Muon's axes of the kernels that are matrices inside a network; None for all else.
+
+  Those that `nn.scan` stacks, and those of 3D convolutions, as a matrix of all that an
+  output sees by the outputs.
+  """
+  stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+  conv = optax.contrib.MuonDimensionNumbers((0, 1, 2, 3), output_axis=4)
 
   def axes(path, leaf):
     *outer, last = _name(path).split("/")
-    return matrix if "blocks" in outer and last == "kernel" else None
+    if last != "kernel":
+      return None
+    if len(leaf.shape) == 5:
+      return conv
+    return stacked if "blocks" in outer else None
 
   return jax.tree_util.tree_map_with_path(axes, params)
 

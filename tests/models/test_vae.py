@@ -10,7 +10,7 @@ import pytest
 from golden.make_losses import FAST_COMPILE
 from markers import slow_but
 
-from sora_jax.models.vae import VAE, Blend, VAEConfig
+from sora_jax.models.vae import VAE, Blend, VAEConfig, _add_overlap, _unfold
 
 CONFIGS = {
   "wan": VAEConfig(
@@ -43,6 +43,7 @@ CONFIGS = {
   ),
 }
 CONFIGS["blend"] = dataclasses.replace(CONFIGS["fold"], head_width=8, blend=True)
+CONFIGS["overlap"] = dataclasses.replace(CONFIGS["blend"], overlap=1)
 FRAMES, LATENTS = 9, 3
 
 
@@ -150,6 +151,7 @@ def test_golden_outputs(name):
     "fold": (1.9625, 0.93444),
     "mixed": (0.62483, 0.77212),
     "blend": (1.09209, 0.81779),
+    "overlap": (1.58388, 0.90964),
   }[name]
   values = behaviour(name)
   sizes = [np.abs(values[part]).mean() for part in ("encoded", "decoded")]
@@ -222,3 +224,26 @@ def test_blended_frames_are_evenly_between_latents():
   latent_BTHWC = jnp.array([8.0, 0.0, 4.0]).reshape(1, 3, 1, 1, 1)
   whole = Blend(4).apply({}, latent_BTHWC)
   np.testing.assert_array_equal(whole.ravel(), [8, 6, 4, 2, 0, 1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(("patch", "overlap"), [(4, 1), (4, 4), (8, 3)])
+def test_overlapping_patches_are_a_transposed_convolution(patch, overlap):
+  """Windows at a stride of a patch, added up where they meet; JAX's own is the judge."""
+  window = patch + 2 * overlap
+  key_x, key_kernel = jax.random.split(jax.random.key(0))
+  x_HWC = jax.random.normal(key_x, (3, 2, 5))
+  kernel_HWIO = jax.random.normal(key_kernel, (window, window, 5, 3))
+  whole_HWC = jax.lax.conv_transpose(
+    x_HWC[None], kernel_HWIO[::-1, ::-1], (patch, patch), "VALID"
+  )[0]
+  want_HWC = whole_HWC[overlap:-overlap, overlap:-overlap]
+  windows_HWP = jnp.einsum("hwc,yxco->hwyxo", x_HWC, kernel_HWIO).reshape(3, 2, -1)
+  size = (1, patch, patch)
+  patches_BTHWP = _add_overlap(windows_HWP[None, None], size, overlap)
+  got_HWC = _unfold(patches_BTHWP, size, first=True)[0, 0]
+  np.testing.assert_allclose(got_HWC, want_HWC, atol=1e-5)
+
+
+def test_an_overlap_larger_than_the_patch_is_refused():
+  with pytest.raises(ValueError, match="overlap 5 is not between 0 and the patch's 4"):
+    dataclasses.replace(CONFIGS["fold"], overlap=5)
