@@ -210,8 +210,8 @@ def _reason_to_run(name, stage, workdir, recipe) -> str | None:
     if cheap:
       reason += "runs again"
     elif changes.are_extensions(changed, recipe):
-      if complete:
-        changes.check_longer(name, changed[0], _made_from(name, workdir), workdir)
+      users = _made_from(name, workdir)
+      changes.check_steps(name, changed[0], complete, users, workdir)
       reason += "goes on"
     else:
       raise changes.refuse(name, changed, complete, workdir)
