@@ -71,19 +71,11 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
   if "://" in str(workdir):
     raise ValueError(f"--workdir={workdir} must be a path of a (shared) file system")
   workdir = pathlib.Path(workdir)
-  for name in recipes.STAGES:
-    if name not in names:
-      continue
-    stage = _describe(name, recipe, workdir)
-    reason = _reason_to_run(name, stage, workdir, recipe)
+  for name in _in_order(names):
+    stage, reason = _look_at(name, recipe, workdir)
     if reason is None:
       logging.info("stage %s: complete already, in %s", name, workdir / name)
       continue
-    if (workdir / name).is_symlink():
-      raise ValueError(
-        f"stage {name} would run ({reason}), but {workdir / name} is a link to another "
-        "run's, which stays as it is: remove the link to make an own one"
-      )
     _store(name, {**stage, "complete": False}, workdir)
     logging.info("stage %s: %s, in %s", name, reason, workdir / name)
     begin = time.monotonic()
@@ -97,6 +89,33 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
     sharding.sync(f"stage {name}")
     seconds = text.format_seconds(time.monotonic() - begin)
     logging.info("stage %s: complete after %s", name, seconds)
+
+
+def left_to_do(names, recipe: recipes.Recipe, workdir) -> str | None:
+  """Why `run` would run the first stage that it would; None if all are complete.
+
+  It changes nothing on disk.
+
+  Raises:
+    ValueError: as `run`, for a complete stage that the config does not fit.
+  """
+  workdir = pathlib.Path(workdir)
+  for name in _in_order(names):
+    if not is_complete(name, workdir):
+      return f"stage {name} is not complete"
+    _, reason = _look_at(name, recipe, workdir)
+    if reason is not None:
+      return f"stage {name}: {reason}"
+  return None
+
+
+def is_complete(name: str, workdir) -> bool:
+  """Whether a stage is complete, for the config that it was made with."""
+  return bool(_load(name, pathlib.Path(workdir)).get("complete"))
+
+
+def _in_order(names) -> list[str]:
+  return [name for name in recipes.STAGES if name in names]
 
 
 def _check_mesh(recipe):
@@ -144,6 +163,18 @@ def fingerprint(name: str, workdir) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _look_at(name, recipe, workdir) -> tuple[dict, str | None]:
+  """(what stage.json is to say of a stage, why it is run, if it is); see `run`."""
+  stage = _describe(name, recipe, workdir)
+  reason = _reason_to_run(name, stage, workdir, recipe)
+  if reason is not None and (workdir / name).is_symlink():
+    raise ValueError(
+      f"stage {name} would run ({reason}), but {workdir / name} is a link to another "
+      "run's, which stays as it is: remove the link to make an own one"
+    )
+  return stage, reason
+
+
 def _describe(name, recipe, workdir):
   sections, inputs = STAGES[name].sections, STAGES[name].inputs
   config = {"seed": recipe.seed}
@@ -151,7 +182,7 @@ def _describe(name, recipe, workdir):
   # Through JSON, so that it compares equal to what is read back.
   config = changes.effective(name, json.loads(json.dumps(config)), recipe)
   for other in inputs:
-    if not _load(other, workdir).get("complete"):
+    if not is_complete(other, workdir):
       raise ValueError(
         f"stage {name} needs stage {other}, which is not complete in {workdir}; run it "
         f"first (config.stages, or python -m sora_jax.{STAGES[other].module})"
