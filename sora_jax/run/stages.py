@@ -61,16 +61,17 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
       with, or from a stage that is missing or was made anew since; says which key and
       what to do.
   """
+  if "://" in str(workdir):
+    raise ValueError(f"--workdir={workdir} must be a path of a (shared) file system")
+  workdir = pathlib.Path(workdir)
   if {"vae", "dit"} & set(names):
     _check_mesh(recipe)
   if {"vae", "encode", "dit"} & set(names):
     _check_text(recipe)
-    init_from.check(recipe)
+    stays = recipe.dit.init_from and _vae_stays(names, recipe, workdir)
+    init_from.check(recipe, workdir if stays else None)
   if "vae" in names and recipe.vae.loss.lpips_weight and not recipe.vae.folder:
     lpips.check(recipe.vae.loss.lpips_file)
-  if "://" in str(workdir):
-    raise ValueError(f"--workdir={workdir} must be a path of a (shared) file system")
-  workdir = pathlib.Path(workdir)
   for name in _in_order(names):
     stage, reason = _look_at(name, recipe, workdir)
     if reason is None:
@@ -112,6 +113,16 @@ def left_to_do(names, recipe: recipes.Recipe, workdir) -> str | None:
 def is_complete(name: str, workdir) -> bool:
   """Whether a stage is complete, for the config that it was made with."""
   return bool(_load(name, pathlib.Path(workdir)).get("complete"))
+
+
+def _vae_stays(names, recipe, workdir) -> bool:
+  """Whether the VAE of a run is complete, and `run` leaves it as it is."""
+  if not is_complete("vae", workdir):
+    return False
+  # Whether it fits clips that are yet to be made, is seen when they are.
+  if "vae" not in names or not is_complete("data", workdir):
+    return True
+  return left_to_do(["vae"], recipe, workdir) is None
 
 
 def _in_order(names) -> list[str]:
