@@ -5,8 +5,10 @@
 
 The file has a function `sweep(config)` that yields overrides (see sora_jax.run.sweeps);
 with FILE:NAME it is another one. Each run is python -m sora_jax.main in a folder of its
-own below --workdir. Typed again, finished runs are skipped and others go on, so that a
-sweep can be stopped, and can grow. --base=RUN links the stages of --shared from that
+own below --workdir. Typed again, runs that are finished with the config as it is now
+are skipped and others go on, so that a sweep can be stopped, and can grow: more runs,
+or more steps of each (--config.dit.train.steps). A config that a run cannot go on with
+is refused before any of them begins. --base=RUN links the stages of --shared from that
 run, where the sweep does not change them: then a sweep of the DiT trains one VAE.
 
 With --launcher="launch/slurm.py --nodes=2" each run is submitted by that launcher, and
@@ -31,7 +33,7 @@ import curves
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from sora_jax.run import cli, sweeps
+from sora_jax.run import cli, stages, sweeps
 from sora_jax.run import recipe as recipes
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -72,15 +74,6 @@ def changed(config, overrides):
   return config
 
 
-def is_complete(folder: pathlib.Path, names) -> bool:
-  """Returns whether a run has finished all of these stages."""
-  for name in names:
-    path = folder / name / "stage.json"
-    if not path.exists() or not json.loads(path.read_text()).get("complete"):
-      return False
-  return True
-
-
 def curve(path: pathlib.Path, metric: str) -> list[tuple[int, float]]:
   """Returns (step, value) of a metric in a metrics.jsonl, but no half-written line."""
   if not path.exists():
@@ -89,14 +82,35 @@ def curve(path: pathlib.Path, metric: str) -> list[tuple[int, float]]:
   return [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
 
 
-def results(folder: pathlib.Path, names) -> dict:
-  """Returns the status of a run, and the last loss and evaluation of each stage."""
-  row = {"status": "complete" if is_complete(folder, names) else "unfinished"}
+def to_do(folder: pathlib.Path, recipe: recipes.Recipe) -> str | None:
+  """Returns why a run has to go on; None if it is finished with this recipe.
+
+  Raises:
+    ValueError: naming the run, if it was made with a config that it cannot go on with.
+  """
+  try:
+    return stages.left_to_do(recipe.stages, recipe, folder)
+  except ValueError as error:
+    raise ValueError(f"the run {folder.name}: {error}") from error
+
+
+def status(folder: pathlib.Path, recipe: recipes.Recipe) -> str:
+  """Returns how far a run is, for the table."""
   if not folder.exists():
-    row["status"] = "not started"
+    return "not started"
+  try:
+    return "unfinished" if to_do(folder, recipe) else "complete"
+  except ValueError as error:
+    logging.warning("%s", error)
+    return "another config"
+
+
+def results(folder: pathlib.Path, recipe: recipes.Recipe) -> dict:
+  """Returns the status of a run, and the last loss and evaluation of each stage."""
+  row = {"status": status(folder, recipe)}
   for stage in TRAINED:
     path = folder / stage / "metrics.jsonl"
-    if stage not in names or not path.exists():
+    if stage not in recipe.stages or not path.exists():
       continue
     rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
     for values in rows:
@@ -125,19 +139,31 @@ def write_table(path: pathlib.Path, rows: list[dict]) -> list[str]:
   ]
 
 
-def link(folder: pathlib.Path, base: pathlib.Path, shared) -> None:
-  """Makes stages of another run those of this one.
+def check_base(base: pathlib.Path, shared, recipe: recipes.Recipe) -> None:
+  """Checks that a run can take stages over from another run.
 
   Raises:
-    ValueError: if one of them is not complete there.
+    ValueError: if one of them is not complete there, or not as this recipe makes it.
   """
   for stage in shared:
-    if not is_complete(base, [stage]):
+    if not stages.is_complete(stage, base):
       raise ValueError(f"--base={base}: stage {stage} is not complete there")
-    here = folder / stage
-    if not here.exists():
-      folder.mkdir(parents=True, exist_ok=True)
-      here.symlink_to((base / stage).resolve(), target_is_directory=True)
+    if stage not in recipe.stages:
+      continue  # it is taken as it is
+    try:
+      left = stages.left_to_do([stage], recipe, base)
+    except ValueError as error:
+      left = str(error)
+    if left:
+      raise ValueError(f"--base={base} has not what --shared={stage} needs: {left}")
+
+
+def link(folder: pathlib.Path, base: pathlib.Path, shared) -> None:
+  """Makes stages of another run those of this one, which has none of its own."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for stage in shared:
+    if not (folder / stage).exists():
+      (folder / stage).symlink_to((base / stage).resolve(), target_is_directory=True)
 
 
 def command(config: str, workdir, overrides, launcher=None) -> list[str]:
@@ -195,12 +221,16 @@ class Runner:
           process.terminate()
 
 
-def report(workdir, runs, folders, names, plot) -> None:
-  """Writes results.csv and results.png, and logs the table."""
+def report(workdir, runs, read, plot) -> None:
+  """Writes results.csv and results.png, and logs the table.
+
+  read: folder of each run -> its recipe.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
   stage, _, metric = plot.partition(":")
   rows, drawn = [], {}
-  for overrides, folder in zip(runs, folders, strict=True):
-    rows.append({**overrides, **results(folder, names)})
+  for overrides, (folder, recipe) in zip(runs, read.items(), strict=True):
+    rows.append({**overrides, **results(folder, recipe)})
     if points := curve(folder / stage / "metrics.jsonl", metric):
       drawn[folder.name] = points
   for line in write_table(workdir / "results.csv", rows):
@@ -230,29 +260,35 @@ def main(argv):
   cli.start_logging()
   config, workdir = flags.FLAGS.config, pathlib.Path(cli.workdir())
   runs = load(args.sweep, config)
-  folders = [workdir / name for name in sweeps.names(runs)]
-  names = recipes.read(config).stages
+  read = {
+    workdir / name: recipes.read(changed(config, overrides))
+    for name, overrides in zip(sweeps.names(runs), runs, strict=True)
+  }
+  if args.report:
+    return report(workdir, runs, read, args.plot)
   flag = flags.FLAGS["config"]
   path = config_flags.get_config_filename(flag)
   common = config_flags.get_override_values(flag)
   commands = {
     folder: command(path, folder, {**common, **overrides}, args.launcher)
-    for overrides, folder in zip(runs, folders, strict=True)
-    if not is_complete(folder, names)
+    for overrides, (folder, recipe) in zip(runs, read.items(), strict=True)
+    if to_do(folder, recipe)
   }
   if args["dry-run"].value:
     for run in commands.values():
       sys.stdout.write(f"{shlex.join(run)}\n")
     return
+  if args.base:
+    base = pathlib.Path(args.base)
+    own = {f: [s for s in args.shared if not (f / s).exists()] for f in commands}
+    for folder, shared in own.items():
+      check_base(base, shared, read[folder])
+    for folder, shared in own.items():
+      link(folder, base, shared)
   workdir.mkdir(parents=True, exist_ok=True)
-  codes = {}
-  if not args.report:
-    logging.info("%d runs, %d to do", len(runs), len(commands))
-    for folder in commands:
-      if args.base:
-        link(folder, pathlib.Path(args.base), args.shared)
-    codes = Runner(args.parallel).run(commands)
-  report(workdir, runs, folders, names, args.plot)
+  logging.info("%d runs, %d to do", len(runs), len(commands))
+  codes = Runner(args.parallel).run(commands)
+  report(workdir, runs, read, args.plot)
   if any(codes.values()):
     sys.exit(f"{sum(map(bool, codes.values()))} of {len(codes)} runs failed")
 

@@ -110,7 +110,9 @@ def _jobs(args, described, out) -> list[Job]:
   except OSError as error:
     raise ValueError(f"--out={out}: {error.strerror}") from error
   if out.suffix == ".png" and job.mode == "image":
-    raise ValueError(f"--out={out} holds one image, but --{job.mode} makes a video")
+    given = (("image", job.image), ("last_image", job.last_image))
+    name = next((name for name, medium in given if medium is not None), "key_frame")
+    raise ValueError(f"--out={out} holds one image, but --{name} makes a video")
   if out.suffix == ".png" and job.mode == "text":
     if (job.frames or 1) > 1:
       raise ValueError(f"--out={out} holds one image, but --frames={job.frames}")

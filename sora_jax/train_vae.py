@@ -22,6 +22,7 @@ from sora_jax.models.vae import VAE
 from sora_jax.run import cli, init_from
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import checkpoint, sharding
+from sora_jax.tasks import clip_pixels
 from sora_jax.tasks import vae as vae_task
 from sora_jax.training import loop
 from sora_jax.weights import lpips
@@ -137,9 +138,9 @@ def latent_statistics(model, params, batches, mesh) -> tuple[np.ndarray, np.ndar
 
   @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
   def moments(params, batch):
-    video = vae_task.to_float(batch["video_THWC"])
+    video = clip_pixels.to_float(batch["video_THWC"])
     mean_BTHWC, _ = VAE(model).apply({"params": params}, video, method=VAE.encode)
-    mask = vae_task.latent_mask(model, batch)
+    mask = clip_pixels.latent_mask(model, batch)
     return (
       jnp.sum(mask),
       jnp.sum(mean_BTHWC * mask, (0, 1, 2, 3)),
@@ -169,9 +170,9 @@ def _show(model, batch, mesh, step, params, writer) -> None:
   @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
   def reconstruct(params, video_BTHWC):
     decoded = VAE(model).apply(
-      {"params": params["vae"]}, vae_task.to_float(video_BTHWC)
+      {"params": params["vae"]}, clip_pixels.to_float(video_BTHWC)
     )
-    return video_BTHWC, vae_task.to_uint8(decoded)
+    return video_BTHWC, clip_pixels.to_uint8(decoded)
 
   video = sharding.shard_batch({"video": batch["video_THWC"]}, mesh)["video"]
   both_BTHWC = np.concatenate(jax.device_get(reconstruct(params, video)), axis=2)[:4]

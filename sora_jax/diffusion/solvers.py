@@ -64,20 +64,19 @@ class Options:
 
   def __post_init__(self):
     low, high = self.guidance_interval
-    for name, value, ok in (
-      ("steps", self.steps, self.steps >= 1),
-      ("method", self.method, self.method in METHODS),
-      ("eta", self.eta, 0 <= self.eta <= 1),
-      ("shift", self.shift, self.shift > 0),
-      ("shift_tokens", self.shift_tokens, self.shift_tokens >= 0),
-      ("guidance_interval", self.guidance_interval, 0 <= low <= high <= 1),
-      ("guidance_rescale", self.guidance_rescale, 0 <= self.guidance_rescale <= 1),
-      ("zero_steps", self.zero_steps, self.zero_steps >= 0),
-      ("reuse", self.reuse, self.reuse >= 0),
+    for name, ok, allowed in (
+      ("steps", self.steps >= 1, "at least 1"),
+      ("method", self.method in METHODS, f"one of {METHODS}"),
+      ("eta", 0 <= self.eta <= 1, "between 0 and 1"),
+      ("shift", self.shift > 0, "above 0"),
+      ("shift_tokens", self.shift_tokens >= 0, "at least 0"),
+      ("guidance_interval", 0 <= low <= high <= 1, "two rising numbers from 0 to 1"),
+      ("guidance_rescale", 0 <= self.guidance_rescale <= 1, "between 0 and 1"),
+      ("zero_steps", self.zero_steps >= 0, "at least 0"),
+      ("reuse", self.reuse >= 0, "at least 0"),
     ):
       if not ok:
-        allowed = f"one of {METHODS}" if name == "method" else "in its range"
-        raise ValueError(f"sampling {name} {value!r} is not {allowed}")
+        raise ValueError(f"sampling {name} {getattr(self, name)!r} is not {allowed}")
     if self.eta and self.method != "ddim":
       raise ValueError(f"sampling eta {self.eta} is for ddim, not {self.method}")
     if self.reuse and self.guidance_interval != (0.0, 1.0):

@@ -14,7 +14,7 @@ from sora_jax.models.meta import VAEMeta
 from sora_jax.models.vae import VAE, VAEConfig
 from sora_jax.models.vae_stream import decode_chunk, encode_chunk
 from sora_jax.runtime import checkpoint, sharding, shipped
-from sora_jax.tasks import vae as vae_task
+from sora_jax.tasks import clip_pixels
 
 
 class Autoencoder:
@@ -163,7 +163,7 @@ def programs(config: VAEConfig, mean, std, mesh, dtype=jnp.float32):
 
   @jit
   def encode(params, video_BTHWC, cache=None, keep=False):
-    video_BTHWC = vae_task.to_float(shard(video_BTHWC))
+    video_BTHWC = clip_pixels.to_float(shard(video_BTHWC))
     if keep:
       (latent, _), cache = encode_chunk(vae, params, video_BTHWC, cache)
     else:
@@ -177,7 +177,7 @@ def programs(config: VAEConfig, mean, std, mesh, dtype=jnp.float32):
       video, cache = decode_chunk(vae, params, latent_BTHWC, cache)
     else:
       video = vae.apply({"params": params}, latent_BTHWC, method=VAE.decode)
-    return vae_task.to_uint8(video), jax.tree.map(shard_evenly, cache)
+    return clip_pixels.to_uint8(video), jax.tree.map(shard_evenly, cache)
 
   return encode, decode
 

@@ -13,7 +13,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from sora_jax.run import recipe as recipes
-from sora_jax.runtime import fields, hosts
+from sora_jax.runtime import checkpoint, fields, hosts
 
 # Keys of a DiT that its weights fit to; see `init_from.check`.
 _OF_THE_WEIGHTS = (
@@ -102,20 +102,30 @@ def refuse(
   return ValueError(message)
 
 
-def check_longer(
-  name: str, change: Change, made_from_it: list[str], workdir: pathlib.Path
+def check_steps(
+  name: str,
+  change: Change,
+  complete: bool,
+  made_from_it: list[str],
+  workdir: pathlib.Path,
 ) -> None:
-  """Raises ValueError if a complete stage cannot be trained on to other steps.
+  """Raises ValueError if a stage cannot be trained to other steps.
 
+  complete: whether the stage is. An unfinished one takes any steps that it has not yet
+    trained beyond.
   made_from_it: stages on disk that a longer training would make stale, and which are
-  not run again by themselves.
+    not run again by themselves.
   """
   key, before, after = change
-  if after < before:
+  trained = checkpoint.steps_in(workdir / name / "checkpoints")
+  most = max([*trained, before if complete else 0])
+  if after < most:
     raise ValueError(
-      f"{key} is {after}, but stage {name} in {workdir / name} has trained {before} "
+      f"{key} is {after}, but stage {name} in {workdir / name} has trained {most} "
       "steps already. Put it back, raise it, or choose another --workdir"
     )
+  if not complete:
+    return
   if made_from_it:
     others = " and ".join(str(workdir / other) for other in made_from_it)
     raise ValueError(
@@ -123,7 +133,7 @@ def check_longer(
       f"and {others} of it: training it longer would make them worthless. Put it back, "
       f"choose another --workdir, or delete {others} to make them again"
     )
-  if not any((workdir / name / "checkpoints").glob("[0-9]*")):
+  if not trained:
     raise ValueError(
       f"{key} is {after}, but {workdir / name} has no checkpoint to go on from: "
       f"put {before} back, or begin another run with its model "

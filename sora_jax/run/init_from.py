@@ -28,17 +28,25 @@ from sora_jax.weights.merge import merge
 ADAPTER = "adapter.safetensors"
 
 
-def check(recipe: recipes.Recipe) -> None:
-  """Raises ValueError, naming the key, where a model is not what the config says."""
+def check(recipe: recipes.Recipe, trained=None) -> None:
+  """Checks that the models are there, what the config says, and of each other.
+
+  Args:
+    trained: folder of a run whose own VAE is complete and stays; None if there is none
+      yet. Without config.vae.folder it is the VAE whose latents the DiT gets.
+
+  Raises:
+    ValueError: naming the key, and what to set.
+  """
   if recipe.vae.folder:
     folder = pathlib.Path(recipe.vae.folder) / "vae" / "model"
     saved = _meta(VAEMeta, folder, "config.vae.folder").model
     _compare("config.vae.model", recipe.vae.model, saved, folder)
   if recipe.dit.init_from:
-    _check_dit(recipe)
+    _check_dit(recipe, trained)
 
 
-def _check_dit(recipe):
+def _check_dit(recipe, trained):
   stage = recipe.dit
   folder = pathlib.Path(stage.init_from) / "dit" / "model"
   meta = _meta(DiTMeta, folder, "config.dit.init_from")
@@ -65,16 +73,46 @@ def _check_dit(recipe):
     ours, saved = getattr(stage.loss, key), getattr(meta.noise, key)
     _equal(f"config.dit.loss.{key}", ours, saved, folder)
   _equal("config.dit.reference_fps", stage.reference_fps, meta.reference_fps, folder)
-  if recipe.vae.folder:
-    vae = _meta(VAEMeta, pathlib.Path(recipe.vae.folder) / "vae" / "model",
-                "config.vae.folder")  # fmt: skip
-    _equal("VAE of config.vae.folder", vae.id, meta.vae, folder)
+  _check_latents(recipe, meta.vae, trained)
   if stage.lora.rank:
     names = lora.picked(_shapes(recipe), stage.lora)
     if others := [name for name in names if not name.startswith("dit/")]:
       raise ValueError(f"config.dit.lora.layers picks {others[0]}, which is not the "
                        "DiT's")  # fmt: skip
     lora_files.check(stage.model, [name.removeprefix("dit/") for name in names])
+
+
+def _check_latents(recipe, wanted: str, trained):
+  """Raises ValueError unless the DiT to begin with was trained on the run's latents."""
+  begin, source = recipe.dit.init_from, recipe.vae.folder or trained
+  ours = _vae_id(source) if source else None
+  if ours == wanted:
+    return
+  found = "this run would train a VAE of its own"
+  if source:
+    found = f"that of {source} is {ours!r}"
+  if not wanted:
+    wanted_is = "a VAE that was not imported with it"
+    advice = f"import it to {begin}, too, and set config.vae.folder={begin}"
+  else:
+    wanted_is, advice = f"the VAE {wanted!r}", f"set config.vae.folder={begin}"
+    if _vae_id(begin) != wanted:
+      advice = f"set config.vae.folder to where that VAE is; {begin} does not have it"
+  if source and not recipe.vae.folder:
+    advice += ", with another --workdir"
+  raise ValueError(
+    f"config.dit.init_from={begin} was trained on latents of {wanted_is}, but {found}: "
+    f"{advice}"
+  )
+
+
+def _vae_id(folder) -> str | None:
+  """Id of the VAE in a folder; None if there is no complete one."""
+  place = pathlib.Path(folder) / "vae" / "model"
+  try:
+    return VAEMeta.from_json(checkpoint.load_meta(place), place).id
+  except ValueError:
+    return None
 
 
 def _meta(kind, folder, key):

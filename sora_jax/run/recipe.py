@@ -123,8 +123,8 @@ class Text:
 class DiTStage:
   """rows: packed rows of a batch, each of `tokens`, `text_tokens` and `segments`.
 
-  init_from: folder whose dit/model training begins with; "" = from nothing. lora: train
-  only adapters of it.
+  init_from: folder whose dit/model training begins with; "" = from nothing. It needs
+  the VAE that this was trained on: config.vae.folder. lora: train only adapters of it.
   text, max_text_tokens: the small text encoder and its longest caption; neither has an
   effect with config.text.folder. reference_fps: frame rate at which one latent frame
   is one step of the time position. caption_dropout, given_prob, extra_prob: shares of

@@ -61,29 +61,22 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
       with, or from a stage that is missing or was made anew since; says which key and
       what to do.
   """
+  if "://" in str(workdir):
+    raise ValueError(f"--workdir={workdir} must be a path of a (shared) file system")
+  workdir = pathlib.Path(workdir)
   if {"vae", "dit"} & set(names):
     _check_mesh(recipe)
   if {"vae", "encode", "dit"} & set(names):
     _check_text(recipe)
-    init_from.check(recipe)
+    stays = recipe.dit.init_from and _vae_stays(names, recipe, workdir)
+    init_from.check(recipe, workdir if stays else None)
   if "vae" in names and recipe.vae.loss.lpips_weight and not recipe.vae.folder:
     lpips.check(recipe.vae.loss.lpips_file)
-  if "://" in str(workdir):
-    raise ValueError(f"--workdir={workdir} must be a path of a (shared) file system")
-  workdir = pathlib.Path(workdir)
-  for name in recipes.STAGES:
-    if name not in names:
-      continue
-    stage = _describe(name, recipe, workdir)
-    reason = _reason_to_run(name, stage, workdir, recipe)
+  for name in _in_order(names):
+    stage, reason = _look_at(name, recipe, workdir)
     if reason is None:
       logging.info("stage %s: complete already, in %s", name, workdir / name)
       continue
-    if (workdir / name).is_symlink():
-      raise ValueError(
-        f"stage {name} would run ({reason}), but {workdir / name} is a link to another "
-        "run's, which stays as it is: remove the link to make an own one"
-      )
     _store(name, {**stage, "complete": False}, workdir)
     logging.info("stage %s: %s, in %s", name, reason, workdir / name)
     begin = time.monotonic()
@@ -99,6 +92,43 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
     sharding.sync(f"stage {name}")
     seconds = text.format_seconds(time.monotonic() - begin)
     logging.info("stage %s: complete after %s", name, seconds)
+
+
+def left_to_do(names, recipe: recipes.Recipe, workdir) -> str | None:
+  """Why `run` would run the first stage that it would; None if all are complete.
+
+  It changes nothing on disk.
+
+  Raises:
+    ValueError: as `run`, for a complete stage that the config does not fit.
+  """
+  workdir = pathlib.Path(workdir)
+  for name in _in_order(names):
+    if not is_complete(name, workdir):
+      return f"stage {name} is not complete"
+    _, reason = _look_at(name, recipe, workdir)
+    if reason is not None:
+      return f"stage {name}: {reason}"
+  return None
+
+
+def is_complete(name: str, workdir) -> bool:
+  """Whether a stage is complete, for the config that it was made with."""
+  return bool(_load(name, pathlib.Path(workdir)).get("complete"))
+
+
+def _vae_stays(names, recipe, workdir) -> bool:
+  """Whether the VAE of a run is complete, and `run` leaves it as it is."""
+  if not is_complete("vae", workdir):
+    return False
+  # Whether it fits clips that are yet to be made, is seen when they are.
+  if "vae" not in names or not is_complete("data", workdir):
+    return True
+  return left_to_do(["vae"], recipe, workdir) is None
+
+
+def _in_order(names) -> list[str]:
+  return [name for name in recipes.STAGES if name in names]
 
 
 def _check_mesh(recipe):
@@ -146,6 +176,18 @@ def fingerprint(name: str, workdir) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _look_at(name, recipe, workdir) -> tuple[dict, str | None]:
+  """(what stage.json is to say of a stage, why it is run, if it is); see `run`."""
+  stage = _describe(name, recipe, workdir)
+  reason = _reason_to_run(name, stage, workdir, recipe)
+  if reason is not None and (workdir / name).is_symlink():
+    raise ValueError(
+      f"stage {name} would run ({reason}), but {workdir / name} is a link to another "
+      "run's, which stays as it is: remove the link to make an own one"
+    )
+  return stage, reason
+
+
 def _describe(name, recipe, workdir):
   sections, inputs = STAGES[name].sections, STAGES[name].inputs
   config = {"seed": recipe.seed}
@@ -153,7 +195,7 @@ def _describe(name, recipe, workdir):
   # Through JSON, so that it compares equal to what is read back.
   config = changes.effective(name, json.loads(json.dumps(config)), recipe)
   for other in inputs:
-    if not _load(other, workdir).get("complete"):
+    if not is_complete(other, workdir):
       raise ValueError(
         f"stage {name} needs stage {other}, which is not complete in {workdir}; run it "
         f"first (config.stages, or python -m sora_jax.{STAGES[other].module})"
@@ -212,8 +254,8 @@ def _reason_to_run(name, stage, workdir, recipe) -> str | None:
     if cheap:
       reason += "runs again"
     elif changes.are_extensions(changed, recipe):
-      if complete:
-        changes.check_longer(name, changed[0], _made_from(name, workdir), workdir)
+      users = _made_from(name, workdir)
+      changes.check_steps(name, changed[0], complete, users, workdir)
       reason += "goes on"
     else:
       raise changes.refuse(name, changed, complete, workdir)

@@ -110,6 +110,14 @@ class Checkpoints:
     self._manager.close()
 
 
+def steps_in(folder) -> list[int]:
+  """Steps of the complete checkpoints in a folder, ascending; it need not exist.
+
+  Unlike `Checkpoints` this changes nothing there, and one process may ask alone.
+  """
+  return sorted(ocp.utils.checkpoint_steps(epath.Path(folder).absolute()))
+
+
 def _damaged(folder, error) -> str:
   return (
     f"{folder}: the checkpoint is damaged ({type(error).__name__}: {error}); "

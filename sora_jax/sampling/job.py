@@ -115,12 +115,29 @@ class Job:
       raise ValueError(f"gap {self.gap} s is not above 0")
     if self.interpolate not in (1, 2, 4):
       raise ValueError(f"interpolate {self.interpolate} is not 2 or 4 times the frames")
-    if self.window and (self.window < 5 or not 1 <= self.given < self.window):
-      raise ValueError(
-        f"a window of {self.window} frames with {self.given} given: it needs 5 frames "
-        "or more, and fewer given, 1 at least"
-      )
+    self._check_window()
     self._check_mode()
+
+  def _check_window(self):
+    """Windows overlap, and are longer than that; what is at its default is no fault."""
+    window, given = self.window, self.given
+    if window and window < 5:
+      raise ValueError(f"window {window}: at least 5 frames, or 0 for all at once")
+    if given < 1:
+      raise ValueError(f"given {given}: at least 1 frame")
+    if not window or given < window:
+      return
+    if given == Job.given:
+      raise ValueError(
+        f"window {window}: at least {given + 1} frames, one more than it takes over "
+        "from the window before; less needs a smaller given"
+      )
+    if window == Job.window:
+      raise ValueError(
+        f"given {given}: at most {window - 1} frames, one less than a window has; more "
+        "needs a larger window"
+      )
+    raise ValueError(f"given {given} is not less than window {window}")
 
   def _check_mode(self):
     wanted = self._actions()

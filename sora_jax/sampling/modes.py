@@ -96,9 +96,13 @@ def extend(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
     for seconds in (job.extend_before, job.extend_after)
   )
   if not first + last:
+    asked = " and ".join(
+      f"{name} {seconds} s"
+      for name in ("extend_before", "extend_after")
+      if (seconds := getattr(job, name))
+    )
     raise ValueError(
-      f"extend_before {job.extend_before} and extend_after {job.extend_after} s are "
-      f"less than a frame at {canvas.fps:g} fps"
+      f"{asked}: less than a frame, {1 / canvas.fps:.3f} s at {canvas.fps:g} fps"
     )
   (before_THWC,) = encode([video_THWC])
   timeline = _timeline(

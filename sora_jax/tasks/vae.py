@@ -6,23 +6,25 @@ Clips of a batch are padded to one size, so that every term is a mean over the p
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from sora_jax.models.discriminator import Discriminator
 from sora_jax.models.lpips import LPIPS
 from sora_jax.models.partition import PARAMS
 from sora_jax.models.vae import VAE, VAEConfig
-from sora_jax.tasks import Task
+from sora_jax.tasks import Task, vae_gan
+from sora_jax.tasks.clip_pixels import (
+  Clips,
+  choose_frames,
+  latent_mask,
+  masked_mean,
+  to_float,
+  valid_mask,
+)
 
-# The adaptive weight is |g1| / (|g2| + _DELTA), at most _MOST: VQGAN's own figures.
-_DELTA, _MOST = 1e-4, 1e4
-# The data pipeline fills a clip's padding with black.
-_BLACK = -1.0
 # A channel that varies less is taken to say nothing.
 _LEAST_VARIANCE = 1e-6
 
@@ -114,9 +116,14 @@ class _Networks:
   dtype: jnp.dtype
 
   @property
-  def adversarial(self) -> bool:
-    """Whether there is a discriminator."""
-    return self.loss_config.gan_weight > 0
+  def critic(self) -> vae_gan.Critic | None:
+    """The discriminator, if there is one."""
+    config = self.loss_config
+    if config.gan_weight <= 0:
+      return None
+    return vae_gan.Critic(
+      config.discriminator_width, config.discriminator_depth, self.dtype
+    )
 
   def init(self, key: Array) -> dict:
     """Initialises the params of all networks that are trained, on the least clips."""
@@ -124,11 +131,8 @@ class _Networks:
     frames, size = 1 + self.model.time_factor, self.model.space_factor
     video_BTHWC = jnp.zeros((1, frames, size, size, 3))
     params = {"vae": VAE(self.model).init(vae_key, video_BTHWC)["params"]}
-    if self.adversarial:
-      video_BTHWC = jnp.zeros((1, 5, 32, 32, 3))
-      discriminator = self._discriminator(jnp.float32)
-      variables = discriminator.init(discriminator_key, video_BTHWC)
-      params["discriminator"] = variables["params"]
+    if self.critic:
+      params["discriminator"] = self.critic.init(discriminator_key)
     return params
 
   def encode(self, params, video_BTHWC: Array) -> tuple[Array, Array]:
@@ -138,12 +142,6 @@ class _Networks:
   def decode(self, params, latent_BTHWC: Array) -> Array:
     """Returns the video of a latent."""
     return self._apply_vae(params, VAE.decode, latent_BTHWC)
-
-  def criticize(self, params, video_BTHWC: Array) -> Array:
-    """Returns the discriminator's logits, one channel of the cells of a video."""
-    discriminator = self._discriminator(self.dtype)
-    variables = {"params": params["discriminator"]}
-    return discriminator.apply(variables, video_BTHWC)[..., None]
 
   def lpips(self, frozen, clips, key: Array) -> Array:
     """Returns the mean LPIPS of random frames of two clips.
@@ -163,48 +161,28 @@ class _Networks:
     vae = VAE(self.model, self.dtype)
     return vae.apply({"params": params["vae"]}, x_BTHWC, method=method)
 
-  def _discriminator(self, dtype):
-    config = self.loss_config
-    sizes = config.discriminator_width, config.discriminator_depth
-    return Discriminator(*sizes, dtype=dtype)
-
-
-class _Clips(NamedTuple):
-  """Real clips [B, T, H, W, 3] in [-1, 1], and 1 where they have pixels [.., 1]."""
-
-  video_BTHWC: Array
-  mask_BTHWC: Array
-
-  def on_black(self, video_BTHWC: Array) -> Array:
-    """Returns a video that is black where the clips are padded.
-
-    Networks that judge thus see the same there, whatever was decoded.
-    """
-    return jnp.where(self.mask_BTHWC > 0, video_BTHWC, _BLACK)
-
 
 def _loss(networks: _Networks, params, batch, key: Array, frozen=None):
-  """Returns the total of all terms, the critic's own included, and the metrics.
-
-  Stop-gradients keep the terms apart: the generator's does not reach the params of the
-  discriminator, and the critic's does not reach those of the VAE.
-  """
+  """Returns the total of all terms, the critic's own included, and the metrics."""
   config = networks.loss_config
-  clips = _Clips(to_float(batch["video_THWC"]), valid_mask(batch))
+  clips = Clips(to_float(batch["video_THWC"]), valid_mask(batch))
   moments = networks.encode(params, clips.video_BTHWC)
   latent_BTHWC = _draw_latent(*moments, config.latent_noise, key)
   latent = _latent_loss(networks, moments, latent_mask(networks.model, batch))
   reconstruction = functools.partial(
     _reconstruction_loss, networks, clips, latent, frozen, key
   )
-  if not networks.adversarial:
+  critic = networks.critic
+  if critic is None:
     return reconstruction(networks.decode(params, latent_BTHWC))
 
-  generator = functools.partial(_generator_loss, networks, params, clips)
+  generator = functools.partial(vae_gan.generator_loss, critic, params, clips)
   if config.gan_adaptive:
-    decoded_BTHWC, (total, metrics), generator_loss, scale = _balanced(
-      lambda last: networks.decode(_with_last(params, last), latent_BTHWC),
-      _last(params),
+    decoded_BTHWC, (total, metrics), generator_loss, scale = vae_gan.balanced(
+      lambda last: networks.decode(
+        vae_gan.with_last_kernel(params, last), latent_BTHWC
+      ),
+      vae_gan.last_kernel(params),
       reconstruction,
       generator,
     )
@@ -213,7 +191,7 @@ def _loss(networks: _Networks, params, batch, key: Array, frozen=None):
     decoded_BTHWC = networks.decode(params, latent_BTHWC)
     total, metrics = reconstruction(decoded_BTHWC)
     generator_loss, scale = generator(decoded_BTHWC), 1.0
-  critic_loss = _critic_loss(networks, params, clips, decoded_BTHWC)
+  critic_loss = vae_gan.critic_loss(critic, params, clips, decoded_BTHWC)
   on = (batch["step"] >= config.gan_start).astype(jnp.float32)
   total += config.gan_weight * on * scale * generator_loss + 0.5 * critic_loss
   return total, {**metrics, "gan_generator": generator_loss, "gan_critic": critic_loss}
@@ -231,7 +209,7 @@ def _draw_latent(mean_BTHWC, logvar_BTHWC, latent_noise: float, key: Array) -> A
 def _latent_loss(networks: _Networks, moments, mask_BTHWC) -> tuple[Array, dict]:
   """Returns (KL + decorrelation by their weights, each of them)."""
   config = networks.loss_config
-  kl = _masked_mean(_kl_divergence(*moments), mask_BTHWC)
+  kl = masked_mean(_kl_divergence(*moments), mask_BTHWC)
   total, metrics = config.kl_weight * kl, {"kl": kl}
   if config.decorrelation_weight > 0:
     correlation_CC = correlation(moments[0], mask_BTHWC)
@@ -262,7 +240,7 @@ def _kl_divergence(mean_BTHWC, logvar_BTHWC) -> Array:
 
 
 def _reconstruction_loss(
-  networks: _Networks, clips: _Clips, latent, frozen, key: Array, decoded_BTHWC
+  networks: _Networks, clips: Clips, latent, frozen, key: Array, decoded_BTHWC
 ):
   """Returns (L1 + squared error + LPIPS + the terms of the latent, each of them).
 
@@ -270,44 +248,16 @@ def _reconstruction_loss(
   """
   config = networks.loss_config
   video_BTHWC, mask_BTHWC = clips
-  l1 = _masked_mean(jnp.abs(decoded_BTHWC - video_BTHWC), mask_BTHWC)
+  l1 = masked_mean(jnp.abs(decoded_BTHWC - video_BTHWC), mask_BTHWC)
   total, metrics = l1 + latent[0], {"l1": l1, **latent[1]}
   if config.mse_weight > 0:
-    metrics["mse"] = _masked_mean((decoded_BTHWC - video_BTHWC) ** 2, mask_BTHWC)
+    metrics["mse"] = masked_mean((decoded_BTHWC - video_BTHWC) ** 2, mask_BTHWC)
     total += config.mse_weight * metrics["mse"]
   if config.lpips_weight > 0:
     compared = clips.on_black(decoded_BTHWC), clips.on_black(video_BTHWC), mask_BTHWC
     metrics["lpips"] = networks.lpips(frozen, compared, jax.random.fold_in(key, 1))
     total += config.lpips_weight * metrics["lpips"]
   return total, metrics
-
-
-def _generator_loss(networks: _Networks, params, clips: _Clips, decoded_BTHWC):
-  """Returns the hinge loss of the VAE: how little the critic takes its clips for real.
-
-  The gradient goes through the critic, but not to its params.
-  """
-  critic_params = jax.lax.stop_gradient(params)
-  logit_BTHWC = networks.criticize(critic_params, clips.on_black(decoded_BTHWC))
-  return -_masked_mean(logit_BTHWC, _cell_mask(networks, clips))
-
-
-def _critic_loss(networks: _Networks, params, clips: _Clips, decoded_BTHWC):
-  """Returns the hinge loss of the discriminator over real and decoded clips."""
-  mask_cells = _cell_mask(networks, clips)
-
-  def hinge(sign, video_BTHWC):
-    shown_BTHWC = clips.on_black(jax.lax.stop_gradient(video_BTHWC))
-    logit_BTHWC = networks.criticize(params, shown_BTHWC)
-    return _masked_mean(jax.nn.relu(1.0 - sign * logit_BTHWC), mask_cells)
-
-  return hinge(1.0, clips.video_BTHWC) + hinge(-1.0, decoded_BTHWC)
-
-
-def _cell_mask(networks: _Networks, clips: _Clips) -> Array:
-  """Returns 1 where the first pixel of a cell of the discriminator is the clip's."""
-  cells = slice(None, None, 2**networks.loss_config.discriminator_depth)
-  return clips.mask_BTHWC[:, cells, cells, cells]
 
 
 def _evaluate(networks: _Networks, params, batch, key: Array, frozen=None) -> dict:
@@ -317,7 +267,7 @@ def _evaluate(networks: _Networks, params, batch, key: Array, frozen=None) -> di
   to say if none repeated another, see evaluation/vae_health.py. The posterior's mean is
   decoded, so that no noise is in the figures; key only chooses the frames of LPIPS.
   """
-  clips = _Clips(to_float(batch["video_THWC"]), valid_mask(batch))
+  clips = Clips(to_float(batch["video_THWC"]), valid_mask(batch))
   mean_BTHWC, _ = networks.encode(params, clips.video_BTHWC)
   decoded_BTHWC = networks.decode(params, mean_BTHWC)
   metrics = {
@@ -340,7 +290,7 @@ def _effective_rank(latent_BTHWC, mask_BTHWC) -> Array:
   return jnp.exp(-jnp.sum(shares * jnp.log(shares)))
 
 
-def _mean_psnr(video_BTHWC, clips: _Clips) -> Array:
+def _mean_psnr(video_BTHWC, clips: Clips) -> Array:
   """Returns the mean PSNR in dB over the clips that have pixels, of these alone."""
   axes = tuple(range(1, 5))
   squared_BTHWC = (video_BTHWC - clips.video_BTHWC) ** 2
@@ -350,37 +300,6 @@ def _mean_psnr(video_BTHWC, clips: _Clips) -> Array:
   psnr_B = 10.0 * jnp.log10(4.0 / jnp.maximum(mse_B, 1e-10))
   real_B = jnp.sum(clips.mask_BTHWC, axes) > 0
   return jnp.sum(psnr_B * real_B) / jnp.maximum(jnp.sum(real_B), 1)
-
-
-def to_float(video_u8: Array) -> Array:
-  """Returns uint8 pixels as float32 in [-1, 1]."""
-  return video_u8.astype(jnp.float32) / 127.5 - 1.0
-
-
-def to_uint8(video: Array) -> Array:
-  """Returns pixels in [-1, 1] as uint8, clipped and rounded; it inverts `to_float`."""
-  return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
-
-
-def valid_mask(batch) -> Array:
-  """Returns 1 where a padded clip has pixels: float32 [B, T, H, W, 1].
-
-  batch: with `video_THWC` [B, T, H, W, 3] and `valid_3`, the (T, H, W) that each clip
-    fills from its first corner on.
-  """
-  T, H, W = batch["video_THWC"].shape[1:4]
-  valid_B3 = batch["valid_3"]
-  t = jnp.arange(T)[None, :] < valid_B3[:, :1]
-  h = jnp.arange(H)[None, :] < valid_B3[:, 1:2]
-  w = jnp.arange(W)[None, :] < valid_B3[:, 2:]
-  mask = t[:, :, None, None] & h[:, None, :, None] & w[:, None, None, :]
-  return mask[..., None].astype(jnp.float32)
-
-
-def _masked_mean(value_BTHWC, mask_BTHWC):
-  """Returns the mean of the values whose mask, of one channel, is 1; 0 without any."""
-  weight = jnp.sum(mask_BTHWC) * value_BTHWC.shape[-1]
-  return jnp.sum(value_BTHWC * mask_BTHWC) / jnp.maximum(weight, 1.0)
 
 
 def noise_like(latent_BTHWC, key: Array):
@@ -393,67 +312,6 @@ def noise_like(latent_BTHWC, key: Array):
   deviation_C = jnp.std(jax.lax.stop_gradient(latent_BTHWC), axis=(0, 1, 2, 3))
   noise_BTHWC = deviation_C * jax.random.normal(noise_key, latent_BTHWC.shape)
   return share_B[:, None, None, None, None] * noise_BTHWC
-
-
-def choose_frames(clips, key: Array, count: int):
-  """Takes `count` random frames of each clip, alike from all arrays; 0 takes all.
-
-  clips: arrays [B, T, H, W, ...], the last of them their mask. Where a clip is padded
-  in time, its own frames come first: a shorter one gives all it has.
-  """
-  if not 0 < count < clips[-1].shape[1]:
-    return clips
-  padding_BT = 1.0 - clips[-1][:, :, 0, 0, 0]
-  # A random order in which frames of the padding, at 1 and more, come last.
-  order_BT = jax.random.uniform(key, padding_BT.shape) + padding_BT
-  index_BT = jnp.argsort(order_BT, axis=1)[:, :count]
-  index = index_BT[:, :, None, None, None]
-  return [jnp.take_along_axis(clip, index, axis=1) for clip in clips]
-
-
-def _balanced(decode, last, reconstruction, generator):
-  """Decodes, and weighs the generator's term against the reconstruction's.
-
-  The weight is the ratio of the norms of their gradients at the decoder's last kernel
-  (VQGAN, arXiv:2012.09841, equation 7). Both go back to the decoded clip once; from
-  there one step gives those at the kernel, and they are handed on to the params, so
-  that nothing is differentiated twice.
-
-  Args:
-    decode: last kernel -> clip.
-    last: the decoder's last kernel.
-    reconstruction: clip -> (loss, metrics).
-    generator: clip -> loss.
-
-  Returns:
-    The clip, what reconstruction and generator return, and the weight.
-  """
-  decoded, to_last = jax.vjp(decode, last)
-  still = jax.lax.stop_gradient(decoded)
-  (total, metrics), ours = jax.value_and_grad(reconstruction, has_aux=True)(still)
-  generator_loss, theirs = jax.value_and_grad(generator)(still)
-
-  def norm(gradient):
-    return jnp.linalg.norm(jax.lax.stop_gradient(to_last(gradient)[0]))
-
-  scale = jnp.clip(norm(ours) / (norm(theirs) + _DELTA), 0.0, _MOST)
-  # The terms below are 0, but their gradient is the one that is known already.
-  total += jnp.vdot(ours, decoded - still)
-  generator_loss += jnp.vdot(theirs, decoded - still)
-  return decoded, (total, metrics), generator_loss, scale
-
-
-def _last(params):
-  """Returns the kernel of the decoder's last layer."""
-  return params["vae"]["decoder"]["conv_out"]["conv"]["kernel"]
-
-
-def _with_last(params, kernel):
-  """Returns the params with another kernel in the decoder's last layer."""
-  decoder = params["vae"]["decoder"]
-  conv = {**decoder["conv_out"]["conv"], "kernel": kernel}
-  decoder = {**decoder, "conv_out": {"conv": conv}}
-  return {"vae": {**params["vae"], "decoder": decoder}}
 
 
 # Sharding of the task's frozen params.
@@ -472,27 +330,5 @@ def sharding_rules(model: VAEConfig, loss_config: VAELossConfig):
   if model.middle:
     rules.append((r"vae/.*/attention/(qkv|out)/kernel", P(None, PARAMS)))
   if loss_config.gan_weight > 0:
-    rules += [
-      (r"discriminator/conv_\d+/kernel", P(None, None, None, None, PARAMS)),
-      (r"discriminator/head/kernel", P(None, None, None, PARAMS)),
-      (r"discriminator/.*/(bias|scale)", P()),
-    ]
+    rules += vae_gan.RULES
   return rules
-
-
-def latent_mask(model: VAEConfig, batch) -> Array:
-  """Returns 1 where a latent's pixels are all valid: float32 [B, t, h, w, 1]."""
-  shape = model.latent_shape(*batch["video_THWC"].shape[1:4])
-  valid_B3 = batch["valid_3"]
-  # A clip without frames has no latent either.
-  frames = jnp.where(
-    valid_B3[:, 0] > 0, 1 + (valid_B3[:, 0] - 1) // model.time_factor, 0
-  )
-  counts = (
-    frames,
-    valid_B3[:, 1] // model.space_factor,
-    valid_B3[:, 2] // model.space_factor,
-  )
-  t, h, w = (jnp.arange(n) < c[:, None] for n, c in zip(shape, counts, strict=True))
-  mask = t[:, :, None, None] & h[:, None, :, None] & w[:, None, None, :]
-  return mask[..., None].astype(jnp.float32)

@@ -2,16 +2,26 @@
 
 Counted across restarts: what a run knows of itself is kept in its checkpoints. So steps
 that were lost with a crash, and the time until the run was started again, count too.
+The time between the end of a training and its extension to more steps does not: nobody
+was waiting. `complete` and `to_go_on_from` keep that apart, in a file of the stage.
 """
 
+import json
+import pathlib
 import time
+
+from absl import logging
+
+from sora_jax.runtime import files
 
 # What time goes to. restart: from the start of the loop to its first step. compile: the
 # first step. lost: steps after the newest checkpoint, when they had to be done again.
-# idle: no process was there.
+# idle: no process was there, though training was not complete.
 CAUSES = (
   "train", "compile", "data", "evaluate", "checkpoint", "restart", "lost", "idle",
 )  # fmt: skip
+
+_FILE = "goodput.json"
 
 
 class Goodput:
@@ -65,3 +75,58 @@ class Goodput:
     now = time.monotonic()
     self._seconds[self._cause] += now - self._since
     self._since = now
+
+
+def complete(folder, state: dict) -> None:
+  """Notes in the folder of a stage that its training is complete.
+
+  state: what `Goodput.state` returns now.
+  """
+  files.write_json(pathlib.Path(folder) / _FILE, state)
+
+
+def complete_late(folder, state: dict, alive: float) -> None:
+  """Notes it, unless that is done, where the newest checkpoint is of the last step.
+
+  A process that is killed between the two has not done it; until now nobody knew.
+  state: of that checkpoint. alive: as for `Goodput`.
+  """
+  if _completion(folder, state) is None:
+    complete(folder, Goodput(state, alive).state())
+
+
+def to_go_on_from(folder, state: dict, active: bool = True) -> dict:
+  """The state with which training goes on from a checkpoint.
+
+  Where training was completed after that was saved, it is the state at the completion,
+  as if saved when training was first begun again: the time in between is nobody's, and
+  steps that are trained anew, before the decay of "wsd", were no loss. What a crash
+  after that costs, before there is another checkpoint, still counts.
+
+  Args:
+    folder: of the stage.
+    state: of the checkpoint.
+    active: whether this process notes when training was begun again.
+  """
+  done = _completion(folder, state)
+  if done is None:
+    return state
+  if "extended" not in done:
+    done["extended"] = time.time()
+    if active:
+      complete(folder, done)
+  return {"seconds": done["seconds"], "time": done["extended"]}
+
+
+def _completion(folder, state):
+  """What `complete` noted, if training was completed after a state was saved."""
+  path = pathlib.Path(folder) / _FILE
+  if not path.exists():
+    return None
+  try:
+    done = json.loads(path.read_text())
+    # One before that was of a shorter training.
+    return done if done["time"] >= state["time"] and done["seconds"] else None
+  except (ValueError, KeyError, TypeError) as error:
+    logging.warning("%s is damaged (%r): goodput is counted without it", path, error)
+    return None

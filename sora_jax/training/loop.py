@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import Task
-from sora_jax.training import metrics, optim, profiling, resume
+from sora_jax.training import goodput, metrics, optim, profiling, resume
 from sora_jax.training.config import TrainConfig
 from sora_jax.training.step import (
   EVALUATE,
@@ -175,6 +175,9 @@ def train(
     checkpoints.delete_after(start)
     if start == config.steps and not _owes_evaluation(setup, config, start, host):
       logging.info("%s: trained to step %d already, in %s", folder.name, start, folder)
+      counted = (host.get("meter") or {}).get("goodput")
+      if counted and jax.process_index() == 0:
+        goodput.complete_late(folder, counted, _last_seen(folder))
       return state
     _log_start(folder, built.abstract.params, mesh, start, config.steps)
     run = _Run(setup, config, built, folder, mesh, checkpoints, signalled)
@@ -186,6 +189,7 @@ def train(
         state = run.update(step, state)
       run.evaluate(config.steps, state)
       run.save(config.steps, state)
+      run.complete()
       return state
 
 
@@ -206,6 +210,22 @@ def _owes_evaluation(setup: Setup, config, step: int, host) -> bool:
   return bool(setup.eval_batches and config.eval_every and host["evaluated"] != step)
 
 
+def _meter_state(folder: pathlib.Path, host: dict) -> dict | None:
+  """State of the meter to go on from, of the host of a checkpoint."""
+  state = host.get("meter")
+  if not state or "goodput" not in state:
+    return state
+  active = jax.process_index() == 0
+  counted = goodput.to_go_on_from(folder, state["goodput"], active)
+  return {**state, "goodput": counted}
+
+
+def _last_seen(folder: pathlib.Path) -> float:
+  """time.time() at which a run that is gone wrote its last row; 0 if there is none."""
+  path = folder / "metrics.jsonl"
+  return path.stat().st_mtime if path.exists() else 0.0
+
+
 class _Run:
   """What the steps of a run share on this host, and the parts of a step."""
 
@@ -218,16 +238,14 @@ class _Run:
   def begin(self, start: int, host: dict, profile) -> None:
     """Opens the log; host: what the checkpoint to go on from holds beside the state."""
     self._start, self._evaluated = start, host["evaluated"]
-    path = self._folder / "metrics.jsonl"
     self._meter = metrics.Meter(
       self._config.steps,
       flops_per_step=self._setup.flops_per_step,
       tokens_per_step=self._setup.tokens_per_step,
       devices=self._mesh.devices.size,
       device_kind=self._mesh.devices.flat[0].device_kind,
-      state=host.get("meter"),
-      # When a run that is gone wrote its last row.
-      alive=path.stat().st_mtime if path.exists() else 0.0,
+      state=_meter_state(self._folder, host),
+      alive=_last_seen(self._folder),
     )
     active = jax.process_index() == 0
     self._writer = metrics.Writer(self._folder, start, active=active)
@@ -280,6 +298,11 @@ class _Run:
     if stop or (last and self._signalled.is_set()):
       logging.info("%s: stopped by a signal; step %d is saved", name, step)
       raise Preempted
+
+  def complete(self) -> None:
+    """Notes that the last step is trained, evaluated and saved."""
+    if jax.process_index() == 0:
+      goodput.complete(self._folder, self._meter.state()["goodput"])
 
   def update(self, step: int, state: TrainState) -> TrainState:
     """Dispatches one update, and settles the one before it."""

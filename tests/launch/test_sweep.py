@@ -1,6 +1,7 @@
 """Sweeps: overrides, names, and a real one that is stopped, goes on and grows."""
 
 import csv
+import dataclasses
 import json
 import pathlib
 import sys
@@ -9,7 +10,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import tiny
+from run.test_stages import ALL, BASE, change
+from run.test_stages import runs as fake_stages  # noqa: F401
 
+from sora_jax.run import stages as chain
 from sora_jax.run import sweeps
 
 sys.path.insert(0, str(tiny.ROOT / "launch"))
@@ -113,7 +117,7 @@ def test_launchers_get_the_arguments_of_each_run():
 
 
 def test_a_sweep_runs_reports_and_goes_on(tiny_run, commands, tmp_path):
-  def run(widths, *flags):
+  def run(widths, *flags, **kwargs):
     body = f"  yield from sweeps.grid({{'dit.model.mlp_width': {widths}}})"
     return commands.launch(
       "sweep.py",
@@ -124,6 +128,7 @@ def test_a_sweep_runs_reports_and_goes_on(tiny_run, commands, tmp_path):
       f"--base={tiny_run.workdir}",
       "--parallel=2",
       *flags,
+      **kwargs,
     )
 
   folder = tmp_path / "runs"
@@ -153,6 +158,79 @@ def test_a_sweep_runs_reports_and_goes_on(tiny_run, commands, tmp_path):
   stage = folder / "mlp_width=32" / "dit" / "stage.json"
   stage.write_text(json.dumps({**json.loads(stage.read_text()), "complete": False}))
   assert "2 runs, 1 to do" in run([64, 32])
+
+  # With more steps both go on; what is there is not the result of that.
+  longer = f"--config.dit.train.steps={2 * tiny.STEPS}"
+  before = table()
+  run([64, 32], longer, "--report")
+  assert {row["status"] for row in table().values()} == {"unfinished"}
+  assert "2 runs, 2 to do" in run([64, 32], longer)
+  assert {row["status"] for row in table().values()} == {"complete"}
+  assert all(table()[k]["dit:step"] == str(2 * tiny.STEPS) for k in before)
+  assert all(table()[k]["dit:loss"] != before[k]["dit:loss"] for k in before)
+  assert "2 runs, 0 to do" in run([64, 32], longer)
+  # Fewer again: refused before anything begins.
+  log = run([64, 32], returncode=1)
+  assert "run mlp_width=64: config.dit.train.steps is 8, but" in log
+  assert "to do" not in log
+
+
+@pytest.fixture
+def finished(fake_stages, tmp_path):  # noqa: F811
+  """A run whose stages only note their names; it is complete for BASE."""
+  chain.run(ALL, BASE, tmp_path / "run")
+  return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+  "path, value, status, message",
+  [
+    ("dit.train.log_every", 3, "complete", None),  # free
+    ("dit.train.steps", 20, "unfinished", "dit.train.steps is 20 and was 10: goes on"),
+    ("evaluate.clips", 5, "unfinished", "evaluate.clips is 5 and was 64: runs again"),
+  ],
+)
+def test_a_run_is_complete_for_its_config_of_now(
+  finished, path, value, status, message
+):
+  recipe = change(BASE, path, value)
+  before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+  left = launcher.to_do(finished, recipe)
+  assert message in left if message else left is None
+  assert launcher.results(finished, recipe)["status"] == status
+  # Without the stages that would run it is complete.
+  shorter = dataclasses.replace(recipe, stages=("data", "vae", "encode"))
+  assert launcher.to_do(finished, shorter) is None
+  assert before == {path: path.read_bytes() for path in before}
+  assert launcher.to_do(finished.with_name("new"), recipe) is not None
+  assert launcher.results(finished.with_name("new"), recipe)["status"] == "not started"
+
+
+def test_a_run_that_cannot_go_on_is_refused(finished, caplog):
+  recipe = change(BASE, "dit.train.learning_rate", 1.0)
+  message = "the run run: config.dit.train.learning_rate is 1.0, but stage dit"
+  with pytest.raises(ValueError, match=message):
+    launcher.to_do(finished, recipe)
+  assert launcher.results(finished, recipe)["status"] == "another config"
+  assert message in caplog.text
+
+
+def test_stages_of_a_base_are_those_that_the_config_makes(finished, tmp_path):
+  shared = ["data", "vae", "encode"]
+  launcher.check_base(finished, shared, BASE)
+  other = change(change(BASE, "vae.train.steps", 20), "data.workers", 2)
+  with pytest.raises(ValueError, match=r"--base=.*--shared=vae.*steps is 20"):
+    launcher.check_base(finished, shared, other)
+  launcher.check_base(finished, ["data"], other)
+  # Stages that the config does not make are taken as they are.
+  launcher.check_base(finished, shared, dataclasses.replace(other, stages=("dit",)))
+  (finished / "encode" / "stage.json").unlink()
+  with pytest.raises(ValueError, match="stage encode is not complete there"):
+    launcher.check_base(finished, shared, BASE)
+  launcher.link(tmp_path / "new", finished, ["data", "vae"])
+  launcher.link(tmp_path / "new", finished, ["data", "vae"])
+  with pytest.raises(ValueError, match="stage vae would run .* is a link to another"):
+    chain.left_to_do(["vae"], change(BASE, "vae.train.steps", 20), tmp_path / "new")
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path):

@@ -95,12 +95,36 @@ def test_the_log_says_why_a_stage_runs(runs, tmp_path, caplog):  # noqa: F811
   assert f"stage sample: {tmp_path / 'dit'} is not what it was made from: runs" in text
 
 
-def test_an_unfinished_stage_takes_other_steps(runs, tmp_path):  # noqa: F811
+@pytest.fixture
+def unfinished(runs, tmp_path):  # noqa: F811
+  """A run whose DiT was stopped: of its 10 steps a checkpoint has 8."""
   stages.run(ALL, BASE, tmp_path)
   path = tmp_path / "dit" / "stage.json"
   path.write_text(json.dumps(json.loads(path.read_text()) | {"complete": False}))
-  # Whether so many are made already, the checkpoints say.
-  assert rerun(tmp_path, runs, "dit.train.steps", 5) == ["dit", "sample", "evaluate"]
+  # Of step 9 there is only what was being written.
+  (tmp_path / "dit" / "checkpoints" / "9.orbax-checkpoint-tmp-1").mkdir()
+  return tmp_path
+
+
+@pytest.mark.parametrize("steps", [8, 9, 20])
+def test_an_unfinished_stage_takes_other_steps(unfinished, runs, steps):  # noqa: F811
+  again = rerun(unfinished, runs, "dit.train.steps", steps)
+  assert again == ["dit", "sample", "evaluate"]
+
+
+def test_refused_steps_of_an_unfinished_stage_are_not_noted(
+  unfinished, runs, caplog  # noqa: F811
+):  # fmt: skip
+  before = {path: path.read_bytes() for path in unfinished.glob("*/stage.json")}
+  message = r"config\.dit\.train\.steps is 5, but stage dit .* has trained 8 steps"
+  for _ in range(2):
+    with pytest.raises(ValueError, match=message):
+      stages.run(ALL, change(BASE, "dit.train.steps", 5), unfinished)
+  assert before == {path: path.read_bytes() for path in before} and runs == ALL
+  # The next try compares with what the stage was made with.
+  with caplog.at_level("INFO", logger="absl"):
+    stages.run(ALL, change(BASE, "dit.train.steps", 20), unfinished)
+  assert "stage dit: config.dit.train.steps is 20 and was 10: goes on" in caplog.text
 
 
 def test_fewer_steps_of_a_finished_stage(runs, tmp_path):  # noqa: F811

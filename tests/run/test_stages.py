@@ -331,7 +331,7 @@ def _write_text_meta(folder):
 
 
 def test_models_that_a_run_begins_with(runs, tmp_path, monkeypatch):
-  monkeypatch.setattr(stages.init_from, "check", lambda recipe: None)
+  monkeypatch.setattr(stages.init_from, "check", lambda *_: None)
   workdir, base = tmp_path / "run", tmp_path / "base"
 
   def write(steps):

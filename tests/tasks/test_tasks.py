@@ -19,6 +19,7 @@ from sora_jax.models.discriminator import Discriminator
 from sora_jax.models.lpips import LPIPS
 from sora_jax.models.vae import VAE, VAEConfig
 from sora_jax.runtime import sharding
+from sora_jax.tasks import clip_pixels
 from sora_jax.tasks import vae as vae_task
 from sora_jax.training import loop
 
@@ -307,12 +308,12 @@ def large_batch(step=golden.GAN_START, rows=2, size=16):
 
 def test_chosen_frames_are_different_and_valid():
   batch = large_batch()
-  mask = vae_task.valid_mask(batch)
+  mask = clip_pixels.valid_mask(batch)
   # Frames say who they are.
   time = np.broadcast_to(np.arange(5.0)[:, None, None, None], mask.shape)
   seen = set()
   for seed in range(20):
-    clip, chosen = vae_task.choose_frames((time, mask), jax.random.key(seed), 3)
+    clip, chosen = clip_pixels.choose_frames((time, mask), jax.random.key(seed), 3)
     assert clip.shape == (2, 3, 16, 16, 1)
     frames = np.asarray(clip[:, :, 0, 0, 0])
     assert [len(set(row)) for row in frames] == [3, 3]
@@ -320,7 +321,7 @@ def test_chosen_frames_are_different_and_valid():
     seen.add(tuple(frames[0]))
   assert len(seen) > 10
   for count in (0, 5, 9):
-    assert vae_task.choose_frames((time, mask), KEY, count)[0] is time
+    assert clip_pixels.choose_frames((time, mask), KEY, count)[0] is time
 
 
 def test_lpips_term(narrow_lpips):
@@ -336,7 +337,7 @@ def test_lpips_term(narrow_lpips):
   expected += 0.5 * metrics["mse"] + 0.7 * metrics["lpips"]
   np.testing.assert_allclose(loss, expected, rtol=1e-6)
   assert metrics["lpips"] > 0.01
-  dark = np.where(vae_task.valid_mask(batch) > 0, batch["video_THWC"], 7)
+  dark = np.where(clip_pixels.valid_mask(batch) > 0, batch["video_THWC"], 7)
   # The encoder sees padding, so only behind the clip's end.
   dark[:, :, 12:] = batch["video_THWC"][:, :, 12:]
   assert np.any(dark != batch["video_THWC"])
@@ -452,11 +453,11 @@ def test_lpips_without_a_file_is_refused():
 
 def test_pixels_there_and_back():
   video = np.arange(256, dtype=np.uint8)
-  as_float = vae_task.to_float(video)
+  as_float = clip_pixels.to_float(video)
   assert float(as_float[0]) == -1.0 and float(as_float[-1]) == 1.0
-  np.testing.assert_array_equal(vae_task.to_uint8(as_float), video)
+  np.testing.assert_array_equal(clip_pixels.to_uint8(as_float), video)
   np.testing.assert_array_equal(
-    vae_task.to_uint8(jnp.array([-3.0, 0.999, 3.0])), [0, 255, 255]
+    clip_pixels.to_uint8(jnp.array([-3.0, 0.999, 3.0])), [0, 255, 255]
   )
 
 
@@ -465,12 +466,12 @@ def test_valid_masks():
     "video_THWC": np.zeros((4, 5, 8, 12, 3), np.uint8),
     "valid_3": np.array([[5, 8, 12], [1, 4, 8], [3, 8, 12], [0, 0, 0]]),
   }
-  mask = np.asarray(vae_task.valid_mask(batch))
+  mask = np.asarray(clip_pixels.valid_mask(batch))
   assert mask.shape == (4, 5, 8, 12, 1)
   assert list(mask.sum((1, 2, 3, 4))) == [5 * 8 * 12, 4 * 8, 3 * 8 * 12, 0]
   assert mask[1, 0, :4, :8].all() and mask[2, :3].all()
   # Latents count where all of their 4x4x4 (the first: 1x4x4) pixels do.
-  mask = np.asarray(vae_task.latent_mask(golden.VAE, batch))
+  mask = np.asarray(clip_pixels.latent_mask(golden.VAE, batch))
   assert mask.shape == (4, 2, 2, 3, 1)
   assert list(mask.sum((1, 2, 3, 4))) == [12, 2, 6, 0]
 
@@ -603,10 +604,10 @@ def test_effective_rank_is_scored():
   # Params of a size that makes channels vary by more than what counts as nothing.
   params, batch = random_params(task, 0.4), vae_batch()
   rank = fast_jit(task.evaluate)(params, batch, KEY)["effective_rank"]
-  video = vae_task.to_float(batch["video_THWC"])
+  video = clip_pixels.to_float(batch["video_THWC"])
   mean_BTHWC, _ = VAE(SMALL_VAE).apply({"params": params["vae"]}, video,
                                        method=VAE.encode)  # fmt: skip
-  mask = np.asarray(vae_task.latent_mask(SMALL_VAE, batch))[..., 0] > 0
+  mask = np.asarray(clip_pixels.latent_mask(SMALL_VAE, batch))[..., 0] > 0
   moments = vae_health.latent_moments(np.asarray(mean_BTHWC)[mask])
   expected = vae_health.effective_rank(vae_health.correlation_eigenvalues(moments))
   np.testing.assert_allclose(rank, expected, rtol=1e-3)

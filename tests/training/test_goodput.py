@@ -103,6 +103,105 @@ def test_a_stage_logs_its_goodput_over_restarts(tmp_path, caplog):
   assert toy.rows_of(tmp_path)[-1]["goodput/idle"] > 0
 
 
+def test_the_time_until_an_extension_is_nobodys(clock, tmp_path):
+  meter = meter_of()
+  run_a_little(meter, clock)
+  saved = meter.state()["goodput"]
+  # A checkpoint; 30 s later training is complete, and 1000 s later it is extended.
+  clock[0] += 30
+  goodput.complete(tmp_path, meter.state()["goodput"])
+  seconds = meter._goodput.seconds()
+  clock[0] += 1000
+  assert goodput.to_go_on_from(tmp_path, saved) == {
+    "seconds": seconds,
+    "time": clock[0],
+  }
+  # That is killed after 40 s without a checkpoint, and goes on after 50 more.
+  clock[0] += 40
+  alive = clock[0]
+  clock[0] += 50
+  state = goodput.to_go_on_from(tmp_path, saved)
+  found = goodput.Goodput(state, alive).seconds()
+  assert found == {**seconds, "lost": 40, "idle": 50}
+  # A checkpoint of the extension knows all that itself.
+  clock[0] += 10
+  later = goodput.Goodput(state, alive).state()
+  assert goodput.to_go_on_from(tmp_path, later) == later
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"time": "x", "seconds": {}}'])
+def test_a_damaged_note_of_the_completion(tmp_path, caplog, text):
+  state = goodput.Goodput().state()
+  assert goodput.to_go_on_from(tmp_path, state) == state
+  (tmp_path / "goodput.json").write_text(text)
+  assert goodput.to_go_on_from(tmp_path, state) == state
+  assert "goodput.json is damaged" in caplog.text
+
+
+def seconds_of(tmp_path):
+  """Seconds by cause at the completion of the toy's training."""
+  return json.loads((tmp_path / "toy" / "goodput.json").read_text())["seconds"]
+
+
+@pytest.fixture
+def later(monkeypatch):
+  """Lets the wall's clock, but no process, go on by some seconds."""
+  real, ahead = goodput.time.time, [0.0]
+  monkeypatch.setattr(goodput.time, "time", lambda: real() + ahead[0])
+
+  def later(seconds):
+    ahead[0] += seconds
+
+  return later
+
+
+@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+def test_an_extension_of_a_finished_training(tmp_path, later, schedule):
+  def run(steps, end=10**9):
+    config = dataclasses.replace(
+      toy.CONFIG,
+      steps=steps,
+      schedule=schedule,
+      decay_steps=3,
+      save_every=0,
+      log_every=1,
+    )
+    toy.run(tmp_path, config, toy.Batches(end=end))
+
+  run(6)
+  before = seconds_of(tmp_path)
+  assert before["lost"] == before["idle"] == 0
+  later(1e6)
+  run(12)
+  assert toy.rows_of(tmp_path)[-1].get("goodput/idle", 0.0) < 0.5
+  extended = seconds_of(tmp_path)
+  assert extended["lost"] + extended["idle"] < 1
+  assert all(extended[cause] >= before[cause] for cause in before)
+  assert extended["train"] > before["train"]
+  # An extension that is cut before its first checkpoint: that time counts.
+  later(1e6)
+  with pytest.raises(ValueError, match="data ended after 14 of 18"):
+    run(18, end=14)
+  later(1e3)
+  run(18)
+  assert 1e3 < sum(seconds_of(tmp_path)[cause] for cause in ("lost", "idle")) < 1e4
+
+
+def test_a_training_that_was_killed_before_its_completion_was_noted(tmp_path, later):
+  def run(steps):
+    toy.run(tmp_path, dataclasses.replace(toy.CONFIG, steps=steps, schedule="constant"))
+
+  run(6)
+  (tmp_path / "toy" / "goodput.json").unlink()
+  later(1e3)
+  run(6)
+  assert 1e3 <= seconds_of(tmp_path)["idle"] < 2e3
+  for steps in (6, 12):
+    later(1e6)
+    run(steps)
+  assert 1e3 <= seconds_of(tmp_path)["idle"] < 2e3
+
+
 @pytest.mark.parametrize("steps, traced", [(2, True), (0, False)])
 def test_chosen_steps_are_traced(tmp_path, steps, traced):
   config = dataclasses.replace(toy.CONFIG, steps=6, eval_every=0, save_every=0)
