@@ -117,6 +117,8 @@ def _define_flags():
     None,
     "For a suite: folder with vae/ and dit/; the workdir by default.",
   )
+  flags.DEFINE_integer("clips", 8, "Of the suite prompting: clips a mode.", 2)
+  flags.DEFINE_integer("extensions", 10, "Of the suite prompting: for drift.", 1)
   flags.DEFINE_list(
     "guidance", [*map(str, sampling_suite.GUIDANCE)], "Of the suite sampling: scales."
   )
@@ -147,7 +149,7 @@ def _main(argv):
   # Figures of another model do not belong into the config's own run.
   workdir = pathlib.Path(args.workdir or checkpoint)
   if args.suite == "prompting":
-    return prompting_suite.run(recipe, checkpoint)
+    return prompting_suite.run(recipe, checkpoint, workdir, args.clips, args.extensions)
   return sampling_suite.run(
     recipe, checkpoint, workdir, _numbers("guidance", float), _numbers("steps", int)
   )
