@@ -1,12 +1,17 @@
 """Stage "evaluate": how good reconstructions and samples are, in numbers.
 
   python -m sora_jax.evaluate --config=configs/quickstart.py
+  python -m sora_jax.evaluate --config=configs/quickstart.py --suite=sampling
   python -m sora_jax.evaluate --config=configs/quickstart.py --suite=prompting
 
 PSNR and SSIM of held-out clips through the VAE, and whether its latents are healthy.
 For the generated shapes also the share of samples whose colour, shape, ... are what the
 prompt of a held-out clip says, read off the written files by evaluation/attributes.py,
 beside chance, the ceiling that the VAE sets, and the score of the real files.
+
+The suites measure the sampler's settings and the ways of prompting, see
+evaluation/sampling_suite.py and prompting_suite.py; they need only the models, of the
+run or of --checkpoint.
 """
 
 import pathlib
@@ -16,8 +21,7 @@ from absl import flags, logging
 
 from sora_jax.data.clips import Clip
 from sora_jax.encoders.autoencoder import Autoencoder
-from sora_jax.evaluation import attributes, prompting_suite
-from sora_jax.evaluation.heldout import heldout_clips
+from sora_jax.evaluation import attributes, heldout, prompting_suite, sampling_suite
 from sora_jax.evaluation.reconstruction import log_figures, reconstruction
 from sora_jax.run import build, cli
 from sora_jax.run import recipe as recipes
@@ -31,24 +35,20 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     ValueError: if no held-out clip can be read.
   """
   workdir = pathlib.Path(workdir)
-  clips = heldout_clips(recipe, workdir)
+  clips = heldout.heldout_clips(recipe, workdir)
   mesh = build.clip_mesh(recipe.encode)
   autoencoder = Autoencoder(workdir / "vae" / "model", mesh, recipe.dtype)
   reconstructed = reconstruction(clips, autoencoder, recipe.encode)
   results = {"vae": reconstructed.figures}
   log_figures(reconstructed.figures)
-  truths = [clip.truth for clip in clips if clip.truth]
-  measured = len(truths) == len(clips)
+  measured = all(clip.truth for clip in clips)
   # Training has seen no combination of objects like those of held-out prompts.
-  samples = attributes.sample_captions(recipe, workdir, clips) if measured else []
+  prompts = heldout.prompts(recipe, clips) if measured else []
+  sampled = attributes.sample_captions(recipe, workdir, prompts) if measured else None
   if jax.process_index():
     return  # what is left to do is quick, and done once
-  if measured:
-    results["attributes"] = attributes.attribute_table(
-      truths, samples, [clip.path for clip in clips], reconstructed.scores
-    )
-    for line in attributes.format_table(results["attributes"]):
-      logging.info("%s", line)
+  if sampled:
+    results |= _attributes(recipe, clips, prompts, sampled, reconstructed.scores)
   else:
     logging.info("no ground truth in the manifest: attributes are not evaluated")
   path = workdir / "evaluate" / "results.json"
@@ -56,6 +56,40 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   files.write_json(path, results)
   logging.info("results are in %s", path)
   _say_what_next(workdir, clips)
+
+
+def _attributes(recipe, clips, prompts, sampled, decoded) -> dict:
+  """Returns what results.json says of samples, and logs it.
+
+  Args:
+    recipe: for the number of seeds.
+    clips: the held-out clips that exist.
+    prompts: those that the captions of the samples are of.
+    sampled: `attributes.Sampled`.
+    decoded: scores of the clips that went through the VAE.
+  """
+  truths, seeds = [clip.truth for clip in prompts], recipe.evaluate.seeds
+  table = attributes.attribute_table(
+    truths,
+    attributes.scores_of_files(sampled.paths, truths * seeds),
+    attributes.scores_of_files([c.path for c in clips], [c.truth for c in clips]),
+    decoded,
+  )
+  for line in attributes.format_table(table):
+    logging.info("%s", line)
+  logging.info(
+    "%d samples of %d held-out prompts, %.2f s each",
+    *(len(sampled.paths), len(prompts), sampled.seconds),
+  )
+  return {
+    "attributes": table,
+    "sampling": {
+      "prompts": len(prompts),
+      "seeds": seeds,
+      "samples": len(sampled.paths),
+      "seconds_a_sample": sampled.seconds,
+    },
+  }
 
 
 def _say_what_next(workdir: pathlib.Path, clips: list[Clip]) -> None:
@@ -74,16 +108,55 @@ def _say_what_next(workdir: pathlib.Path, clips: list[Clip]) -> None:
   )
 
 
+def _define_flags():
+  flags.DEFINE_enum(
+    "suite", "stage", ("stage", "sampling", "prompting"), "What to evaluate."
+  )
+  flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "For a suite: folder with vae/ and dit/; the workdir by default.",
+  )
+  flags.DEFINE_integer("clips", 8, "Of the suite prompting: clips a mode.", 2)
+  flags.DEFINE_integer("extensions", 10, "Of the suite prompting: for drift.", 1)
+  flags.DEFINE_list(
+    "guidance", [*map(str, sampling_suite.GUIDANCE)], "Of the suite sampling: scales."
+  )
+  flags.DEFINE_list(
+    "steps", [*map(str, sampling_suite.STEPS)], "Of the suite sampling: of the solver."
+  )
+
+
+def _numbers(name: str, kind) -> list:
+  """The values of a flag that is a list of numbers."""
+  try:
+    return [kind(value) for value in getattr(flags.FLAGS, name)]
+  except ValueError as error:
+    raise ValueError(f"--{name}: {error}") from error
+
+
 def _main(argv):
-  if flags.FLAGS.suite == "stage":
+  args = flags.FLAGS
+  if args.suite == "stage":
+    if args.checkpoint:
+      raise ValueError("--checkpoint is for a suite: the stage evaluates its workdir")
     return cli.run_stages(argv, "evaluate")
+  if len(argv) > 1:
+    raise ValueError(f"unexpected arguments {argv[1:]}")
   cli.start_logging()
-  recipe = recipes.read(flags.FLAGS.config)
-  return prompting_suite.run(recipe, cli.workdir())
+  recipe = recipes.read(args.config)
+  checkpoint = pathlib.Path(args.checkpoint or cli.workdir())
+  # Figures of another model do not belong into the config's own run.
+  workdir = pathlib.Path(args.workdir or checkpoint)
+  if args.suite == "prompting":
+    return prompting_suite.run(recipe, checkpoint, workdir, args.clips, args.extensions)
+  return sampling_suite.run(
+    recipe, checkpoint, workdir, _numbers("guidance", float), _numbers("steps", int)
+  )
 
 
 if __name__ == "__main__":
   cli.define_flags()
-  flags.DEFINE_enum("suite", "stage", ("stage", "prompting"), "What to evaluate.")
+  _define_flags()
   flags.mark_flag_as_required("config")
   cli.run_app(_main)

@@ -8,13 +8,17 @@ what a sample can reach, and that of the real files.
 
 import collections
 import pathlib
-
-import numpy as np
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from sora_jax.data.clips import Clip
 from sora_jax.evaluation import shape_attributes
+from sora_jax.evaluation.shares import Share, share_of
 from sora_jax.run import recipe as recipes
+from sora_jax.runtime.progress import track
+from sora_jax.runtime.stopwatch import Stopwatch
 from sora_jax.runtime.text import table_lines
+from sora_jax.sampling.conditioning import Request
 from sora_jax.sampling.pipeline import Sampler
 from sora_jax.sampling.requests import (
   request_of,
@@ -23,74 +27,114 @@ from sora_jax.sampling.requests import (
   write_samples,
 )
 
+# Of a sample: which attributes of it are right, see `shape_attributes.score`.
+Score = dict[str, bool]
+
+
+class Sampled(NamedTuple):
+  """Files of samples, and seconds that one of them took, without compilation."""
+
+  paths: list[pathlib.Path]
+  seconds: float
+
+
+def requests_of_captions(
+  clips: Sequence[Clip], seeds: int, negative_prompt: str = ""
+) -> list[Request]:
+  """Returns requests of the clips' first captions: all of them `seeds` times.
+
+  No seed occurs twice: two clips may have one caption.
+  """
+  return [
+    request_of(clip, turn * len(clips) + i, negative_prompt)
+    for turn in range(seeds)
+    for i, clip in enumerate(clips)
+  ]
+
 
 def sample_captions(
   recipe: recipes.Recipe, workdir: pathlib.Path, clips: list[Clip]
-) -> list[pathlib.Path]:
-  """Samples the first caption of each clip at the clip's size and length.
+) -> Sampled:
+  """Samples `requests_of_captions` of the clips, at their sizes and lengths.
 
-  All processes must call it. Returns the paths of the files, which are in
-  workdir/evaluate/samples.
+  All processes must call it. The files are in workdir/evaluate/samples.
   """
   config = recipe.sample
-  requests = [
-    request_of(clip, seed, config.negative_prompt) for seed, clip in enumerate(clips)
-  ]
+  requests = requests_of_captions(clips, recipe.evaluate.seeds, config.negative_prompt)
   mesh = sampling_mesh(config, len(requests))
   model = Sampler.from_checkpoint(workdir, mesh, recipe.dtype)
-  folder = workdir / "evaluate" / "samples"
-  return write_samples(folder, requests, sample_share(model, requests, config))
+  with Stopwatch() as watch:
+    videos = sample_share(model, requests, config)
+  paths = write_samples(workdir / "evaluate" / "samples", requests, videos)
+  return Sampled(paths, watch.seconds / len(requests))
+
+
+def scores_of_files(paths: Sequence, truths: Iterable[dict]) -> list[Score]:
+  """Returns the scores of files of which it is known what they should show."""
+  files = list(zip(paths, truths, strict=True))
+  return [
+    shape_attributes.score(shape_attributes.analyse(path), truth)
+    for path, truth in track(files, "measured", "files")
+  ]
+
+
+def shares_of(scores: Iterable[Score]) -> dict[str, Share]:
+  """Returns the share that is right of each attribute, of the scores that have it."""
+  found: dict[str, list[bool]] = collections.defaultdict(list)
+  for score in scores:
+    for attribute, right in score.items():
+      found[attribute].append(right)
+  return {attribute: share_of(found[attribute]) for attribute in sorted(found)}
 
 
 def attribute_table(
-  truths: list[dict], samples: list, real: list, decoded: list[dict]
+  truths: list[dict], samples: list[Score], real: list[Score], decoded: list[Score]
 ) -> dict:
   """Measures which share of samples, and of real files, has each attribute.
 
   Args:
     truths: what the prompts describe.
-    samples: paths of the samples, in that order.
-    real: paths of the clips that the prompts are of, in that order.
-    decoded: scores of the real clips that went through the VAE, in any order.
+    samples, real: scores of samples of these prompts, and of files.
+    decoded: scores of the real clips that went through the VAE.
 
   Returns:
-    attribute -> {"samples", "chance", "ceiling", "real": shares, "n": number it applies
-    to}. The ceiling is what the VAE leaves of real clips.
+    attribute -> {"samples", "chance", "ceiling", "real": shares, "n": samples it
+    applies to, "low", "high": their 95 % interval, "real_n": real files}. The ceiling
+    is what the VAE leaves of real clips. It and "real" are None where no real clip has
+    the attribute.
   """
   chance = shape_attributes.chance_levels(truths)
-  columns = {}
-  for name, paths in (("samples", samples), ("real", real)):
-    scores = collections.defaultdict(list)
-    for truth, path in zip(truths, paths, strict=True):
-      for attribute, right in shape_attributes.score(
-        shape_attributes.analyse(path), truth
-      ).items():
-        scores[attribute].append(right)
-    columns[name] = scores
-  ceiling = collections.defaultdict(list)
-  for score in decoded:
-    for attribute, right in score.items():
-      ceiling[attribute].append(right)
+  known, ceiling = shares_of(real), shares_of(decoded)
+
+  def value(shares, attribute):
+    return shares[attribute].value if attribute in shares else None
+
   return {
     attribute: {
-      "samples": float(np.mean(columns["samples"][attribute])),
+      "samples": share.value,
+      "low": share.low,
+      "high": share.high,
       "chance": float(chance[attribute]),
-      "ceiling": float(np.mean(ceiling[attribute])),
-      "real": float(np.mean(rights)),
-      "n": len(rights),
+      "ceiling": value(ceiling, attribute),
+      "real": value(known, attribute),
+      "n": share.n,
+      "real_n": known[attribute].n if attribute in known else 0,
     }
-    for attribute, rights in sorted(columns["real"].items())
+    for attribute, share in shares_of(samples).items()
   }
 
 
 def format_table(table: dict) -> list[str]:
-  """Returns the lines of an attribute table; +- is the samples' 95 % interval."""
+  """Returns the lines of an attribute table, with the samples' 95 % intervals."""
+
+  def percent(value):
+    return "-" if value is None else f"{value:.1%}"
+
   rows = []
   for name, row in table.items():
-    share = row["samples"]
-    error = 1.96 * np.sqrt(max(share * (1 - share), 1e-9) / row["n"])
-    shares = (share, error, row["chance"], row["ceiling"], row["real"])
-    rows.append([name, *(f"{value:.1%}" for value in shares), str(row["n"])])
+    interval = f"{100 * row['low']:.1f}-{percent(row['high'])}"
+    others = (percent(row[column]) for column in ("chance", "ceiling", "real"))
+    rows.append([name, percent(row["samples"]), interval, *others, str(row["n"])])
   return table_lines(
-    ["attribute", "samples", "+-", "chance", "ceiling", "real", "n"], rows
+    ["attribute", "samples", "95 %", "chance", "ceiling", "real", "n"], rows
   )

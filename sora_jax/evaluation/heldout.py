@@ -1,13 +1,36 @@
-"""Which clips are evaluated, and their pixels."""
+"""Which clips are evaluated, their pixels, and prompts beyond the clips that there are.
+
+A clip of generated shapes is a function of its number. So there are as many held-out
+prompts with known content as are wanted, and clips to prompt with: they need no files.
+"""
 
 import pathlib
+from collections.abc import Collection
+from typing import NamedTuple
 
 import numpy as np
 
+from sora_jax.data import shapes, sources
 from sora_jax.data.buckets import limit_sizes
 from sora_jax.data.clips import Clip, read_manifest
 from sora_jax.data.video import reader
+from sora_jax.packing import time_grid
 from sora_jax.run import recipe as recipes
+
+# Of drawn clips: height and width, and the frames that a prompt is given of each.
+SIZE, FRAMES = (64, 64), 17
+# With as many new ones behind them, it is known how the given ones go on.
+_WHOLE = 2 * FRAMES - 1
+_SEARCHED = 400  # descriptions for each clip that is drawn
+
+
+class DrawnClip(NamedTuple):
+  """A held-out clip in memory: video_THWC is uint8, of FRAMES frames or more."""
+
+  caption: str
+  fps: float
+  truth: dict
+  video_THWC: np.ndarray
 
 
 def heldout_clips(recipe: recipes.Recipe, workdir: pathlib.Path) -> list[Clip]:
@@ -37,3 +60,105 @@ def read_clip(clip: Clip) -> np.ndarray:
     fps=clip.fps,
     size=(clip.height, clip.width),
   )
+
+
+def described(recipe: recipes.Recipe, index: int) -> Clip:
+  """Returns held-out clip number `index` of the generated ones, by its description.
+
+  It has no file. Its size and length are those that the stage "data" would give it.
+  """
+  row, data = _describe(recipe, index), recipe.data
+  truth = row["truth"]
+  height, width = sources.legal_size(
+    truth["height"], truth["width"], data.max_pixels, data.size_multiple
+  )
+  return Clip(
+    id=f"described/{index:06d}",
+    path="",
+    start=0.0,
+    frames=time_grid.round_down(min(truth["frames"], data.max_frames)),
+    fps=float(truth["fps"]),
+    height=height,
+    width=width,
+    captions=tuple(row["captions"]),
+    split="heldout",
+    truth=truth,
+  )
+
+
+def prompts(recipe: recipes.Recipe, clips: list[Clip]) -> list[Clip]:
+  """Returns the clips, and as many more as `config.evaluate.clips` wants.
+
+  Those are described ones, with numbers from that on which the run's own end at. Of a
+  folder of videos there are no more than the clips.
+  """
+  if recipe.data.source != "shapes":
+    return clips
+  more = range(recipe.evaluate.clips - len(clips))
+  return clips + [described(recipe, recipe.data.heldout_clips + i) for i in more]
+
+
+def described_prompts(recipe: recipes.Recipe) -> list[Clip]:
+  """Returns `config.evaluate.clips` described clips from the first one on.
+
+  Raises:
+    ValueError: if the config is not for generated shapes.
+  """
+  check_generated(recipe)
+  return [described(recipe, i) for i in range(recipe.evaluate.clips)]
+
+
+def drawn_clips(
+  recipe: recipes.Recipe, count: int, motions: Collection[str] = shapes.MOTIONS
+) -> list[DrawnClip]:
+  """Returns held-out clips to prompt with, drawn in memory.
+
+  They are SIZE large, and nothing is hidden in them. They have 33 frames, so that the
+  way in which the first 17 go on is known; only if there are too few of these, the last
+  ones have 17.
+
+  motions: what objects may do.
+
+  Raises:
+    ValueError: if the config is not for generated shapes, or too few are like that.
+  """
+  check_generated(recipe)
+  found: dict[int, list[dict]] = {_WHOLE: [], FRAMES: []}
+  for index in range(_SEARCHED * count):
+    if len(found[_WHOLE]) >= count:
+      break
+    row = _describe(recipe, index)
+    truth = row["truth"]
+    kind = (truth["height"], truth["width"], truth["occluder"])
+    known = all(item["motion"] in motions for item in truth["objects"])
+    if kind == (*SIZE, False) and known and truth["frames"] in found:
+      found[truth["frames"]].append(row)
+  rows = (found[_WHOLE] + found[FRAMES])[:count]
+  if len(rows) < count:
+    raise ValueError(
+      f"of {_SEARCHED * count} held-out clips {len(rows)} are {SIZE[1]}x{SIZE[0]} with "
+      f"{FRAMES} or {_WHOLE} frames and {sorted(motions)}, and {count} are needed"
+    )
+  return [
+    DrawnClip(
+      row["captions"][0],
+      float(row["truth"]["fps"]),
+      row["truth"],
+      shapes.draw(row["truth"]),
+    )
+    for row in rows
+  ]
+
+
+def _describe(recipe: recipes.Recipe, index: int) -> dict:
+  """The row of a generated held-out clip: the one place that asks for it."""
+  return shapes.describe("heldout", index, recipe.seed)
+
+
+def check_generated(recipe: recipes.Recipe) -> None:
+  """Raises ValueError if nobody can say what held-out clips show."""
+  if recipe.data.source != "shapes":
+    raise ValueError(
+      "a suite needs clips of known content, which are generated: config.data.source "
+      f"must be 'shapes', not {recipe.data.source!r}"
+    )

@@ -11,14 +11,31 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sora_jax.data.clips import Clip
-from sora_jax.data.video import reader
+from sora_jax.evaluation.continuity import motions_of
+from sora_jax.evaluation.heldout import FRAMES, SIZE, DrawnClip
+from sora_jax.evaluation.shape_attributes import find_objects
 from sora_jax.packing import time_grid
 from sora_jax.sampling.job import Job
 from sora_jax.sampling.pipeline import Sampler
 
-FRAMES = 17
-SIZE = (64, 64)
+_LEAST_FRAMES = 4  # of a part whose motion is judged
+
+
+class Part(NamedTuple):
+  """Frames of a result that were sampled, and what they have to go on from.
+
+  Attributes:
+    given: its pixels, uint8 [T, H, W, 3], or which frames of the result it is.
+    new: which frames of the result were sampled.
+    side: 1 if these come after the given ones, -1 if before, 0 if in between them.
+    motions: of objects by colour, see `continuity.judge`; None where what is sampled
+      has to lead somewhere else.
+  """
+
+  given: np.ndarray | slice
+  new: slice
+  side: int = 1
+  motions: dict[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +52,7 @@ class Case:
     place: index of a frame whose place among the four of a latent is that of the seam,
       where it is not the seam's own index.
     region: (rows, columns) that the kept frames are compared in.
+    parts: what was sampled beside what was given.
   """
 
   job: Job
@@ -44,6 +62,7 @@ class Case:
   seams: tuple[int, ...] = ()
   place: int = 0
   region: tuple[slice, slice] = (slice(None), slice(None))
+  parts: tuple[Part, ...] = ()
 
 
 class _Held(NamedTuple):
@@ -52,25 +71,31 @@ class _Held(NamedTuple):
   Attributes:
     job: the clip's prompt, seed, size and frame rate -> a Job with other fields.
     fps: frames a second.
-    truth: what the clip shows.
-    own, second: its first FRAMES frames, and those of another clip.
-    rebuilt, rebuilt_second: what the VAE makes of them, the most that can be kept.
+    truth: what the clip shows. motions: the same, by colour.
+    whole: its frames.
+    own, end, second: its first and last FRAMES frames, and the first of another clip.
+    rebuilt, rebuilt_end, rebuilt_second: what the VAE makes of them, the most that can
+      be kept.
     first_image, last_image: what the VAE makes of single frames, as images.
   """
 
   job: Callable[..., Job]
   fps: float
   truth: dict
+  motions: dict[str, str]
+  whole: np.ndarray
   own: np.ndarray
+  end: np.ndarray
   second: np.ndarray
   rebuilt: np.ndarray
+  rebuilt_end: np.ndarray
   rebuilt_second: np.ndarray
   first_image: np.ndarray
   last_image: np.ndarray
 
   @property
   def seconds(self) -> float:
-    """A quarter of the clip, in whole latent frames."""
+    """The duration of FRAMES, in whole latent frames."""
     return time_grid.frame_at(time_grid.latent_frames(FRAMES) - 1) / self.fps
 
   @property
@@ -80,13 +105,19 @@ class _Held(NamedTuple):
     return time_grid.frame_at(gap) - 1
 
   @property
-  def whole(self):
+  def after_gap(self) -> int:
+    """Where what comes after the gap begins: with the still of its first frame."""
+    return FRAMES + self.gap - 3
+
+  @property
+  def at_start(self):
     """The clip is kept at the beginning of the result."""
     return ((slice(0, FRAMES), self.rebuilt),)
 
 
 def _hold(model, clip, other, seed) -> _Held:
-  own, second = (first_frames(c) for c in (clip, other))
+  whole, second = clip.video_THWC, other.video_THWC[:FRAMES]
+  own, end = whole[:FRAMES], whole[-FRAMES:]
   copies = model.autoencoder.batch_size(1)
 
   def rebuild(video_THWC):
@@ -94,23 +125,18 @@ def _hold(model, clip, other, seed) -> _Held:
     return model.autoencoder.decode(latent_BTHWC)[0]
 
   return _Held(
-    functools.partial(Job, clip.captions[0], seed=seed, fps=clip.fps),
+    functools.partial(Job, clip.caption, seed=seed, fps=clip.fps),
     clip.fps,
-    {**clip.truth, "occluder": False},
-    own,
-    second,
-    *(rebuild(v) for v in (own, second, own[:1], own[-1:])),
+    clip.truth,
+    motions_of(clip.truth),
+    *(whole, own, end, second),
+    *(rebuild(v) for v in (own, end, second, own[:1], own[-1:])),
   )
 
 
-def first_frames(clip: Clip) -> np.ndarray:
-  """Returns FRAMES frames of a clip from its beginning: uint8 [T, H, W, 3]."""
-  return reader.read(
-    clip.path, start=clip.start, frames=FRAMES, fps=clip.fps, size=SIZE
-  )
-
-
-def cases_of(model: Sampler, clip: Clip, other: Clip, seed: int) -> dict[str, Case]:
+def cases_of(
+  model: Sampler, clip: DrawnClip, other: DrawnClip, seed: int
+) -> dict[str, Case]:
   """Returns all modes on a clip, and another one where a mode takes two.
 
   Frames are counted as latents hold them: 1 + 4k frames, so that what is new after
@@ -130,8 +156,15 @@ def _cases_of_text(held: _Held) -> dict[str, Case]:
   """Returns the clip itself, as what is perfect, and what a prompt alone gives."""
   job, truth = functools.partial(held.job, size=SIZE), held.truth
   preview = held.job(size=(96, 96), frames=FRAMES, preview=0.6)
+  later = (Part(held.own, slice(FRAMES, None), 1, held.motions),)
   return {
-    "real": Case(job(video=held.own, strength=0.0), truth, held.whole, seams=(5,)),
+    "real": Case(
+      job(video=held.whole, strength=0.0),
+      truth,
+      held.at_start,
+      seams=(5,),
+      parts=later if len(held.whole) > FRAMES else (),
+    ),
     "text": Case(job(frames=FRAMES), truth),
     "text, as a loop": Case(job(frames=FRAMES), truth, seams=(0,), place=1),
     "preview 0.6": Case(preview, truth),
@@ -141,42 +174,72 @@ def _cases_of_text(held: _Held) -> dict[str, Case]:
 def _cases_of_images(held: _Held) -> dict[str, Case]:
   """Returns the modes that are given the first or the last image, or both."""
   job = functools.partial(held.job, size=SIZE, frames=FRAMES)
-  first, last = held.own[0], held.own[-1]
+  first, last = held.own[:1], held.own[-1:]
   start = ((slice(0, 1), held.first_image),)
   end = ((slice(-1, None), held.last_image),)
+  # The last image has a latent, which shows it four times.
   before_end = FRAMES - 4
+  between = slice(1, before_end)
   return {
-    "first image": Case(job(image=first), held.truth, start, seams=(1,)),
-    "last image": Case(job(last_image=last), held.truth, end, seams=(before_end,)),
+    "first image": Case(
+      job(image=first[0]),
+      held.truth,
+      start,
+      seams=(1,),
+      parts=(Part(first, slice(1, None), 1, held.motions),),
+    ),
+    "last image": Case(
+      job(last_image=last[0]),
+      held.truth,
+      end,
+      seams=(before_end,),
+      parts=(Part(last, slice(0, before_end), -1, held.motions),),
+    ),
     "both images": Case(
-      job(image=first, last_image=last),
+      job(image=first[0], last_image=last[0]),
       held.truth,
       (*start, *end),
       seams=(1, before_end),
+      parts=(
+        Part(first, between, 1, held.motions),
+        Part(last, between, -1, held.motions),
+      ),
     ),
   }
 
 
 def _cases_of_time(held: _Held) -> dict[str, Case]:
   """Returns the modes that sample what comes after, before or between videos."""
-  job = functools.partial(held.job, size=SIZE, video=held.own)
+  job = functools.partial(held.job, size=SIZE)
   at_end = slice(-FRAMES, None)
+  # Where the last latent frame before the video begins.
+  before_video = time_grid.frame_at(time_grid.latent_frames(FRAMES) - 2) + 1
+  middle = (FRAMES + held.after_gap) // 2
   return {
     "extend after": Case(
-      job(extend_after=held.seconds), held.truth, held.whole, seams=(FRAMES,)
+      job(video=held.own, extend_after=held.seconds),
+      held.truth,
+      held.at_start,
+      seams=(FRAMES,),
+      parts=(Part(held.own, slice(FRAMES, None), 1, held.motions),),
     ),
     "extend before": Case(
-      job(extend_before=held.seconds),
+      job(video=held.end, extend_before=held.seconds),
       held.truth,
-      ((at_end, held.rebuilt),),
-      # Where the last latent frame before the video begins.
-      seams=(time_grid.frame_at(time_grid.latent_frames(FRAMES) - 2) + 1,),
+      ((at_end, held.rebuilt_end),),
+      seams=(before_video,),
+      parts=(Part(held.end, slice(0, before_video), -1, held.motions),),
     ),
     "connect": Case(
-      job(connect=held.second, gap=held.seconds),
+      job(video=held.own, connect=held.second, gap=held.seconds),
       None,  # two clips have no truth in common
-      (*held.whole, (at_end, held.rebuilt_second)),
-      seams=(FRAMES, FRAMES + held.gap - 3),
+      (*held.at_start, (at_end, held.rebuilt_second)),
+      seams=(FRAMES, held.after_gap),
+      # Half of the gap is the first clip's, and half the second's.
+      parts=(
+        Part(held.own, slice(FRAMES, middle)),
+        Part(held.second, slice(middle, held.after_gap), -1),
+      ),
     ),
   }
 
@@ -184,10 +247,8 @@ def _cases_of_time(held: _Held) -> dict[str, Case]:
 def _cases_of_parts(held: _Held) -> dict[str, Case]:
   """Returns the modes that sample a part of a video's frames, pixels or noise."""
   job = functools.partial(held.job, size=SIZE)
-  right_half = np.zeros(SIZE, bool)
-  right_half[:, SIZE[1] // 2 :] = True
-  left_half = (slice(None), slice(0, SIZE[1] // 2))
   first, last = 5, 8  # frames that are sampled, one latent frame
+  new = slice(first, last + 1)
   return {
     "infill frames": Case(
       job(video=held.own, infill=(first / held.fps, last / held.fps)),
@@ -197,27 +258,81 @@ def _cases_of_parts(held: _Held) -> dict[str, Case]:
         (slice(last + 1, None), held.rebuilt[last + 1 :]),
       ),
       seams=(first, last + 1),
+      parts=(
+        Part(held.own[:first], new, 1, held.motions),
+        Part(held.own[last + 1 :], new, -1, held.motions),
+      ),
     ),
-    "infill region": Case(
-      job(video=held.own, mask=right_half), held.truth, held.whole, region=left_half
-    ),
+    "infill region": _case_of_region(held),
     "edit 0.6": Case(job(video=held.second, strength=0.6), held.truth),
     "interpolate": Case(
       job(video=held.own, interpolate=2),
       held.truth,
       ((slice(0, None, 2), held.rebuilt),),
       soft=True,
+      parts=(Part(held.own, slice(1, None, 2), 0, held.motions),),
     ),
   }
+
+
+def _case_of_region(held: _Held) -> Case:
+  """Returns the mode whose right half is sampled in all frames.
+
+  It is the lower half for what moves up or down. Where an object comes from the given
+  half or goes there, the frames that show it there are given.
+  """
+  vertical = set(held.motions.values()) <= {"up", "down"}
+  middle = SIZE[0 if vertical else 1] // 2
+  first, second = slice(0, middle), slice(middle, None)
+  kept, made = (
+    (half, slice(None)) if vertical else (slice(None), half) for half in (first, second)
+  )
+  mask = np.zeros(SIZE, bool)
+  mask[made] = True
+  whole = held.whole
+  there_T = _is_before(whole, middle, 1 if vertical else 0)
+  count, parts = int(there_T.sum()), ()
+  if _LEAST_FRAMES <= count <= len(whole) - _LEAST_FRAMES:
+    if there_T[:count].all():
+      parts = (Part(whole[:count], slice(count, None), 1, held.motions),)
+    elif there_T[-count:].all():
+      parts = (Part(whole[-count:], slice(0, -count), -1, held.motions),)
+  return Case(
+    held.job(size=SIZE, video=whole, mask=mask),
+    held.truth,
+    held.at_start,
+    region=kept,
+    parts=parts,
+  )
+
+
+def _is_before(video_THWC: np.ndarray, border: int, dim: int) -> np.ndarray:
+  """Returns in which frames the object's x (dim 0) or y is below a border: bool [T].
+
+  In none of them if there is not one object, which is seen in all frames.
+  """
+  objects = find_objects(video_THWC)
+  if len(objects) != 1 or len(objects[0].spots) != len(video_THWC):
+    return np.zeros(len(video_THWC), bool)
+  return np.array([spot.center[dim] < border for spot in objects[0].spots])
 
 
 def _cases_of_loops(held: _Held) -> dict[str, Case]:
   """Returns the modes whose last frame goes on with the first one."""
   job = functools.partial(held.job, size=SIZE, loop=True)
-  seams = (FRAMES, FRAMES + held.gap - 3, 0)
-  of_video = functools.partial(Case, truth=held.truth, kept=held.whole, seams=seams)
+  gap = slice(FRAMES, held.after_gap)
+  of_video = functools.partial(
+    Case,
+    truth=held.truth,
+    kept=held.at_start,
+    seams=(FRAMES, held.after_gap, 0),
+    parts=(Part(held.own, gap), Part(held.own, gap, -1)),
+  )
+  half = 8  # frames of a loop of text, of whose halves each goes on with the other
+  halves = (Part(slice(0, half), slice(half, None)),
+            Part(slice(0, half), slice(half, None), -1))  # fmt: skip
   return {
     "loop of video": of_video(job(video=held.own)),
     "loop, gap anew": of_video(job(video=held.own, gap_strength=1.0)),
-    "loop of text": Case(job(frames=16), held.truth, seams=(0,)),
+    "loop of text": Case(job(frames=2 * half), held.truth, seams=(0,), parts=halves),
   }

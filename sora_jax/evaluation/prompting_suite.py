@@ -12,132 +12,220 @@ All modes of one checkpoint on held-out clips of generated shapes:
           its last and first), over the median difference of neighbours elsewhere; 1 is
           what cannot be seen. step: over that of frames at the same place among the
           four of a latent frame, between which a small VAE jumps.
-  colour, shape, count: share of videos that are as the prompt says, as measured by
-          evaluation/shape_attributes.py.
+  identity, joined, moves on: share of videos in which what is sampled shows the objects
+          of what is given, where they meet it at the same place, and moving on as they
+          did, see evaluation/continuity.py. Of a connection, half of the gap is judged
+          by each of the two videos; of a region, only clips count in which the object
+          enters or leaves it; a loop of text, whose halves are judged by each other,
+          and other gaps need not move on as what is beside them.
+  s       seconds a video, one after the other and without compilation.
+  colour, shape, motion, count: share of videos that are as the prompt says, as measured
+          by evaluation/shape_attributes.py. "real" is the clip itself after the VAE.
+
+Drift is measured window by window over many extensions of clips whose motion can go on
+for ever: distance of colour histograms, colour and shape as the prompt says, identity
+with the clip. Clips are described and drawn in memory, so that models are all that is
+needed.
 """
 
 import collections
 import pathlib
-import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
-from sora_jax.data.clips import read_manifest
 from sora_jax.data.video import contact_sheet
-from sora_jax.evaluation import shape_attributes
-from sora_jax.evaluation.prompting_cases import (
-  FRAMES,
-  SIZE,
-  cases_of,
-  first_frames,
-)
+from sora_jax.evaluation import continuity, shape_attributes
+from sora_jax.evaluation.heldout import FRAMES, SIZE, DrawnClip, drawn_clips
+from sora_jax.evaluation.prompting_cases import Case, cases_of
 from sora_jax.evaluation.quality import psnr
+from sora_jax.evaluation.shares import Share, percent, share_of
 from sora_jax.packing.time_grid import TIME_FACTOR
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import files
 from sora_jax.runtime.progress import track
-from sora_jax.runtime.text import table_lines
+from sora_jax.runtime.stopwatch import Stopwatch
+from sora_jax.runtime.text import markdown_lines, table_lines
 from sora_jax.sampling.job import Job
 from sora_jax.sampling.pipeline import Sampler
 
+# Means and shares of a mode, and the heads of their columns.
+_MEANS = {"kept": "kept", "seam": "seam", "step": "step"}
+_SHARES = {
+  "identity": "identity", "joined": "joined", "moves_on": "moves on",
+  "color": "colour", "shape": "shape", "motion": "motion", "count": "count",
+}  # fmt: skip
+_DRIFT = {
+  "histogram": "colour distance", "color": "colour", "shape": "shape",
+  "identity": "identity",
+}  # fmt: skip
+# An object that moves on leaves the frame, one that grows fills it.
+_ENDLESS = ("bounce", "turn", "still")
+# With 9 of 33 frames given, a window makes so many.
+_WINDOW = 24
 # A still video has no differences at all: smaller medians than this many levels of
 # brightness count as this one.
 _LEAST_DIFFERENCE = 0.25
 
 
-def run(recipe: recipes.Recipe, workdir, count: int = 8, extensions: int = 10) -> None:
-  """Writes workdir/evaluate/prompting.json and a contact sheet, and logs the tables.
+class Results(NamedTuple):
+  """What is known of a model.
+
+  Attributes:
+    modes: name -> means and shares, as `measure` returns them.
+    drift: noise on given frames -> a row for each window, as `measure_drift` does.
+    shown: name -> a video of the mode.
+  """
+
+  modes: dict[str, dict]
+  drift: dict[float, list[dict]]
+  shown: dict[str, np.ndarray]
+
+
+def run(
+  recipe: recipes.Recipe,
+  checkpoint: pathlib.Path,
+  workdir: pathlib.Path,
+  count: int = 8,
+  extensions: int = 10,
+) -> None:
+  """Writes workdir/evaluate/prompting.{json, md, png} and logs the tables.
 
   Args:
     recipe: for precision and the options of sampling.
-    workdir: of a finished run.
-    count: clips a mode.
+    checkpoint: folder with the models.
+    workdir: where results go.
+    count: clips a mode; half as many for drift.
     extensions: of each clip, to measure drift.
 
   Raises:
-    ValueError: without held-out clips of known content that are long enough.
+    ValueError: if the config is not for generated shapes, or these are not long enough.
   """
-  folder = pathlib.Path(workdir) / "evaluate"
-  clips = _long_clips(workdir)[:count]
-  model = Sampler.from_checkpoint(workdir, dtype=recipe.dtype)
-  cases = collections.defaultdict(list)
-  for i, clip in enumerate(clips):
-    for name, case in cases_of(model, clip, clips[(i + 1) % len(clips)], i).items():
-      cases[name].append(case)
-  rows, shown = {}, {}
-  for name, group in track(list(cases.items()), "measured", "modes"):
-    rows[name], shown[name] = measure(model, group, recipe.sample)
-  drift = {
-    noise: _drift(model, clips[: max(2, count // 2)], recipe.sample, extensions, noise)
-    for noise in (0.0, 0.1)
-  }
-  buckets = model.denoiser.integrate._cache_size()
-  results = {"modes": rows, "drift": drift, "compiled": buckets}
+  if count < 2 or extensions < 1:
+    raise ValueError(
+      f"{count} clips and {extensions} extensions: the suite needs 2 and 1 at least"
+    )
+  clips = drawn_clips(recipe, count)
+  endless = drawn_clips(recipe, max(2, count // 2), _ENDLESS)
+  model = Sampler.from_checkpoint(checkpoint, dtype=recipe.dtype)
+  results = evaluate(model, clips, endless, recipe.sample, extensions)
+  folder = workdir / "evaluate"
   folder.mkdir(parents=True, exist_ok=True)
-  files.write_json(folder / "prompting.json", results)
-  contact_sheet.write(
-    folder / "prompting.png", list(shown.values()), list(shown), columns=12, scale=1
+  buckets = model.denoiser.integrate._cache_size()
+  files.write_json(
+    folder / "prompting.json",
+    {
+      "modes": results.modes,
+      "drift": results.drift,
+      "compiled": buckets,
+      "model": model.model_id,
+    },
   )
-  for line in [*format_rows(rows), *format_drift(drift)]:
+  files.write_text(folder / "prompting.md", markdown(results))
+  contact_sheet.write(
+    folder / "prompting.png",
+    list(results.shown.values()),
+    list(results.shown),
+    columns=12,
+    scale=1,
+  )
+  for line in [*format_rows(results.modes), *format_drift(results.drift)]:
     logging.info("%s", line)
   logging.info("%d compiled functions for all of it; see %s", buckets, folder)
 
 
-def _long_clips(workdir) -> list:
-  """Returns the held-out clips whose content is known and that have FRAMES frames."""
-  clips = read_manifest(pathlib.Path(workdir) / "data" / "manifest.jsonl")
-  clips = [c for c in clips if c.split == "heldout" and c.truth and c.frames >= FRAMES]
-  if len(clips) < 2:
-    raise ValueError(
-      f"{workdir}: the suite needs 2 held-out clips of known content with {FRAMES} or "
-      f"more frames, not {len(clips)}"
-    )
-  return clips
+def evaluate(
+  model: Sampler,
+  clips: Sequence[DrawnClip],
+  endless: Sequence[DrawnClip],
+  options: recipes.Sample,
+  extensions: int,
+) -> Results:
+  """Measures all modes on clips, and drift on those that can go on for ever."""
+  cases = collections.defaultdict(list)
+  for i, clip in enumerate(clips):
+    for name, case in cases_of(model, clip, clips[(i + 1) % len(clips)], i).items():
+      cases[name].append(case)
+  modes, shown = {}, {}
+  for name, group in track(list(cases.items()), "measured", "modes"):
+    modes[name], shown[name] = measure(model, group, options)
+  drift = {
+    noise: measure_drift(model, endless, options, extensions, noise)
+    for noise in (0.0, 0.1)
+  }
+  return Results(modes, drift, shown)
 
 
-def measure(model, cases, options) -> tuple[dict, np.ndarray]:
+def measure(
+  model: Sampler, cases: Sequence[Case], options: recipes.Sample
+) -> tuple[dict, np.ndarray]:
   """Runs the cases of a mode.
 
   Returns:
-    The means over the cases, as the module names them, and the first case's video.
+    The means and shares over the cases, as the module names them, with "intervals":
+    name of a share -> (low, high, n), of 95 %; and the first case's video.
   """
+  with Stopwatch() as watch:
+    sampled = [_sampled(model, case, options) for case in cases]
+  videos = [video_THWC for video_THWC, _ in sampled]
+  equal = [same for _, found in sampled for same in found]
   values: dict[str, list] = collections.defaultdict(list)
-  videos: list[np.ndarray] = []
-  equal: list[bool] = []
-  begin = 0.0
-  for i, case in enumerate(cases):
-
-    def watch(prompt, latent_THWC):
-      if prompt.given_THW is not None and prompt.given_THW.any():
-        pixels = prompt.given_THW
-        for dim in (1, 2):
-          pixels = pixels.repeat(latent_THWC.shape[dim] // pixels.shape[dim], dim)
-        equal.append(np.array_equal(latent_THWC[pixels], prompt.latent_THWC[pixels]))
-
-    # The first one compiles.
-    begin = time.monotonic() if i == 1 else begin
-    video_THWC = np.concatenate(list(model.stream(case.job, options, watch=watch)))
-    videos = videos or [video_THWC]
-    for part, wanted_THWC in case.kept:
-      values["kept"].append(
-        psnr(video_THWC[part][:, *case.region], wanted_THWC[:, *case.region])
-      )
-    for at in case.seams:
-      values["seam"].append(seam_ratio(video_THWC, at))
-      others = alike(len(video_THWC), case.place or at, case.seams)
-      values["step"].append(seam_ratio(video_THWC, at, others))
-    if case.truth:
-      right = shape_attributes.score(
-        shape_attributes.analyse_video(video_THWC), case.truth
-      )
-      for name in ("color", "shape", "count"):
-        values[name].append(right[name])
-  row: dict = {name: float(np.mean(found)) for name, found in values.items()}
-  row["seconds"] = (time.monotonic() - begin) / max(1, len(cases) - 1)
-  row["n"] = len(cases)
-  row |= {"equal": all(equal) if equal else None, "soft": cases[0].soft}
+  for case, video_THWC in zip(cases, videos, strict=True):
+    for name, found in measures_of(case, video_THWC).items():
+      values[name] += found
+  shares = {name: share_of(values[name]) for name in _SHARES if name in values}
+  row: dict[str, Any] = {
+    **{name: float(np.mean(values[name])) for name in _MEANS if name in values},
+    **{name: share.value for name, share in shares.items()},
+    "intervals": {name: share[1:] for name, share in shares.items()},
+    "seconds": watch.seconds / len(cases),
+    "n": len(cases),
+    "equal": all(equal) if equal else None,
+    "soft": cases[0].soft,
+  }
   return row, videos[0]
+
+
+def _sampled(model, case, options) -> tuple[np.ndarray, list[bool]]:
+  """A case's video, and of each window whether what was given is in it as it was."""
+  equal: list[bool] = []
+
+  def watch(prompt, latent_THWC):
+    if prompt.given_THW is not None and prompt.given_THW.any():
+      pixels = prompt.given_THW
+      for dim in (1, 2):
+        pixels = pixels.repeat(latent_THWC.shape[dim] // pixels.shape[dim], dim)
+      equal.append(np.array_equal(latent_THWC[pixels], prompt.latent_THWC[pixels]))
+
+  return np.concatenate(list(model.stream(case.job, options, watch=watch))), equal
+
+
+def measures_of(case: Case, video_THWC: np.ndarray) -> dict[str, list]:
+  """Returns what a case's result says of each measure, once or several times."""
+  values = collections.defaultdict(list)
+  for part, wanted_THWC in case.kept:
+    values["kept"].append(
+      psnr(video_THWC[part][:, *case.region], wanted_THWC[:, *case.region])
+    )
+  for at in case.seams:
+    values["seam"].append(seam_ratio(video_THWC, at))
+    others = alike(len(video_THWC), case.place or at, case.seams)
+    values["step"].append(seam_ratio(video_THWC, at, others))
+  if case.truth:
+    analysis = shape_attributes.analyse_video(video_THWC)
+    for name, right in shape_attributes.score(analysis, case.truth).items():
+      values[name].append(right)
+  judged = collections.defaultdict(list)
+  for part in case.parts:
+    given = part.given
+    given_THWC = video_THWC[given] if isinstance(given, slice) else given
+    for name, right in continuity.judge(
+      given_THWC, video_THWC[part.new], part.side, part.motions
+    ).items():
+      judged[name].append(right)
+  return {**values, **{name: [all(rights)] for name, rights in judged.items()}}
 
 
 def seam_ratio(video_THWC: np.ndarray, at: int, others=None) -> float:
@@ -170,61 +258,101 @@ def histogram_distance(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
   return float(0.5 * np.abs(histogram(a_THWC) - histogram(b_THWC)).sum())
 
 
-def _drift(model, clips, options, extensions, noise) -> list[dict]:
-  """Measures how far from its clip each of `extensions` windows after it is."""
+def measure_drift(
+  model: Sampler,
+  clips: Sequence[DrawnClip],
+  options: recipes.Sample,
+  extensions: int,
+  noise: float,
+) -> list[dict]:
+  """Measures how far from its clip each of `extensions` windows after it is.
+
+  Returns:
+    A row for each window: histogram, color, shape, identity as means over the clips,
+    and "intervals" and "n" as `measure` has them.
+  """
   rows: list[dict] = [collections.defaultdict(list) for _ in range(extensions)]
   for seed, clip in enumerate(clips):
-    own = first_frames(clip)
-    # With 9 of 33 frames given, a window makes 24.
+    own = clip.video_THWC[:FRAMES]
     job = Job(
-      clip.captions[0],
+      clip.caption,
       fps=clip.fps,
       seed=seed,
       size=SIZE,
       video=own,
-      extend_after=24 * extensions / clip.fps,
+      extend_after=_WINDOW * extensions / clip.fps,
       given_noise=noise,
     )
     video_THWC = np.concatenate(list(model.stream(job, options)))
     for i, row in enumerate(rows):
-      part = video_THWC[FRAMES + 24 * i : FRAMES + 24 * (i + 1)]
+      part = video_THWC[FRAMES + _WINDOW * i : FRAMES + _WINDOW * (i + 1)]
       right = shape_attributes.score(shape_attributes.analyse_video(part), clip.truth)
       row["histogram"].append(histogram_distance(part, video_THWC[:FRAMES]))
       row["color"].append(right["color"])
       row["shape"].append(right["shape"])
-  return [{name: float(np.mean(v)) for name, v in row.items()} for row in rows]
+      row["identity"].append(continuity.judge(own, part, side=0)["identity"])
+  return [
+    {
+      **{name: float(np.mean(found)) for name, found in row.items()},
+      "intervals": {
+        name: share_of(row[name])[1:] for name in _DRIFT if name != "histogram"
+      },
+      "n": len(clips),
+    }
+    for row in rows
+  ]
 
 
 def format_rows(rows: dict) -> list[str]:
   """Returns the lines of the table of modes."""
+  return table_lines(*_table(rows, lambda row, name: f"{row[name]:.0%}"))
 
-  def cell(row, key, spec):
-    return format(row[key], spec) if key in row else "-"
+
+def format_drift(drift: dict) -> list[str]:
+  """Returns the lines of the table of drift: a column for each window."""
+  return table_lines(*_drift_table(drift))
+
+
+def markdown(results: Results) -> str:
+  """Returns both tables in Markdown; shares have their 95 % intervals."""
+
+  def share(row, name):
+    return percent(Share(row[name], *row["intervals"][name]))
+
+  modes = markdown_lines(*_table(results.modes, share))
+  drift = markdown_lines(*_drift_table(results.drift))
+  return "\n".join([*modes, "", *drift, ""])
+
+
+def _table(rows, share) -> tuple[list[str], list[list[str]]]:
+  """Head and cells of the table of modes; share: (row, name) -> the text of one."""
+
+  def mean(row, name):
+    return format(row[name], ".1f" if name == "kept" else ".2f") if name in row else "-"
 
   cells = []
   for name, row in rows.items():
-    kept = cell(row, "kept", ".1f")
+    kept, *seams = (mean(row, key) for key in _MEANS)
     cells.append(
       [
         name,
         f"({kept})" if row["soft"] else kept,
         {True: "yes", False: "NO", None: "-"}[row["equal"]],
-        *(cell(row, key, ".2f") for key in ("seam", "step")),
-        *(cell(row, key, ".0%") for key in ("color", "shape", "count")),
-        cell(row, "seconds", ".1f"),
+        *seams,
+        *(share(row, key) if key in row else "-" for key in _SHARES),
+        f"{row['seconds']:.1f}",
         str(row["n"]),
       ]
     )
-  head = ["mode", "kept", "equal", "seam", "step", "colour", "shape", "count", "s", "n"]
-  return table_lines(head, cells)
+  kept, *seams = _MEANS.values()
+  return ["mode", kept, "equal", *seams, *_SHARES.values(), "s", "n"], cells
 
 
-def format_drift(drift: dict) -> list[str]:
-  """Returns the lines of the table of drift: a column for each window."""
+def _drift_table(drift) -> tuple[list[str], list[list[str]]]:
   cells = [
-    [f"drift, given_noise {noise:g}: {name}", *(f"{row[name]:.2f}" for row in rows)]
+    [f"drift, given_noise {noise:g}: {title}", *(f"{row[name]:.2f}" for row in rows)]
     for noise, rows in drift.items()
-    for name in ("histogram", "color", "shape")
+    for name, title in _DRIFT.items()
   ]
   windows = len(next(iter(drift.values())))
-  return table_lines(["window", *map(str, range(1, windows + 1))], cells)
+  return ["window", *map(str, range(1, windows + 1))], cells

@@ -34,16 +34,17 @@ _MIN_SYMMETRY = 0.3  # of the typical strength; below it, it is a circle
 _MIN_CHROMA = 64  # largest minus smallest channel of an object's pixels
 _MIN_WHITE = 165  # or all channels above this
 _MIN_AREA = 0.004  # of the frame; smaller spots are noise
-_MIN_TRAVEL = 0.1  # of the shorter side, to call it a move
-_MIN_GROWTH = 1.28  # in diameter
-_MIN_TURN = np.radians(32)
+# The least of a motion in a whole clip.
+MIN_TRAVEL = 0.1  # of the shorter side, to call it a move
+MIN_GROWTH = 1.28  # in diameter
+MIN_TURN = np.radians(32)
 
 
 @dataclasses.dataclass
-class _Spot:
+class Spot:
   """An object in one frame."""
 
-  time: int
+  time: int  # index of the frame
   center: np.ndarray  # x, y
   area: float
   color: np.ndarray  # Lab
@@ -51,13 +52,32 @@ class _Spot:
   harmonics: np.ndarray  # complex Fourier coefficients of the radius, by order
 
 
+@dataclasses.dataclass
+class Seen:
+  """An object over time.
+
+  Attributes:
+    color, shape: names of them.
+    motion: left, right, up, down, bounce, grow, shrink, turn or still.
+    reappears: it was seen, was hidden, and was seen again.
+    identity: and then it had the colour and the shape that it had before.
+    spots: where it was seen, in the order of time.
+  """
+
+  color: str
+  shape: str
+  motion: str
+  reappears: bool
+  identity: bool
+  spots: list[Spot]
+
+
 def analyse(path) -> dict:
   """Finds out what a clip shows, from its file.
 
   Returns:
-    count, and objects: a list of {color, shape, motion, reappears}, largest first.
-    motion is left, right, up, down, bounce, grow, shrink, turn or still; reappears says
-    that the object was seen, was hidden, and was seen again.
+    count, and objects: a list of {color, shape, motion, reappears, identity}, largest
+    first; see `Seen`.
 
   Raises:
     ClipError: the file cannot be read.
@@ -67,6 +87,15 @@ def analyse(path) -> dict:
 
 def analyse_video(video_THWC) -> dict:
   """Does what `analyse` does, from uint8 [T, H, W, 3]."""
+  objects = [
+    {f.name: getattr(seen, f.name) for f in dataclasses.fields(seen)[:-1]}
+    for seen in find_objects(video_THWC)
+  ]
+  return {"count": len(objects), "objects": objects}
+
+
+def find_objects(video_THWC) -> list[Seen]:
+  """Finds the objects of a clip, uint8 [T, H, W, 3], the largest first."""
   video_THWC = np.asarray(video_THWC, np.float32)
   background, bar_W = _background(video_THWC)
   spots = [
@@ -74,27 +103,30 @@ def analyse_video(video_THWC) -> dict:
     for time, frame in enumerate(video_THWC)
     for spot in _spots(time, frame, background, bar_W)
   ]
-  objects = []
   shorter = min(video_THWC.shape[1:3])
+  objects = []
   for track in _tracks(spots, len(video_THWC), shorter):
-    shape = _shape(track)
+    shape, hidden = _shape(track), _hidden(track)
     objects.append(
-      {
-        "color": _color(track),
-        "shape": shape,
-        "motion": _motion(track, shape, shorter),
-        "reappears": _reappears(track),
-      }
+      Seen(
+        _color(track),
+        shape,
+        _motion(track, shape, shorter),
+        reappears=bool(hidden),
+        identity=bool(hidden) and all(_is_same(track, *gap) for gap in hidden),
+        spots=track,
+      )
     )
-  return {"count": len(objects), "objects": objects}
+  return objects
 
 
 def score(analysis, truth) -> dict:
   """Returns which attributes are right: {"color": bool, "shape", "count", ...}.
 
   An attribute is right if all the objects of the truth have it, under the assignment of
-  seen to true objects that fits best. "motion" is left out for images, and "reappear"
-  is there only if something passes behind a bar.
+  seen to true objects that fits best. "motion" is left out for images. "reappear" and
+  "permanence" are there only if something passes behind a bar: that it comes out again,
+  and that it then has the colour and the shape that it had before.
   """
   names = ["color", "shape"] + ["motion"] * (truth["frames"] > 1)
   wanted, seen = truth["objects"], list(analysis["objects"])
@@ -115,6 +147,7 @@ def score(analysis, truth) -> dict:
   result["count"] = analysis["count"] == truth["count"]
   if truth["occluder"]:
     result["reappear"] = all(item.get("reappears", False) for item in order)
+    result["permanence"] = all(item.get("identity", False) for item in order)
   return result
 
 
@@ -129,11 +162,17 @@ def chance_levels(truths) -> dict:
     group = [truth for truth in truths if (truth["frames"] == 1) == still]
     for shift in range(1, min(max(len(group), 2), 64)):
       for truth, other in zip(group, group[shift:] + group[:shift], strict=True):
-        items = [{**x, "reappears": other["occluder"]} for x in other["objects"]]
+        hidden = {"reappears": other["occluder"], "identity": other["occluder"]}
+        items = [{**x, **hidden} for x in other["objects"]]
         guess = {"count": other["count"], "objects": items}
         for name, value in score(guess, truth).items():
           totals.setdefault(name, []).append(value)
   return {name: float(np.mean(values)) for name, values in totals.items()}
+
+
+def symmetry(shape: str) -> int | None:
+  """Returns how many turns make a shape the same again; None for a circle."""
+  return _SHAPES[shape][0]
 
 
 # --- from pixels to spots
@@ -200,7 +239,7 @@ def _spots(time, frame, background, bar_W):
     inner &= rows.stop < height and columns.stop < width
     whole = inner and not bar_W[beside].any()
     center = center + (left, top)
-    yield _Spot(time, center, float(area), _lab(color), whole, harmonics)
+    yield Spot(time, center, float(area), _lab(color), whole, harmonics)
 
 
 def _harmonics(alpha, center, size):
@@ -238,7 +277,7 @@ def _lab(rgb):
 
 
 def _tracks(spots, count, shorter):
-  """Spots of the same object over time, lists of _Spot, the largest object first."""
+  """Spots of the same object over time, lists of Spot, the largest object first."""
   tracks = []
   for _, group in itertools.groupby(spots, key=lambda spot: spot.time):
     group = list(group)
@@ -309,7 +348,7 @@ def _motion(track, shape, shorter):
   sizes = np.sqrt([spot.area for spot in spots])
   ends = max(1, len(spots) // 8)
   growth = np.median(sizes[-ends:]) / np.median(sizes[:ends])
-  if max(growth, 1 / growth) > _MIN_GROWTH:
+  if max(growth, 1 / growth) > MIN_GROWTH:
     return "grow" if growth > 1 else "shrink"
   # Partly hidden spots too: their centres are a little off, but they show the way.
   centers = np.array([spot.center for spot in track])
@@ -319,28 +358,38 @@ def _motion(track, shape, shorter):
     y = ndimage.median_filter(y, 3, mode="nearest")
   height = np.ptp(y)
   back = np.abs(np.diff(y)).sum() - abs(y[-1] - y[0])
-  if height > _MIN_TRAVEL * shorter and back > 0.5 * height:
+  if height > MIN_TRAVEL * shorter and back > 0.5 * height:
     return "bounce"
   x_way, y_way = np.median(centers[-ends:], axis=0) - np.median(centers[:ends], axis=0)
-  if max(abs(x_way), abs(y_way)) > _MIN_TRAVEL * shorter:
+  if max(abs(x_way), abs(y_way)) > MIN_TRAVEL * shorter:
     if abs(x_way) > abs(y_way):
       return "right" if x_way > 0 else "left"
     return "down" if y_way > 0 else "up"
-  order = _SHAPES[shape][0]
-  if order:
+  if order := symmetry(shape):
     phase = np.angle([spot.harmonics[order] for spot in spots])
     angle = np.unwrap(phase) / order
-    if abs(angle[-1] - angle[0]) > max(_MIN_TURN, 0.5 * np.abs(np.diff(angle)).sum()):
+    if abs(angle[-1] - angle[0]) > max(MIN_TURN, 0.5 * np.abs(np.diff(angle)).sum()):
       return "turn"
   return "still"
 
 
-def _reappears(track):
-  """Returns whether the object was gone between two frames that show most of it."""
+def _hidden(track):
+  """Pairs of times between which the object was gone, and which show most of it."""
   full = np.median([spot.area for spot in _best(track)])
   times = [spot.time for spot in track if spot.area > 0.15 * full]
   mostly = [spot.time for spot in track if spot.area > 0.5 * full]
-  return any(
-    b - a > 1 and mostly and mostly[0] <= a and mostly[-1] >= b
+  return [
+    (a, b)
     for a, b in itertools.pairwise(times)
+    if b - a > 1 and mostly and mostly[0] <= a and mostly[-1] >= b
+  ]
+
+
+def _is_same(track, last, first):
+  """Returns whether colour and shape up to time `last` are those from `first` on."""
+  sides = (
+    [spot for spot in track if spot.time <= last],
+    [spot for spot in track if spot.time >= first],
   )
+  before, after = ((_color(side), _shape(side)) for side in sides)
+  return before == after

@@ -164,9 +164,14 @@ class Sample(solvers.Options):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-  """clips: held-out clips reconstructed, and prompts of them sampled."""
+  """clips: held-out clips reconstructed, and prompts of them sampled.
+
+  Of generated shapes there may be more prompts than held-out clips. seeds: samples of
+  each prompt.
+  """
 
   clips: int = extends(64)
+  seeds: int = extends(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,6 +365,7 @@ def _check_counts(recipe):
     ("config.vae.eval_batches", recipe.vae.eval_batches),
     ("config.dit.eval_batches", recipe.dit.eval_batches),
     ("config.evaluate.clips", recipe.evaluate.clips),
+    ("config.evaluate.seeds", recipe.evaluate.seeds),
   ):
     if value < 1:
       raise ValueError(f"{key} must be at least 1, not {value}")

@@ -30,7 +30,22 @@ def table_lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]
   Raises:
     ValueError: if a row has not as many cells as the head.
   """
-  table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
+  return _lines(Table(box=box.SIMPLE, pad_edge=False, show_edge=False), head, rows)
+
+
+def markdown_lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+  """Returns the lines of the same table in Markdown."""
+  lines = _lines(Table(box=box.MARKDOWN), head, rows)
+  # Markdown has a sign for what is aligned to the right.
+  first, *others = lines[1].strip("|").split("|")
+  return [
+    lines[0],
+    "|".join(["", first, *(f"{x[:-1]}:" for x in others), ""]),
+    *lines[2:],
+  ]
+
+
+def _lines(table: Table, head, rows) -> list[str]:
   for i, name in enumerate(head):
     table.add_column(name, justify="right" if i else "left", no_wrap=True)
   for row in rows:
@@ -42,4 +57,5 @@ def table_lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]
   console = Console(file=out, width=_WIDTH, color_system=None, force_terminal=False,
                     markup=False, highlight=False)  # fmt: skip
   console.print(table)
-  return [line.rstrip() for line in out.getvalue().splitlines()]
+  lines = (line.rstrip() for line in out.getvalue().splitlines())
+  return [line for line in lines if line]

@@ -58,7 +58,11 @@ def test_a_run_is_evaluated(tiny_run):
   assert {"color", "shape", "count"} <= set(results["attributes"])
   for row in results["attributes"].values():
     assert all(0 <= row[name] <= 1 for name in ("samples", "chance", "real"))
-    assert row["n"] <= 2
+    assert row["low"] <= row["samples"] <= row["high"]
+    assert row["n"] <= 2 and row["real_n"] == row["n"]
+  sampling = dict(results["sampling"])
+  assert sampling.pop("seconds_a_sample") > 0
+  assert sampling == {"prompts": 2, "seeds": 1, "samples": 2}
   # The table and the next command to try are in the log.
   for text in ("PSNR", "chance", "color", f"--checkpoint={tiny_run.workdir}"):
     assert text in tiny_run.log
@@ -284,6 +288,11 @@ SAMPLE = ("sample", "--checkpoint=RUN", "--prompt=a star")
 # Command line -> what its message must hold.
 WRONG = {
   MAIN[:1]: ["--config must have a value"],
+  ("evaluate", "--config=CONFIG", "--checkpoint=RUN"): ["--checkpoint is for a suite"],
+  ("evaluate", "--config=CONFIG", "--suite=sampling", "--steps=8,x"): [
+    "--steps:",
+    "'x'",
+  ],
   ("main", "--confg=CONFIG"): ["Unknown command line flag 'confg'", "config ?"],
   ("main", "--config=nowhere.py"): ["nowhere.py", "No such file"],
   (*MAIN, "more"): ["unexpected arguments: ['more']"],

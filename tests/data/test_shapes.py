@@ -180,7 +180,7 @@ def _judge(rows, read):
 def test_analyser_reads_heldout_clips(folder):
   rows = [row for row in _rows(folder) if row["split"] == "heldout"]
   right, confused = _judge(rows, lambda row: reader.read(folder / row["path"]))
-  assert set(right) == {"color", "shape", "motion", "count", "reappear"}
+  assert set(right) == {"color", "shape", "motion", "count", "reappear", "permanence"}
   assert right["color"][1] == _HELDOUT and right["motion"][1] > 0.7 * _HELDOUT
   for name, (share, _) in right.items():
     assert share >= 0.98, (name, right, confused)
@@ -245,16 +245,50 @@ def test_score():
   image = {**truth, "frames": 1}
   assert "motion" not in shape_attributes.score(seen, image)
   hidden = {**truth, "objects": truth["objects"][:1], "count": 1, "occluder": True}
-  shown = {"count": 1, "objects": [{**items[0], "reappears": True}]}
-  assert shape_attributes.score(shown, hidden)["reappear"]
-  assert not shape_attributes.score({"count": 1, "objects": items[:1]}, hidden)[
-    "reappear"
-  ]
+
+  def permanence(**seen):
+    analysis = {"count": 1, "objects": [{**items[0], **seen}]}
+    found = shape_attributes.score(analysis, hidden)
+    return found["reappear"], found["permanence"]
+
+  assert permanence(reappears=True, identity=True) == (True, True)
+  assert permanence(reappears=True, identity=False) == (True, False)
+  assert permanence(reappears=False, identity=False) == (False, False)
+
+
+def behind_a_bar(seed=0):
+  """Truths of clips in which something passes behind a bar."""
+  truths = (shapes.describe("heldout", i, seed)["truth"] for i in range(200))
+  return [truth for truth in truths if truth["occluder"]][:12]
+
+
+def test_what_comes_out_from_behind_a_bar_is_what_went_in():
+  for truth in behind_a_bar():
+    (item,) = truth["objects"]
+    video_THWC = shapes.draw(truth)
+    (seen,) = shape_attributes.analyse_video(video_THWC)["objects"]
+    assert seen["reappears"] and seen["identity"]
+    # From the middle of the bar on, it is another one.
+    shape = "circle" if item["shape"] == "star" else "star"
+    color = "red" if item["color"] == "magenta" else "magenta"
+    x_T = np.array(item["trajectory"])[:, 0]
+    middle = int(np.argmin(np.abs(x_T - np.mean(truth["bar"]))))
+    for change in ({"shape": shape}, {"color": color}):
+      other_THWC = shapes.draw({**truth, "objects": [{**item, **change}]})
+      other_THWC = np.concatenate([video_THWC[:middle], other_THWC[middle:]])
+      analysis = shape_attributes.analyse_video(other_THWC)
+      assert not any(seen["identity"] for seen in analysis["objects"])
+      right = shape_attributes.score(analysis, truth)
+      assert not right["permanence"]
+      # Of another shape it is still one object that was gone and came back.
+      assert right["reappear"] or "color" in change
 
 
 def test_chance_levels():
   truths = [shapes.describe("heldout", i, 0)["truth"] for i in range(120)]
   levels = shape_attributes.chance_levels(truths)
-  assert set(levels) == {"color", "shape", "motion", "count", "reappear"}
+  assert set(levels) == {
+    "color", "shape", "motion", "count", "reappear", "permanence"
+  }  # fmt: skip
   assert 0.05 < levels["color"] < 0.25 and 0.1 < levels["shape"] < 0.4
   assert 0.05 < levels["motion"] < 0.25 and 0.5 < levels["count"] < 0.9

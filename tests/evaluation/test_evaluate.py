@@ -5,13 +5,15 @@ import types
 
 import numpy as np
 import pytest
+import tiny
 from golden import make_ssim
 
 from sora_jax.data import shapes, sources
 from sora_jax.data.clips import Clip, read_rows
 from sora_jax.data.video import writer
-from sora_jax.evaluation import attributes, heldout, quality, shape_attributes
+from sora_jax.evaluation import attributes, heldout, quality, sampling_suite
 from sora_jax.evaluation.reconstruction import log_figures, reconstruction
+from sora_jax.evaluation.shares import share_of
 from sora_jax.run import recipe as recipes
 
 
@@ -59,6 +61,15 @@ def heldout_rows(tmp_path_factory):
   ]
 
 
+NAMES = {"color", "shape", "motion", "count", "reappear", "permanence"}
+
+
+def scores(rows, shown):
+  return attributes.scores_of_files(
+    [row["path"] for row in shown], [row["truth"] for row in rows]
+  )
+
+
 def test_attributes_of_real_and_of_shuffled_files(heldout_rows):
   """Real files score near 100 %, those of other prompts near chance."""
   groups = [
@@ -66,23 +77,19 @@ def test_attributes_of_real_and_of_shuffled_files(heldout_rows):
   ]
   rows = [row for group in groups for row in group]
   wrong = [row for group in groups for row in group[1:] + group[:1]]
+  real = scores(rows, rows)
   table = attributes.attribute_table(
-    [row["truth"] for row in rows],
-    [row["path"] for row in wrong],
-    [row["path"] for row in rows],
-    [
-      shape_attributes.score(shape_attributes.analyse(row["path"]), row["truth"])
-      for row in rows
-    ],
+    [row["truth"] for row in rows], scores(rows, wrong), real, real
   )
-  assert set(table) == {"color", "shape", "motion", "count", "reappear"}
+  assert set(table) == NAMES
   assert table["color"]["n"] == len(rows) == 40
   assert table["motion"]["n"] == len(groups[1]) < 40
   for name, row in table.items():
     assert row["real"] >= 0.95, (name, row)
-    assert row["ceiling"] == row["real"]
+    assert row["ceiling"] == row["real"] and row["real_n"] == row["n"]
     # 2.5 times the largest standard deviation of a share of so few.
     assert abs(row["samples"] - row["chance"]) < 1.25 / np.sqrt(row["n"]), (name, row)
+    assert row["low"] <= row["samples"] <= row["high"]
   for name in ("color", "motion"):
     assert table[name]["samples"] < 0.5
 
@@ -92,25 +99,148 @@ def test_attributes_of_files_that_show_nothing(heldout_rows, tmp_path):
   path = tmp_path / "grey.mp4"
   writer.write(path, np.full((9, 64, 64, 3), 90, np.uint8), 12)
   row = next(row for row in heldout_rows if row["truth"]["frames"] > 1)
-  scores = [
-    dict.fromkeys(("color", "shape", "motion", "count", "reappear"), right)
-    for right in (True, False)
-  ]
-  table = attributes.attribute_table([row["truth"]], [path], [row["path"]], scores)
+  decoded = [dict.fromkeys(NAMES, right) for right in (True, False)]
+  table = attributes.attribute_table(
+    [row["truth"]],
+    scores([row], [{"path": path}]),
+    scores([row], [row]),
+    decoded,
+  )
   assert {column["samples"] for column in table.values()} == {0.0}
   assert {column["ceiling"] for column in table.values()} == {0.5}
   assert {column["real"] for column in table.values()} == {1.0}
 
 
+def test_attributes_that_no_real_clip_has():
+  """More prompts than clips: something is hidden in the samples alone."""
+  truths = [shapes.describe("heldout", i, 0)["truth"] for i in range(60)]
+  samples = [dict.fromkeys(("color", "permanence"), True)] * 3
+  known = [{"color": True}, {"color": False}]
+  table = attributes.attribute_table(truths, samples, known, known)
+  assert table["color"]["real"] == 0.5 and table["color"]["n"] == 3
+  row = table["permanence"]
+  assert row["real"] is None and row["ceiling"] is None and row["real_n"] == 0
+  assert attributes.format_table(table)[3].split()[4:6] == ["-", "-"]
+
+
 def test_format_table():
   row = {"samples": 0.5, "chance": 0.125, "ceiling": 0.75, "real": 1.0, "n": 64}
-  table = {"color": row}
+  table = {"color": {**row, "low": 0.3805, "high": 0.6195}}
   head, _, line = attributes.format_table(table)
-  names = ["attribute", "samples", "+-", "chance", "ceiling", "real", "n"]
-  assert head.split() == names
-  # 1.96 sqrt(0.25 / 64)
-  shares = ["50.0%", "12.2%", "12.5%", "75.0%", "100.0%"]
+  assert head.split() == [
+    "attribute", "samples", "95", "%", "chance", "ceiling", "real", "n"
+  ]  # fmt: skip
+  shares = ["50.0%", "38.0-62.0%", "12.5%", "75.0%", "100.0%"]
   assert line.split() == ["color", *shares, "64"]
+
+
+@pytest.mark.parametrize("count, n", [(32, 64), (0, 8), (8, 8), (487, 512)])
+def test_intervals_are_those_of_wilson(count, n):
+  share = share_of([True] * count + [False] * (n - count))
+  p, z2 = count / n, 1.959964**2
+  middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+  half = np.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+  assert share == pytest.approx((p, middle - half, middle + half, n), abs=1e-6)
+
+
+# --- more prompts than clips, more samples than prompts
+
+
+def recipe_of(**evaluate):
+  config = tiny.get_config()
+  config.evaluate.update(evaluate)
+  config.data.heldout_clips = 3
+  return recipes.read(config)
+
+
+def test_prompts_go_on_where_the_clips_end():
+  recipe = recipe_of(clips=40)
+  clips = [heldout.described(recipe, i) for i in range(3)]
+  prompts = heldout.prompts(recipe, clips)
+  assert prompts[:3] == clips and len(prompts) == len({c.id for c in prompts}) == 40
+  # In the tiny config nothing is longer than 17 frames, or larger than 64x64.
+  for index, clip in enumerate(prompts):
+    row = shapes.describe("heldout", index, recipe.seed)
+    assert clip.captions == tuple(row["captions"]) and clip.truth == row["truth"]
+    assert clip.frames == min(row["truth"]["frames"], 17) and clip.fps > 0
+    assert clip.height * clip.width <= 64 * 64
+  assert heldout.described_prompts(recipe) == prompts
+  assert heldout.prompts(recipe_of(clips=2), clips) == clips
+
+
+def test_of_a_folder_there_are_no_more_prompts():
+  config = tiny.get_config()
+  config.data.source = "videos"
+  config.evaluate.clips = 5
+  recipe = recipes.read(config)
+  assert heldout.prompts(recipe, []) == []
+  with pytest.raises(ValueError, match="must be 'shapes', not 'videos'"):
+    heldout.described_prompts(recipe)
+  with pytest.raises(ValueError, match="must be 'shapes', not 'videos'"):
+    heldout.drawn_clips(recipe, 2)
+
+
+def test_each_sample_has_a_seed_of_its_own():
+  clips = heldout.described_prompts(recipe_of(clips=4))
+  requests = attributes.requests_of_captions(clips, 3, "fog")
+  assert [request.seed for request in requests] == list(range(12))
+  assert [request.prompt for request in requests] == [c.captions[0] for c in clips] * 3
+  assert {request.negative_prompt for request in requests} == {"fog"}
+  with pytest.raises(ValueError, match="config.evaluate.seeds must be at least 1"):
+    recipe_of(seeds=0)
+
+
+def test_drawn_clips_go_on_behind_what_is_given():
+  recipe = recipe_of()
+  clips = heldout.drawn_clips(recipe, 3)
+  for clip in clips:
+    assert clip.video_THWC.shape == (33, 64, 64, 3)
+    assert not clip.truth["occluder"]
+    assert all(o["color"] in clip.caption for o in clip.truth["objects"])
+  (still,) = heldout.drawn_clips(recipe, 1, ("still", "turn"))
+  assert {o["motion"] for o in still.truth["objects"]} <= {"still", "turn"}
+  with pytest.raises(ValueError, match="0 are 64x64 with 17 or 33 frames"):
+    heldout.drawn_clips(recipe, 1, ("fly",))
+
+
+# --- the sampler's settings
+
+
+def test_settings_of_the_sampler():
+  config = recipes.Sample(
+    steps=16, guidance_scale=4.0, guidance_rescale=0.7, negative_prompt="fog"
+  )
+  settings = sampling_suite.settings_of(config, (1.0, 4.0), (8, 16))
+  assert [(s.guidance_scale, s.steps) for s in settings] == [(1, 16), (4, 16), (4, 8)]
+  assert settings[1] == config
+  assert settings[0].guidance_rescale == 0 and not settings[0].negative_prompt
+  for options in settings:
+    options.check("flow", "velocity", options.negative_prompt)
+  with pytest.raises(ValueError, match="steps 0 is not in its range"):
+    sampling_suite.settings_of(config, (), (0,))
+
+
+def test_a_setting_is_measured_on_all_prompts_and_seeds():
+  """A sampler that draws what the prompt says is right; one that ignores it is not."""
+  clips = heldout.described_prompts(recipe_of(clips=12))
+
+  def model(turn):
+    def sample(requests, options, rows):
+      assert [r.seed for r in requests] == list(range(24)) and rows == options.rows
+      return [shapes.draw(clips[(r.seed + turn) % 12].truth) for r in requests]
+
+    return types.SimpleNamespace(sample=sample)
+
+  row = sampling_suite.measure(model(0), clips, recipes.Sample(), seeds=2)
+  assert row["samples"] == 24 and row["prompts"] == 12 and row["seeds"] == 2
+  assert {share["value"] for share in row["attributes"].values()} == {1.0}
+  assert row["attributes"]["color"]["n"] == 24
+  assert row["attributes"]["color"]["low"] == pytest.approx(0.862, abs=1e-3)
+  wrong = sampling_suite.measure(model(1), clips, recipes.Sample(), seeds=2)
+  assert wrong["attributes"]["color"]["value"] < 0.5
+  head, cells = sampling_suite.table([row, wrong])
+  assert head[:2] == ["guidance", "steps"] and head[-1] == "n"
+  assert cells[0][:3] == ["3", "32", "100% (86-100)"] and cells[0][-1] == "24"
 
 
 # --- reconstruction, with an autoencoder that does nothing but count

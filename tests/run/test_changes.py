@@ -30,6 +30,7 @@ DOCUMENTED = {
   "sample.prompts": "extends",
   "sample.rows": "free",
   "evaluate.clips": "extends",
+  "evaluate.seeds": "extends",
   **{f"vae.train.{key}": kind for key, kind in TRAIN.items()},
   **{f"dit.train.{key}": kind for key, kind in TRAIN.items()},
 }

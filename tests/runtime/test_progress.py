@@ -123,6 +123,15 @@ def test_progress_does_not_import_jax():
   assert subprocess.run([sys.executable, "-c", check]).returncode == 0
 
 
+def test_markdown_lines():
+  assert text.markdown_lines(["a", "b"], [["x y", "1"], ["z", "2 %"]]) == [
+    "| a   |   b |",
+    "|-----|----:|",
+    "| x y |   1 |",
+    "| z   | 2 % |",
+  ]
+
+
 def test_table_lines():
   lines = text.table_lines(
     ["mode", "kept", "s"], [["first image", "(22.0)", "1.5"], ["[red]", "-", "12"]]
