@@ -11,17 +11,23 @@ from ml_collections import ConfigDict
 
 from sora_jax.run import recipe
 
+VARIANTS = ("short", "memorise", "ddpm")
+
 
 def get_config(variant: str = "") -> ConfigDict:
   """The recipe; any key can be overridden with --config.key=value.
 
   Variant "short" (--config=configs/quickstart.py:short) does the same on a handful of
   clips in a minute or two: to see that everything runs, not to learn anything.
+  Variant "memorise" trains the DiT on 24 clips only, and compares samples of their
+  captions with the clips: a chain that cannot do that cannot learn more either.
   Variant "ddpm" trains and samples the DiT as DDPM does (arXiv:2006.11239, algorithms 1
   and 2, but 250 of the 1000 steps).
   """
-  if variant not in ("", "short", "ddpm"):
-    raise ValueError(f"quickstart has no variant {variant!r}; there are short and ddpm")
+  if variant not in ("", *VARIANTS):
+    raise ValueError(
+      f"quickstart has no variant {variant!r}; there are {', '.join(VARIANTS)}"
+    )
   c = ConfigDict()
 
   c.data = ConfigDict()
@@ -123,6 +129,15 @@ def get_config(variant: str = "") -> ConfigDict:
     c.sample.method = "ddpm"
     c.sample.steps = 250
     del c.dit.loss.logit_mean, c.sample.shift
+  if variant == "memorise":
+    c.data.train_clips = 24
+    c.data.heldout_clips = 8
+    c.vae.train.steps = 300
+    c.dit.train.steps = 500
+    c.dit.given_prob = 0.0
+    c.dit.extra_prob = 0.0
+    c.evaluate.split = "train"
+    c.evaluate.clips = 24
   if variant == "short":
     c.data.train_clips = 48
     c.data.heldout_clips = 8

@@ -47,6 +47,9 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   sampled = attributes.sample_captions(recipe, workdir, prompts) if measured else None
   if jax.process_index():
     return  # what is left to do is quick, and done once
+  if sampled and recipe.evaluate.split == "train":
+    results["memorised"] = attributes.likeness(clips, sampled)
+    logging.info("samples beside the clips of their captions: %s", results["memorised"])
   if sampled:
     results |= _attributes(recipe, clips, prompts, sampled, reconstructed.scores)
   else:

@@ -7,12 +7,18 @@ what a sample can reach, and that of the real files.
 """
 
 import collections
+import itertools
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from sora_jax.data.clips import Clip
+from sora_jax.data.video import reader
 from sora_jax.evaluation import shape_attributes
+from sora_jax.evaluation.heldout import read_clip
+from sora_jax.evaluation.quality import psnr
 from sora_jax.evaluation.shares import Share, share_of
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime.progress import track
@@ -27,6 +33,8 @@ from sora_jax.sampling.requests import (
   write_samples,
 )
 
+# PSNR in dB from which on a sample counts as its clip made again.
+_ALIKE = 25.0
 # Of a sample: which attributes of it are right, see `shape_attributes.score`.
 Score = dict[str, bool]
 
@@ -67,6 +75,23 @@ def sample_captions(
     videos = sample_share(model, requests, config)
   paths = write_samples(workdir / "evaluate" / "samples", requests, videos)
   return Sampled(paths, watch.seconds / len(requests))
+
+
+def likeness(clips: Sequence[Clip], sampled: Sampled) -> dict:
+  """Compares samples of captions that were trained on with the clips of the captions.
+
+  A model that has memorised its clips makes them again.
+
+  Returns:
+    "psnr": the mean in dB; "alike": how many have 25 dB or more; "n": samples.
+  """
+  shown = [clip for _, clip in zip(sampled.paths, itertools.cycle(clips), strict=False)]
+  decibels = [
+    psnr(read_clip(clip), reader.read(path))
+    for clip, path in zip(shown, sampled.paths, strict=True)
+  ]
+  alike = sum(value >= _ALIKE for value in decibels)
+  return {"psnr": float(np.mean(decibels)), "alike": alike, "n": len(decibels)}
 
 
 def scores_of_files(paths: Sequence, truths: Iterable[dict]) -> list[Score]:

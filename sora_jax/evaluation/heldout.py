@@ -34,13 +34,14 @@ class DrawnClip(NamedTuple):
 
 
 def heldout_clips(recipe: recipes.Recipe, workdir: pathlib.Path) -> list[Clip]:
-  """Returns the `config.evaluate.clips` held-out clips of a run that are evaluated.
+  """Returns the `config.evaluate.clips` clips of a run that are evaluated.
 
-  Their sizes are those that the stage "encode" gave them.
+  They are held-out ones, or those of `config.evaluate.split`, in the sizes that the
+  stage "encode" gave them.
   """
   clips = read_manifest(workdir / "data" / "manifest.jsonl")
   clips = limit_sizes(clips, recipe.encode.max_sizes)
-  clips = [clip for clip in clips if clip.split == "heldout"]
+  clips = [clip for clip in clips if clip.split == recipe.evaluate.split]
   return spread(clips, recipe.evaluate.clips)
 
 
@@ -87,12 +88,12 @@ def described(recipe: recipes.Recipe, index: int) -> Clip:
 
 
 def prompts(recipe: recipes.Recipe, clips: list[Clip]) -> list[Clip]:
-  """Returns the clips, and as many more as `config.evaluate.clips` wants.
+  """Returns the clips, and of held-out ones as many as `config.evaluate.clips` wants.
 
-  Those are described ones, with numbers from that on which the run's own end at. Of a
+  Those beyond the clips are described ones, with numbers from that on which the run's own end at. Of a
   folder of videos there are no more than the clips.
   """
-  if recipe.data.source != "shapes":
+  if recipe.data.source != "shapes" or recipe.evaluate.split != "heldout":
     return clips
   more = range(recipe.evaluate.clips - len(clips))
   return clips + [described(recipe, recipe.data.heldout_clips + i) for i in more]
@@ -152,7 +153,9 @@ def drawn_clips(
 
 def _describe(recipe: recipes.Recipe, index: int) -> dict:
   """The row of a generated held-out clip: the one place that asks for it."""
-  return shapes.describe("heldout", index, recipe.seed)
+  return shapes.describe(
+    "heldout", index, recipe.seed, shapes.WORLDS[recipe.data.world]
+  )
 
 
 def check_generated(recipe: recipes.Recipe) -> None:

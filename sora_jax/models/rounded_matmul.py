@@ -1,8 +1,8 @@
 """Matmuls on CPUs of inputs rounded to bfloat16, added up and given back in float32.
 
-That is what TPUs do of float32 matmuls by default. CPUs with AMX do it two to five times
-as fast as one in float32; XLA chooses those instructions only where the result is wanted
-in float32, so that inputs are rounded here, and never outputs.
+That is what TPUs do of float32 matmuls by default. CPUs with AMX do it two to five
+times as fast as one in float32; XLA chooses those instructions only where the result
+is wanted in float32, so that inputs are rounded here, and never outputs.
 """
 
 import jax

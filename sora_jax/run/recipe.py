@@ -167,20 +167,21 @@ class Evaluate:
   """clips: held-out clips reconstructed, and prompts of them sampled.
 
   Of generated shapes there may be more prompts than held-out clips. seeds: samples of
-  each prompt.
+  each prompt. split: "heldout", or "train" to see what has been memorised.
   """
 
   clips: int = extends(64)
   seeds: int = extends(1)
+  split: str = extends("heldout")
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
   """A whole run. precision: "auto" is bfloat16 on TPU and GPU, float32 on CPU.
 
-  matmul_precision: of float32 matmuls, a name that `jax.default_matmul_precision` takes;
-  "" is the device's own. "BF16_BF16_F32" is what TPUs do by default; CPUs with AMX
-  (Xeons since 2023) then train up to 1.5 times as fast.
+  matmul_precision: of float32 matmuls, a name that `jax.default_matmul_precision`
+  takes; "" is the device's own. "BF16_BF16_F32" is what TPUs do by default; CPUs with
+  AMX (Xeons since 2023) then train up to 1.5 times as fast.
 
   What a change of a field means for a run that has begun is said with the field, see
   `runtime.fields`; of those of a section that is free, all are.
@@ -263,6 +264,10 @@ def _check(recipe: Recipe) -> None:
 
 
 def _check_run(recipe):
+  if recipe.evaluate.split not in ("heldout", "train"):
+    raise ValueError(
+      f"config.evaluate.split {recipe.evaluate.split!r} is not heldout or train"
+    )
   if unknown := set(recipe.stages) - set(STAGES):
     raise ValueError(f"config.stages: {sorted(unknown)} are none of {STAGES}")
   try:

@@ -21,9 +21,9 @@ def make(
 
   "adafactor" (arXiv:1804.04235) keeps second moments as rows and columns and no first
   ones. "muon" is Muon (arXiv:2502.16982) for the kernels of blocks and of 3D
-  convolutions, at the learning rate of AdamW, and AdamW for the rest. `learning_rates`, (path regex, peak) pairs,
-  give the matching params (the whole path) an optimizer of their own, with its own
-  clipping; a GAN's discriminator needs that.
+  convolutions, at the learning rate of AdamW, and AdamW for the rest.
+  `learning_rates`, (path regex, peak) pairs, give the matching params (the whole path)
+  an optimizer of their own, with its own clipping; a GAN's discriminator needs that.
 
   Raises:
     ValueError: for an optimizer or schedule that does not exist or fit, or a regex

@@ -228,7 +228,7 @@ def test_blended_frames_are_evenly_between_latents():
 
 @pytest.mark.parametrize(("patch", "overlap"), [(4, 1), (4, 4), (8, 3)])
 def test_overlapping_patches_are_a_transposed_convolution(patch, overlap):
-  """Windows at a stride of a patch, added up where they meet; JAX's own is the judge."""
+  """Windows at a stride of a patch, added up where they meet, as JAX does it."""
   window = patch + 2 * overlap
   key_x, key_kernel = jax.random.split(jax.random.key(0))
   x_HWC = jax.random.normal(key_x, (3, 2, 5))
