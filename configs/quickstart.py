@@ -69,7 +69,7 @@ def get_config(variant: str = "") -> ConfigDict:
   c.vae.train.save_every = 250
 
   c.encode = ConfigDict()
-  c.encode.frame_buckets = (1, 17)
+  c.encode.frame_buckets = (1, 17, 33)
 
   c.dit = ConfigDict()
   c.dit.model = ConfigDict()

@@ -90,8 +90,8 @@ def described(recipe: recipes.Recipe, index: int) -> Clip:
 def prompts(recipe: recipes.Recipe, clips: list[Clip]) -> list[Clip]:
   """Returns the clips, and of held-out ones as many as `config.evaluate.clips` wants.
 
-  Those beyond the clips are described ones, with numbers from that on which the run's own end at. Of a
-  folder of videos there are no more than the clips.
+  Those beyond the clips are described ones, with numbers from that on which the run's
+  own end at. Of a folder of videos there are no more than the clips.
   """
   if recipe.data.source != "shapes" or recipe.evaluate.split != "heldout":
     return clips

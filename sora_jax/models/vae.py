@@ -301,7 +301,13 @@ class Decoder(nn.Module):
     if c.blend:
       x_BTHWC = Blend(patch_size[0], name="blend")(x_BTHWC, first)
       patch_size = (1, *patch_size[1:])
-    if c.head_width:
+    if c.frame_head:
+      head = CausalConv(
+        patch_size[0] * c.head_width, (2, 1, 1), dtype=dtype, name="conv_head"
+      )
+      x_BTHWC = _frames(nn.silu(head(x_BTHWC, first)), patch_size[0], first)
+      patch_size = (1, *patch_size[1:])
+    elif c.head_width:
       x_BTHWC = nn.silu(conv(c.head_width, name="conv_head")(x_BTHWC, first))
     window = patch_size[0], *(n + 2 * c.overlap for n in patch_size[1:])
     x_BTHWC = conv(3 * math.prod(window), name="conv_out")(x_BTHWC, first)
@@ -326,6 +332,17 @@ def _unfold(x_BTHWC, patch_size, first):
   x_BLP = x_BTHWC.reshape(B, math.prod(grid), P)
   video_BTHWC = patches.unpatchify(x_BLP, grid, patch_size)
   return video_BTHWC[:, patch_size[0] - 1 :] if first else video_BTHWC
+
+
+def _frames(x_BTHWC, times, first):
+  """Makes `times` frames of each, of as many parts of its channels.
+
+  Of the first one only the last part is kept, as by `_unfold`.
+  """
+  B, T, H, W, C = x_BTHWC.shape
+  x = x_BTHWC.reshape(B, T, H, W, times, C // times).transpose(0, 1, 4, 2, 3, 5)
+  x_BTHWC = x.reshape(B, T * times, H, W, C // times)
+  return x_BTHWC[:, times - 1 :] if first else x_BTHWC
 
 
 def _add_overlap(x_BTHWC, patch_size, overlap):

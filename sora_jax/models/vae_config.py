@@ -28,6 +28,9 @@ class VAEConfig:
       (Wan). A folded patch has many pixels for that last, linear layer to draw.
     blend: the frames of a folded patch are drawn one by one, of features that go evenly
       from those of the latent before to its own: no jump is between two latents.
+    frame_head: the layer of head_width sees the latent before as well as its own, and
+      has weights of its own for each frame of a folded patch. So it draws what moves
+      where it is then, and not as two ghosts as with `blend`.
     overlap: pixels by which each drawn patch reaches over its neighbours on every side,
       where what both draw is added up, so that no border is between two patches.
   """
@@ -46,6 +49,7 @@ class VAEConfig:
   stage_shortcut: bool = False
   head_width: int = 0
   blend: bool = False
+  frame_head: bool = False
   overlap: int = 0
 
   def __post_init__(self):
@@ -58,6 +62,8 @@ class VAEConfig:
       raise ValueError(f"vae downsample entries {sorted(unknown)} are not s, t or st")
     if self.patch_size[1] != self.patch_size[2]:
       raise ValueError(f"vae patch_size {self.patch_size} must be square in space")
+    if self.frame_head and (self.blend or not self.head_width):
+      raise ValueError("vae frame_head needs a head_width, and takes the place of blend")
     if not 0 <= self.overlap <= self.patch_size[1]:
       raise ValueError(
         f"vae overlap {self.overlap} is not between 0 and the patch's "

@@ -43,6 +43,9 @@ CONFIGS = {
   ),
 }
 CONFIGS["blend"] = dataclasses.replace(CONFIGS["fold"], head_width=8, blend=True)
+CONFIGS["frame_head"] = dataclasses.replace(
+  CONFIGS["fold"], head_width=8, frame_head=True, overlap=2
+)
 CONFIGS["overlap"] = dataclasses.replace(CONFIGS["blend"], overlap=1)
 FRAMES, LATENTS = 9, 3
 
@@ -151,6 +154,7 @@ def test_golden_outputs(name):
     "fold": (1.9625, 0.93444),
     "mixed": (0.62483, 0.77212),
     "blend": (1.09209, 0.81779),
+    "frame_head": (1.0, 1.0),
     "overlap": (1.58388, 0.90964),
   }[name]
   values = behaviour(name)

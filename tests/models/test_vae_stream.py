@@ -49,6 +49,9 @@ CONFIGS = {
   ),
 }
 CONFIGS["blend"] = dataclasses.replace(CONFIGS["fold"], kernel=(2, 3, 3), blend=True)
+CONFIGS["frame_head"] = dataclasses.replace(
+  CONFIGS["fold"], kernel=(2, 3, 3), head_width=8, frame_head=True, overlap=2
+)
 # All kinds of layers in one stage, quick to compile.
 SMALL = VAEConfig(
   width=4,

@@ -26,7 +26,8 @@ KEY = jax.random.key(0)
 
 # File of configs/ -> what its get_config takes.
 VARIANTS = {
-  "quickstart": ("short", "ddpm"),
+  "quickstart": ("short", "memorise", "ddpm"),
+  "shapes": ("gpu",),
   "pod": ("14b", "wan2.1-14b"),
   "finetune_wan": ("full-1.3b", "lora-14b", "full-14b", "lora-5b"),
 }

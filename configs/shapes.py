@@ -1,0 +1,130 @@
+"""The whole world of shapes: the recipe of the model that comes with the package.
+
+Command: python -m sora_jax.main --config=configs/shapes.py
+Hardware: 2 CPU cores, 8 GB of memory. Typed again after a stop, it goes on.
+Time: hours: TIME
+Metrics: METRICS
+
+All that `sora_jax/data/shapes.py` can draw: one object or two, bars to pass behind, all
+motions, images and videos of 9 to 33 frames, three sizes, four rates, shaded grounds.
+Variant "gpu" takes larger batches for as many clips.
+
+More steps go on from the checkpoint before the decay of the learning rate:
+  --config.dit.train.steps=...
+"""
+
+from ml_collections import ConfigDict
+
+from sora_jax.run import recipe
+
+VARIANTS = ("gpu",)
+
+
+def get_config(variant: str = "") -> ConfigDict:
+  """The recipe; any key can be overridden with --config.key=value."""
+  if variant not in ("", *VARIANTS):
+    raise ValueError(
+      f"shapes has no variant {variant!r}; there are {', '.join(VARIANTS)}"
+    )
+  c = ConfigDict()
+  c.data = ConfigDict()
+  c.data.source = "shapes"
+  c.data.train_clips = 6000
+  c.data.heldout_clips = 256
+  c.data.max_pixels = 96 * 64
+
+  c.vae = ConfigDict()
+  c.vae.model = ConfigDict()
+  c.vae.model.width = 192
+  c.vae.model.width_multipliers = (1,)
+  c.vae.model.downsample = ()
+  c.vae.model.blocks = 1
+  c.vae.model.patch_size = (4, 8, 8)
+  c.vae.model.kernel = (1, 3, 3)
+  c.vae.model.end_kernel = (1, 1, 1)
+  c.vae.model.bottleneck = 64
+  c.vae.model.middle = False
+  c.vae.model.head_width = 384
+  c.vae.model.blend = True
+  c.vae.model.overlap = 2
+  c.vae.loss = ConfigDict()
+  c.vae.loss.mse_weight = 5.0
+  c.vae.loss.kl_weight = 5e-4
+  c.vae.loss.latent_noise = 0.3
+  c.vae.loss.decorrelation_weight = 0.1
+  c.vae.train = ConfigDict()
+  c.vae.train.optimizer = "muon"
+  c.vae.train.steps = 1500
+  c.vae.train.learning_rate = 5e-3
+  c.vae.train.warmup_steps = 50
+  c.vae.train.schedule = "cosine"
+  c.vae.train.weight_decay = 1e-4
+  c.vae.train.b2 = 0.99
+  c.vae.train.ema_decay = 0.99
+  c.vae.train.eval_every = 500
+  c.vae.train.save_every = 250
+
+  c.encode = ConfigDict()
+  c.encode.frame_buckets = (1, 9, 17, 33)
+
+  c.dit = ConfigDict()
+  c.dit.model = ConfigDict()
+  c.dit.model.width = 256
+  c.dit.model.depth = 5
+  c.dit.model.heads = 4
+  c.dit.model.mlp_width = 1024
+  c.dit.model.pooled_text = True
+  c.dit.text = ConfigDict()
+  c.dit.text.vocab_size = 512
+  c.dit.text.width = 128
+  c.dit.text.depth = 1
+  c.dit.text.heads = 2
+  c.dit.loss = ConfigDict()
+  c.dit.loss.logit_mean = 1.0
+  c.dit.given_prob = 0.25
+  c.dit.extra_prob = 0.1
+  c.dit.rows = 8
+  c.dit.tokens = 264  # the longest clip, 33 frames of 96x64, with two key frames
+  c.dit.text_tokens = 160
+  c.dit.segments = 11
+  c.dit.max_text_tokens = 64
+  c.dit.train = ConfigDict()
+  c.dit.train.optimizer = "muon"
+  c.dit.train.steps = 3000
+  c.dit.train.learning_rate = 2e-3
+  c.dit.train.warmup_steps = 100
+  c.dit.train.schedule = "wsd"
+  c.dit.train.decay_steps = 800
+  c.dit.train.weight_decay = 0.01
+  c.dit.train.b2 = 0.99
+  c.dit.train.ema_decay = 0.998
+  c.dit.train.eval_every = 500
+  c.dit.train.save_every = 250
+
+  c.sample = ConfigDict()
+  c.sample.prompts = (
+    ("a red circle moves right", (64, 64), 17, 12.0),
+    ("a blue square bounces", (64, 64), 33, 16.0),
+    ("a yellow star turns", (64, 64), 17, 12.0),
+    ("a green triangle grows", (96, 64), 17, 12.0),
+    ("a white square moves left", (96, 64), 33, 12.0),
+    ("a magenta star moves down and a cyan circle stands still", (96, 64), 17, 12.0),
+    ("an orange circle moves right behind a bar", (96, 64), 33, 12.0),
+    ("a cyan triangle", (64, 96), 1, 12.0),
+  )
+  c.sample.steps = 24
+  c.sample.shift = 3.0
+
+  c.evaluate = ConfigDict()
+  c.evaluate.clips = 512
+  c.matmul_precision = "BF16_BF16_F32"
+  if variant == "gpu":
+    c.data.train_clips = 20000
+    c.vae.batch_size = 32
+    c.vae.train.steps = 4000
+    c.dit.rows = 64
+    c.dit.train.steps = 20000
+    c.dit.train.decay_steps = 4000
+    c.dit.train.save_every = c.dit.train.eval_every = 1000
+    c.matmul_precision = ""
+  return recipe.complete(c)
