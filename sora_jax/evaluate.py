@@ -1,6 +1,7 @@
 """Stage "evaluate": how good reconstructions and samples are, in numbers.
 
   python -m sora_jax.evaluate --config=configs/quickstart.py
+  python -m sora_jax.evaluate --config=configs/quickstart.py --suite=vae
   python -m sora_jax.evaluate --config=configs/quickstart.py --suite=sampling
   python -m sora_jax.evaluate --config=configs/quickstart.py --suite=prompting
 
@@ -9,9 +10,9 @@ For the generated shapes also the share of samples whose colour, shape, ... are 
 prompt of a held-out clip says, read off the written files by evaluation/attributes.py,
 beside chance, the ceiling that the VAE sets, and the score of the real files.
 
-The suites measure the sampler's settings and the ways of prompting, see
-evaluation/sampling_suite.py and prompting_suite.py; they need only the models, of the
-run or of --checkpoint.
+The suite "vae" measures the VAE alone, before there is a DiT. The others measure the
+sampler's settings and the ways of prompting, see evaluation/sampling_suite.py and
+prompting_suite.py; they need only the models, of the run or of --checkpoint.
 """
 
 import pathlib
@@ -36,11 +37,8 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   """
   workdir = pathlib.Path(workdir)
   clips = heldout.heldout_clips(recipe, workdir)
-  mesh = build.clip_mesh(recipe.encode)
-  autoencoder = Autoencoder(workdir / "vae" / "model", mesh, recipe.dtype)
-  reconstructed = reconstruction(clips, autoencoder, recipe.encode)
+  reconstructed = _reconstruct(recipe, workdir, clips)
   results = {"vae": reconstructed.figures}
-  log_figures(reconstructed.figures)
   measured = all(clip.truth for clip in clips)
   # Training has seen no combination of objects like those of held-out prompts.
   prompts = heldout.prompts(recipe, clips) if measured else []
@@ -59,6 +57,28 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   files.write_json(path, results)
   logging.info("results are in %s", path)
   _say_what_next(workdir, clips)
+
+
+def _reconstruct(recipe, workdir: pathlib.Path, clips: list[Clip]):
+  """Sends the clips through the run's VAE, and logs how good that is."""
+  mesh = build.clip_mesh(recipe.encode)
+  autoencoder = Autoencoder(workdir / "vae" / "model", mesh, recipe.dtype)
+  reconstructed = reconstruction(clips, autoencoder, recipe.encode)
+  log_figures(reconstructed.figures)
+  return reconstructed
+
+
+def _vae_suite(recipe: recipes.Recipe, workdir: pathlib.Path) -> None:
+  """Writes workdir/evaluate/vae.json: the VAE's figures and ceilings, without a DiT."""
+  clips = heldout.heldout_clips(recipe, workdir)
+  reconstructed = _reconstruct(recipe, workdir, clips)
+  ceiling = attributes.shares_of(reconstructed.scores)
+  for name, share in ceiling.items():
+    logging.info("ceiling of %s: %.1f %% of %d", name, 100 * share.value, share.n)
+  shares = {name: share.value for name, share in ceiling.items()}
+  path = workdir / "evaluate" / "vae.json"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  files.write_json(path, {"vae": reconstructed.figures, "ceiling": shares})
 
 
 def _attributes(recipe, clips, prompts, sampled, decoded) -> dict:
@@ -113,7 +133,7 @@ def _say_what_next(workdir: pathlib.Path, clips: list[Clip]) -> None:
 
 def _define_flags():
   flags.DEFINE_enum(
-    "suite", "stage", ("stage", "sampling", "prompting"), "What to evaluate."
+    "suite", "stage", ("stage", "vae", "sampling", "prompting"), "What to evaluate."
   )
   flags.DEFINE_string(
     "checkpoint",
@@ -151,6 +171,10 @@ def _main(argv):
   checkpoint = pathlib.Path(args.checkpoint or cli.workdir())
   # Figures of another model do not belong into the config's own run.
   workdir = pathlib.Path(args.workdir or checkpoint)
+  if args.suite == "vae":
+    if args.checkpoint:
+      raise ValueError("--checkpoint is not for the suite vae: it reads a run's clips")
+    return _vae_suite(recipe, workdir)
   if args.suite == "prompting":
     return prompting_suite.run(recipe, checkpoint, workdir, args.clips, args.extensions)
   return sampling_suite.run(

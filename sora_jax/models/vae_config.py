@@ -63,7 +63,9 @@ class VAEConfig:
     if self.patch_size[1] != self.patch_size[2]:
       raise ValueError(f"vae patch_size {self.patch_size} must be square in space")
     if self.frame_head and (self.blend or not self.head_width):
-      raise ValueError("vae frame_head needs a head_width, and takes the place of blend")
+      raise ValueError(
+        "vae frame_head needs a head_width, and takes the place of blend"
+      )
     if not 0 <= self.overlap <= self.patch_size[1]:
       raise ValueError(
         f"vae overlap {self.overlap} is not between 0 and the patch's "

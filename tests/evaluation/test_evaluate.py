@@ -111,6 +111,34 @@ def test_attributes_of_files_that_show_nothing(heldout_rows, tmp_path):
   assert {column["real"] for column in table.values()} == {1.0}
 
 
+def test_likeness_of_samples_and_the_clips_of_their_captions(heldout_rows):
+  """A clip is just like itself; a sample of another one is not alike."""
+  rows = [row for row in heldout_rows if row["truth"]["frames"] == 17]
+  size = {(row["truth"]["height"], row["truth"]["width"]): row for row in rows}
+  rows = [row for row in rows if row["truth"]["height"] == next(iter(size))[0]]
+  rows = [row for row in rows if row["truth"]["width"] == next(iter(size))[1]][:2]
+  clips = [
+    Clip(
+      id=str(i),
+      path=str(row["path"]),
+      start=0.0,
+      frames=17,
+      fps=float(row["truth"]["fps"]),
+      height=row["truth"]["height"],
+      width=row["truth"]["width"],
+      captions=(),
+      split="train",
+      truth=row["truth"],
+    )
+    for i, row in enumerate(rows)
+  ]
+  a, b = (row["path"] for row in rows)
+  # Two seeds: the second turn of the paths is of the same clips again.
+  result = attributes.likeness(clips, attributes.Sampled([a, b, b, a], 0.0))
+  assert result["alike"] == 2 and result["n"] == 4
+  assert 50 < result["psnr"] < 65  # 100 dB for what is equal, and little for the rest
+
+
 def test_attributes_that_no_real_clip_has():
   """More prompts than clips: something is hidden in the samples alone."""
   truths = [shapes.describe("heldout", i, 0)["truth"] for i in range(60)]

@@ -1,6 +1,7 @@
 """The cases of the prompting suite fit their results; its tables say what they say."""
 
 import json
+import pathlib
 import types
 
 import numpy as np
@@ -196,6 +197,17 @@ def test_the_prompting_suite_needs_no_data(tiny_run, commands, tmp_path):
   assert (
     "loop of text" in log and "loop of text" in (folder / "prompting.md").read_text()
   )
+
+
+def test_the_suite_of_the_vae_needs_no_dit(tiny_run, commands, tmp_path):
+  for stage in ("data", "vae"):
+    (tmp_path / stage).symlink_to(pathlib.Path(tiny_run.workdir) / stage)
+  commands.run(
+    "evaluate", f"--config={tiny.__file__}", "--suite=vae", f"--workdir={tmp_path}"
+  )
+  results = json.loads((tmp_path / "evaluate" / "vae.json").read_text())
+  assert results["vae"]["psnr"] > 0 and results["vae"]["effective_rank"] > 0
+  assert {"color", "shape", "count"} <= set(results["ceiling"])
 
 
 def test_the_sampling_suite(tiny_run, commands, tmp_path):
