@@ -56,6 +56,8 @@ class DiTConfig:
     pooled_text: add the mean of a clip's text features to its timestep embedding. A
       short way for what the caption says of the whole clip (as in SD3,
       arXiv:2403.03206); Wan has none.
+    rope_theta: base of the rotary frequencies, see `layers.rope_angles`. Wan's 10,000
+      is for grids of a hundred tokens; on those of a few, most channels hardly turn.
     remat: a key of REMAT_POLICIES.
   """
 
@@ -68,6 +70,7 @@ class DiTConfig:
   text_width: int = 256
   frequency_width: int = 256
   pooled_text: bool = False
+  rope_theta: float = 1e4
   remat: str = fields.free("none")
 
   def __post_init__(self):
@@ -173,7 +176,8 @@ class DiT(nn.Module):
 
     t_BGD = self._embed_time(t_BG, text_BSE, text_segment_BS)
     modulation_BG6D = self._modulation(t_BGD)
-    rope = layers.rope_angles(position_BL3, layers.video_rope_dims(c.width // c.heads))
+    dims = layers.video_rope_dims(c.width // c.heads)
+    rope = layers.rope_angles(position_BL3, dims, c.rope_theta)
     text_BL = jnp.where(segment_BL > 0, group_BL // 2 + 1, 0)
     segments = (segment_BL, text_BL, text_segment_BS)
     context = (modulation_BG6D, group_BL, segments, rope, text_BSD)

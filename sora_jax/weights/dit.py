@@ -49,6 +49,10 @@ def entries(config: DiTConfig, layout: str) -> list[Entry]:
     raise ValueError(f"dit layout {layout!r} is none of {LAYOUTS}")
   if config.pooled_text:
     raise ValueError("a dit with pooled_text has parts that Wan's checkpoints lack")
+  if config.rope_theta != 1e4:
+    raise ValueError(
+      f"a dit with rope_theta {config.rope_theta:g} is not one of Wan's: they have 10000"
+    )
   which = LAYOUTS.index(layout)
   found = _ends(config, which)
   for layer in range(config.depth):
