@@ -51,7 +51,7 @@ def entries(config: DiTConfig, layout: str) -> list[Entry]:
     raise ValueError("a dit with pooled_text has parts that Wan's checkpoints lack")
   if config.rope_theta != 1e4:
     raise ValueError(
-      f"a dit with rope_theta {config.rope_theta:g} is not one of Wan's: they have 10000"
+      f"a dit with rope_theta {config.rope_theta:g} is none of Wan's, which is 10000"
     )
   which = LAYOUTS.index(layout)
   found = _ends(config, which)
