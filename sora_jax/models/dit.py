@@ -56,6 +56,10 @@ class DiTConfig:
     pooled_text: add the mean of a clip's text features to its timestep embedding. A
       short way for what the caption says of the whole clip (as in SD3,
       arXiv:2403.03206); Wan has none.
+    absolute_positions: frequencies an axis of sines and cosines of (t, h, w) that are
+      added to each token, through a layer; 0 = none (Wan). Rotary positions tell where
+      tokens are to each other, and not where they are in a frame: "moves right" begins
+      on its left.
     rope_theta: base of the rotary frequencies, see `layers.rope_angles`. Wan's 10,000
       is for grids of a hundred tokens; on those of a few, most channels hardly turn.
     remat: a key of REMAT_POLICIES.
@@ -70,6 +74,7 @@ class DiTConfig:
   text_width: int = 256
   frequency_width: int = 256
   pooled_text: bool = False
+  absolute_positions: int = 0
   rope_theta: float = 1e4
   remat: str = fields.free("none")
 
@@ -171,6 +176,9 @@ class DiT(nn.Module):
     c = self.config
     x_BLP = partition.constrain(x_BLP, partition.ROWS, partition.TOKENS)
     x_BLD = _shard(self._dense(c.width, "patch_embed")(x_BLP.astype(self.dtype)))
+    if c.absolute_positions:
+      features = layers.position_features(position_BL3, c.absolute_positions)
+      x_BLD += self._dense(c.width, "position_embed")(features.astype(self.dtype))
     text_BSE = partition.constrain(text_BSE, partition.ROWS, "context")
     text_BSD = self._embed_text(text_BSE) if text_states is None else None
 

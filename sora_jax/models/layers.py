@@ -228,6 +228,17 @@ def timestep_embedding(t: Array, features: int, max_period: float = 1e4) -> Arra
   return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
+def position_features(position_BLX: Array, frequencies: int) -> Array:
+  """Sines and cosines of positions along X axes: [B, L, X * 2 * frequencies].
+
+  Wavelengths go from 4 to 256 positions, evenly in their logarithm.
+  """
+  wavelength_F = jnp.geomspace(4.0, 256.0, frequencies, dtype=jnp.float32)
+  angle_BLXF = 2 * jnp.pi * position_BLX.astype(jnp.float32)[..., None] / wavelength_F
+  features = jnp.concatenate([jnp.sin(angle_BLXF), jnp.cos(angle_BLXF)], axis=-1)
+  return features.reshape(*position_BLX.shape[:-1], -1)
+
+
 def rope_angles(
   position_BLX: Array, dims: Sequence[int], theta: float = 1e4
 ) -> tuple[Array, Array]:

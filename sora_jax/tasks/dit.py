@@ -264,7 +264,7 @@ DIT_RULES = (
   (r".*/blocks/((attention|cross)_out|mlp_down)/kernel", P(None, "tensor", PARAMS)),
   (r".*/blocks/modulation", P(None, None, PARAMS)),
   (
-    r"dit/(patch_embed|text_pooled|(text|time)_embed_[12]|time_projection)/kernel",
+    r"dit/(patch_embed|position_embed|text_pooled|(text|time)_embed_[12]|time_projection)/kernel",
     P(None, PARAMS),
   ),
   (r"dit/head/kernel", P(PARAMS, None)),

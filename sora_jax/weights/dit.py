@@ -49,6 +49,8 @@ def entries(config: DiTConfig, layout: str) -> list[Entry]:
     raise ValueError(f"dit layout {layout!r} is none of {LAYOUTS}")
   if config.pooled_text:
     raise ValueError("a dit with pooled_text has parts that Wan's checkpoints lack")
+  if config.absolute_positions:
+    raise ValueError("a dit with absolute_positions has parts that Wan's lack")
   if config.rope_theta != 1e4:
     raise ValueError(
       f"a dit with rope_theta {config.rope_theta:g} is none of Wan's, which is 10000"

@@ -107,7 +107,10 @@ def check(config: DiTConfig, modules) -> None:
 def _kernels(config, layout) -> dict[str, Entry]:
   """Entries of the dense layers' weights, by the name of their module."""
   entries = dit.entries(
-    dataclasses.replace(config, pooled_text=False, rope_theta=1e4), layout
+    dataclasses.replace(
+      config, pooled_text=False, absolute_positions=0, rope_theta=1e4
+    ),
+    layout,
   )
   return {
     entry.name.removesuffix(".weight"): entry

@@ -191,6 +191,8 @@ def test_load_and_save_are_inverse(layout):
 def test_models_that_wan_cannot_express():
   with pytest.raises(ValueError, match="pooled_text"):
     names.entries(DiTConfig(pooled_text=True), "diffusers")
+  with pytest.raises(ValueError, match="absolute_positions"):
+    names.entries(DiTConfig(absolute_positions=8), "diffusers")
   with pytest.raises(ValueError, match="rope_theta 100 is none of Wan's"):
     names.entries(DiTConfig(rope_theta=100.0), "diffusers")
   with pytest.raises(ValueError, match="'torch' is none of"):
