@@ -400,3 +400,28 @@ def test_packed_captions_equal_each_alone():
     np.testing.assert_allclose(permuted, alone, atol=1e-5 * scale)
   blocks = jax.tree.leaves(shapes["params"]["blocks"])
   assert {leaf.shape[0] for leaf in blocks} == {TEXT.depth}
+
+
+def test_only_absolute_positions_tell_where_a_clip_is():
+  """Rotary positions are relative: moved as a whole, a clip looks the same to them."""
+
+  def predict(config, shift_3):
+    dit = DiT(config)
+    clip = clips()[1]
+    L = len(clip["position"])
+    args = (
+      jnp.asarray(clip["x"])[None],
+      jnp.full((1, 2), 0.5),
+      jnp.zeros((1, L), jnp.int32),
+      jnp.ones((1, L), jnp.int32),
+      jnp.asarray(clip["position"] + np.asarray(shift_3))[None],
+      jnp.asarray(clip["text"])[None],
+      jnp.ones((1, len(clip["text"])), jnp.int32),
+    )
+    shapes = jax.eval_shape(dit.init, jax.random.key(0), *args)
+    return np.asarray(fast_jit(dit.apply)(random_params(shapes), *args))
+
+  absolute = dataclasses.replace(CONFIG, absolute_positions=3)
+  for config, differs in ((CONFIG, False), (absolute, True)):
+    change = np.abs(predict(config, (0, 1, 0)) - predict(config, (0, 0, 0))).max()
+    assert (change > 1e-2) == differs and (change < 1e-3) != differs, change
