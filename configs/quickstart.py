@@ -65,7 +65,7 @@ def get_config(variant: str = "") -> ConfigDict:
   c.vae.train.weight_decay = 1e-4
   c.vae.train.b2 = 0.99
   c.vae.train.ema_decay = 0.99
-  c.vae.train.eval_every = 250
+  c.vae.train.eval_every = 500
   c.vae.train.save_every = 250
 
   c.encode = ConfigDict()
@@ -112,16 +112,16 @@ def get_config(variant: str = "") -> ConfigDict:
     ("a blue square bounces", (64, 64), 17, 12.0),
     ("a yellow star turns", (64, 64), 17, 12.0),
     ("a green triangle grows", (64, 64), 17, 12.0),
-    ("a white square moves left", (96, 64), 33, 12.0),
-    ("a magenta star moves down", (64, 96), 17, 12.0),
-    ("an orange circle moves right behind a bar", (96, 64), 33, 12.0),
+    ("a white square moves left", (64, 64), 17, 12.0),
+    ("a magenta star moves down", (64, 64), 17, 12.0),
+    ("an orange circle shrinks", (64, 64), 17, 12.0),
     ("a cyan triangle", (64, 64), 1, 12.0),
   )
   c.sample.steps = 24
   c.sample.shift = 3.0
 
   c.evaluate = ConfigDict()
-  c.evaluate.clips = 64
+  c.evaluate.clips = 192
 
   c.matmul_precision = "BF16_BF16_F32"
   if variant == "ddpm":

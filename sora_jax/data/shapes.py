@@ -7,6 +7,7 @@ pair of attribute values still occurs in training.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -53,6 +54,8 @@ class World:
     sizes, frames, rates: (height, width), frames and frames a second to draw from.
     backgrounds: of BACKGROUNDS; gradients: share of them that are shaded.
     images: share of the clips that are images, beside those of what stands still.
+    steady: whether objects have one size, and each motion one speed and one reach, in
+      place of random ones. Where they are, and how they are turned, stays random.
     pairs, bars: whether some clips have two objects, or one that passes behind a bar.
   """
 
@@ -62,6 +65,7 @@ class World:
   backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
   gradients: float = 0.5
   images: float = 0.1
+  steady: bool = False
   pairs: bool = True
   bars: bool = True
 
@@ -76,6 +80,7 @@ WORLDS = {
     backgrounds=("dark grey",),
     gradients=0.0,
     images=0.5,
+    steady=True,
     pairs=False,
     bars=False,
   ),
@@ -267,7 +272,9 @@ def _scene(rng, world, triple, others, frames, bar=False):
         continue
       regions = _halves(rng, height, width)
     tracks = [
-      _track(rng, shape, motion, region, times, small=bool(others), across=bar)
+      _track(
+        rng, shape, motion, region, times, bool(others), across=bar, steady=world.steady
+      )
       for (_, shape, motion), region in zip(triples, regions, strict=True)
     ]
     if any(track is None for track in tracks):
@@ -327,19 +334,23 @@ def _extent(shape, radius):
   return SHAPES[shape] * radius
 
 
-def _track(rng, shape, motion, region, times, small, across):
+def _track(rng, shape, motion, region, times, small, across, steady):
   """[T, 4] of x, y, size in pixels and angle in radians, or None if it does not fit."""
   x0, y0, x1, y1 = region
+
+  def vary(low, high, of=rng.uniform):
+    return np.sqrt(low * high) if steady else of(low, high)
+
   duration, rate = times[-1], 1 / (times[1] if len(times) > 1 else 1)
   low, high = (8.5, 10.5) if small else (8, 9.5) if across else (9, 13)
-  size = np.full(len(times), rng.uniform(low, high))
+  size = np.full(len(times), vary(low, high))
   angle = np.zeros(len(times))
   if motion in ("grow", "shrink"):
-    large = rng.uniform(10.5, 11.5) if small else rng.uniform(12, 16)
-    size = np.linspace(large * rng.uniform(0.48, 0.62), large, len(times))
+    large = vary(10.5, 11.5) if small else vary(12, 16)
+    size = np.linspace(large * vary(0.48, 0.62), large, len(times))
     size = size if motion == "grow" else size[::-1]
   if motion == "turn":
-    speed = np.radians(_log_uniform(rng, 40, 200))
+    speed = np.radians(vary(40, 200, functools.partial(_log_uniform, rng)))
     fold = {"square": 4, "triangle": 3, "star": 5}[shape]
     # Enough to be seen, and slow enough that its sense is not ambiguous.
     if speed * duration < np.radians(75) or speed / rate > 0.35 * 2 * np.pi / fold:
@@ -352,8 +363,8 @@ def _track(rng, shape, motion, region, times, small, across):
   x = np.full(len(times), x0 + reach + rng.uniform(0, room_x))
   y = np.full(len(times), y0 + reach + rng.uniform(0, room_y))
   if motion == "bounce":
-    period = rng.uniform(0.5, 1.6)
-    height = rng.uniform(12, 30)
+    period = vary(0.5, 1.6)
+    height = vary(12, 30)
     if height > room_y or period > duration or period * rate < 6:
       return None
     floor = y1 - reach - rng.uniform(0, room_y - height)
@@ -361,7 +372,8 @@ def _track(rng, shape, motion, region, times, small, across):
   elif motion in _DIRECTIONS:
     step_x, step_y = _DIRECTIONS[motion]
     room = room_x if step_x else room_y
-    distance = _log_uniform(rng, 8, 90) * duration
+    # A steady one is just slow enough for a star to stay in the frame for 17 frames.
+    distance = (21 if steady else _log_uniform(rng, 8, 90)) * duration
     if not 16 <= distance <= room:
       return None
     # As far as it goes on either side of the middle of its room.
