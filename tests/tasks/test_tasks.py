@@ -57,7 +57,7 @@ def test_golden_losses(case):
     np.testing.assert_allclose(curve, expected[name], rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["dit/loss", "vae/l1"])
+@pytest.mark.parametrize("name", slow_but(("dit/loss", "vae/l1"), ("dit/loss",)))
 def test_tasks_learn(name):
   """Until the VAE begins to feel its critic."""
   case, metric = name.split("/")
