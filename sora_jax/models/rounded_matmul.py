@@ -17,7 +17,7 @@ _BLOCK = 16
 
 def is_wanted() -> bool:
   """Returns whether `jax.default_matmul_precision` asks for it."""
-  return jax.config.jax_default_matmul_precision == PRECISION
+  return jax.config.read("jax_default_matmul_precision") == PRECISION
 
 
 @jax.custom_vjp
