@@ -17,7 +17,8 @@ _BLOCK = 16
 
 def is_wanted() -> bool:
   """Returns whether `jax.default_matmul_precision` asks for it."""
-  return jax.config.read("jax_default_matmul_precision") == PRECISION
+  wanted = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+  return wanted == PRECISION
 
 
 @jax.custom_vjp
