@@ -204,7 +204,7 @@ def _data(workdir) -> str:
   data = recipes.Data(**{"workers": 0, **config})
   source = f"the folder {pathlib.Path(data.source).name}"
   if data.source == "shapes":
-    source = "generated clips of moving shapes"
+    source = f"generated clips of moving shapes, world {data.world!r}"
   clips = read_manifest(workdir / "data" / "manifest.jsonl")
   heldout = sum(clip.split == "heldout" for clip in clips)
   return (
@@ -245,6 +245,10 @@ def _sampling(usual: sample_defaults.Defaults) -> str:
   )
 
 
+# Columns of the attributes; low and high are the 95 % interval of the samples.
+_SHARES = ("samples", "low", "high", "chance", "ceiling", "real")
+
+
 def _figures(results: dict) -> list[str]:
   """Markdown tables of results.json: the numbers of each section, and attributes."""
   lines = []
@@ -254,12 +258,15 @@ def _figures(results: dict) -> list[str]:
       lines += ["", *_table([section, ""], numbers.items())]
     rows = {k: v for k, v in values.items() if isinstance(v, dict)}
     if section == "attributes" and rows:
-      names = list(next(iter(rows.values())))
-      lines += ["", *_table([section, *names], (
-        [name, *(str(row[n]) if n == "n" else f"{row[n]:.1%}" for n in names)]
+      lines += ["", *_table([section, *_SHARES, "n"], (
+        [name, *(_percent(row[share]) for share in _SHARES), str(row["n"])]
         for name, row in rows.items()
       ))]  # fmt: skip
   return lines
+
+
+def _percent(share: float | None) -> str:
+  return "-" if share is None else f"{share:.1%}"
 
 
 def _table(head, rows) -> list[str]:

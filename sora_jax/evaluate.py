@@ -41,14 +41,15 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   results = {"vae": reconstructed.figures}
   measured = all(clip.truth for clip in clips)
   # Training has seen no combination of objects like those of held-out prompts.
-  prompts = heldout.prompts(recipe, clips) if measured else []
-  sampled = attributes.sample_captions(recipe, workdir, prompts) if measured else None
+  learnt = recipe.evaluate.split == "train"
+  prompts = heldout.prompts(recipe, clips) if measured or learnt else []
+  sampled = attributes.sample_captions(recipe, workdir, prompts) if prompts else None
   if jax.process_index():
     return  # what is left to do is quick, and done once
-  if sampled and recipe.evaluate.split == "train":
+  if sampled and learnt:
     results["memorised"] = attributes.likeness(clips, sampled)
     logging.info("samples beside the clips of their captions: %s", results["memorised"])
-  if sampled:
+  if sampled and measured:
     results |= _attributes(recipe, clips, prompts, sampled, reconstructed.scores)
   else:
     logging.info("no ground truth in the manifest: attributes are not evaluated")
@@ -174,12 +175,16 @@ def _main(argv):
   if args.suite == "vae":
     if args.checkpoint:
       raise ValueError("--checkpoint is not for the suite vae: it reads a run's clips")
-    return _vae_suite(recipe, workdir)
+    with recipe.matmuls():
+      return _vae_suite(recipe, workdir)
   if args.suite == "prompting":
-    return prompting_suite.run(recipe, checkpoint, workdir, args.clips, args.extensions)
-  return sampling_suite.run(
-    recipe, checkpoint, workdir, _numbers("guidance", float), _numbers("steps", int)
-  )
+    with recipe.matmuls():
+      return prompting_suite.run(
+        recipe, checkpoint, workdir, args.clips, args.extensions
+      )
+  guidance, steps = _numbers("guidance", float), _numbers("steps", int)
+  with recipe.matmuls():
+    return sampling_suite.run(recipe, checkpoint, workdir, guidance, steps)
 
 
 if __name__ == "__main__":

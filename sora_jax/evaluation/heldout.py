@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 
 from sora_jax.data import shapes, sources
 from sora_jax.data.buckets import limit_sizes
@@ -73,12 +74,14 @@ def described(recipe: recipes.Recipe, index: int) -> Clip:
   height, width = sources.legal_size(
     truth["height"], truth["width"], data.max_pixels, data.size_multiple
   )
+  rate = min(truth["fps"], data.fps or truth["fps"])
+  frames = 1 + int((truth["frames"] - 1) * rate / truth["fps"])
   return Clip(
     id=f"described/{index:06d}",
     path="",
     start=0.0,
-    frames=time_grid.round_down(min(truth["frames"], data.max_frames)),
-    fps=float(truth["fps"]),
+    frames=time_grid.round_down(min(frames, data.max_frames)),
+    fps=float(rate),
     height=height,
     width=width,
     captions=tuple(row["captions"]),
@@ -135,6 +138,12 @@ def drawn_clips(
     if kind == (*SIZE, False) and known and truth["frames"] in found:
       found[truth["frames"]].append(row)
   rows = (found[_WHOLE] + found[FRAMES])[:count]
+  if len(found[_WHOLE]) < count:
+    logging.warning(
+      "the world has %d clips of %d frames where %d are wanted: clips of %d take their "
+      "place, of which nobody knows how they go on",
+      *(len(found[_WHOLE]), _WHOLE, count, FRAMES),
+    )
   if len(rows) < count:
     raise ValueError(
       f"of {_SEARCHED * count} held-out clips {len(rows)} are {SIZE[1]}x{SIZE[0]} with "

@@ -46,6 +46,10 @@ REMAT_POLICIES = {
 }
 
 
+# Blocks that are compiled one by one on CPU.
+_FEW = 8
+
+
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
   """Sizes of the DiT.
@@ -82,6 +86,11 @@ class DiTConfig:
     if self.width % self.heads or (self.width // self.heads) % 2:
       raise ValueError(
         f"dit width {self.width} over {self.heads} heads must be an even whole number"
+      )
+    if self.absolute_positions < 0 or self.rope_theta <= 0:
+      raise ValueError(
+        f"dit absolute_positions {self.absolute_positions} is negative, or rope_theta "
+        f"{self.rope_theta} is not positive"
       )
     if self.remat not in REMAT_POLICIES:
       raise ValueError(f"dit remat {self.remat!r} is not one of {list(REMAT_POLICIES)}")
@@ -123,6 +132,8 @@ class Context(NamedTuple):
       a clip with one text, the number of its segment.
     text_states: from `dit_cache.text_states`, computed once for many calls; None: the
       call computes them.
+    absolute_BL3: position_BL3 for `absolute_positions`, where the others are turned to
+      close a loop; None: they are the same.
   """
 
   group_BL: Array
@@ -131,6 +142,7 @@ class Context(NamedTuple):
   text_BSE: Array
   text_segment_BS: Array
   text_states: tuple[Array, Array] | None = None
+  absolute_BL3: Array | None = None
 
   @classmethod
   def of_batch(cls, batch: PackedBatch, text_BSE: Array) -> "Context":
@@ -171,13 +183,15 @@ class DiT(nn.Module):
     text_BSE: Array,
     text_segment_BS: Array,
     text_states: tuple[Array, Array] | None = None,
+    absolute_BL3: Array | None = None,
     reuse: Reuse | None = None,
   ) -> Array | tuple[Array, Reuse]:
     c = self.config
     x_BLP = partition.constrain(x_BLP, partition.ROWS, partition.TOKENS)
     x_BLD = _shard(self._dense(c.width, "patch_embed")(x_BLP.astype(self.dtype)))
     if c.absolute_positions:
-      features = layers.position_features(position_BL3, c.absolute_positions)
+      where_BL3 = position_BL3 if absolute_BL3 is None else absolute_BL3
+      features = layers.position_features(where_BL3, c.absolute_positions)
       x_BLD += self._dense(c.width, "position_embed")(features.astype(self.dtype))
     text_BSE = partition.constrain(text_BSE, partition.ROWS, "context")
     text_BSD = self._embed_text(text_BSE) if text_states is None else None
@@ -247,7 +261,7 @@ class DiT(nn.Module):
       in_axes=(nn.broadcast, 0),
       length=c.depth,
       # On CPU a loop copies what it keeps for the backward pass in and out.
-      unroll=c.depth if c.remat == "none" and partition.platform() == "cpu" else 1,
+      unroll=c.depth if _few_on_cpu(c) else 1,
     )(c, name="blocks")
     return blocks(x_BLD, context, text_states)[0]
 
@@ -324,6 +338,12 @@ class _Block(nn.Module):
     h_BLD = checkpoint_name(_shard(dense(c.width, "mlp_down")(h_BLD)), "mlp")
     x_BLD = x_BLD + gate2 * h_BLD
     return x_BLD, None
+
+
+def _few_on_cpu(config: DiTConfig) -> bool:
+  """Returns whether all blocks may be compiled one by one, and on what is for CPUs."""
+  few = config.remat == "none" and config.depth <= _FEW
+  return few and partition.platform() == "cpu"
 
 
 def _shard(x_BLD: Array) -> Array:

@@ -4,6 +4,7 @@ A config file returns a ConfigDict; `read` turns it into a `Recipe`, so that an 
 key, a wrong type or sizes that do not go together fail before any work is done.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -201,6 +202,12 @@ class Recipe:
   precision: str = free("auto")
   matmul_precision: str = free("")
 
+  def matmuls(self):
+    """A context in which float32 matmuls have the precision of the config."""
+    if not self.matmul_precision:
+      return contextlib.nullcontext()
+    return jax.default_matmul_precision(self.matmul_precision)
+
   @property
   def dtype(self):
     """Dtype of the computation; params stay float32."""
@@ -270,15 +277,24 @@ def _check_run(recipe):
     )
   if unknown := set(recipe.stages) - set(STAGES):
     raise ValueError(f"config.stages: {sorted(unknown)} are none of {STAGES}")
-  try:
-    with jax.default_matmul_precision(recipe.matmul_precision or None):
-      pass
-  except ValueError as error:
-    raise ValueError(f"config.matmul_precision: {error}") from error
+  if recipe.matmul_precision:
+    _check_matmuls(recipe)
   if recipe.precision not in ("auto", "float32", "bfloat16"):
     raise ValueError(
       f"config.precision {recipe.precision!r} is not auto, float32 or bfloat16"
     )
+
+
+def _check_matmuls(recipe):
+  """Raises ValueError for a precision that jax, or this device, does not have."""
+  x = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+  try:
+    with recipe.matmuls():
+      jax.jit(jnp.dot).lower(x, x)
+  except (ValueError, NotImplementedError) as error:
+    raise ValueError(
+      f"config.matmul_precision {recipe.matmul_precision!r}: {error}"
+    ) from error
 
 
 def _check_sizes(recipe):

@@ -81,8 +81,7 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
     logging.info("stage %s: %s, in %s", name, reason, workdir / name)
     begin = time.monotonic()
     module = importlib.import_module(f"sora_jax.{STAGES[name].module}")
-    precision = recipe.matmul_precision or None
-    with jax.default_matmul_precision(precision):
+    with recipe.matmuls():
       if name != "data" or jax.process_index() == 0:
         module.run(recipe, workdir)
     sharding.sync(f"stage {name} ran")

@@ -100,7 +100,10 @@ def dit_network(model: DiTConfig, params, rows: Rows, dtype) -> Network:
     t_BG = jnp.stack([level_BN, rows.given_level_BN], -1)
     t_BG = t_BG.reshape(len(level_BN), -1)
     position_BL3 = turned(rows.context.position_BL3, rows, index)
-    context = rows.context._replace(position_BL3=position_BL3)
+    # A frame of a loop goes on being itself, wherever the loop begins for attention.
+    context = rows.context._replace(
+      position_BL3=position_BL3, absolute_BL3=rows.context.position_BL3
+    )
     out = dit_task.predict(model, params, x_BLP, t_BG, context, dtype, memory)
     return (out, None) if memory is None else out
 

@@ -71,6 +71,7 @@ def entries(config: VAEConfig, layout: str) -> list[Entry]:
     "bottleneck": 0,
     "middle": True,
     "head_width": 0,
+    "overlap": 0,
   }
   for key, value in structure.items():
     if getattr(config, key) != value:

@@ -108,15 +108,24 @@ def test_the_card(folder, tiny_run):
   for part in (
     ORIGIN.command,
     "| Hardware | 2 CPU cores |",
-    "generated clips of moving shapes: 7 to train with, 3 held out, of at most 4096",
+    "generated clips of moving shapes, world 'whole': 7 to train with, 3 held out, of "
+    "at most 4096",
     f"million params, {tiny.STEPS} steps, ",
     "| Sampled with | 2 steps of euler, shift 1, guidance 3; 64x64, 17 frames, 12 fps",
     f"| psnr | {results['vae']['psnr']:.4g} |",
-    "| attributes | samples | chance | ceiling | real | n |",
+    "| attributes | samples | low | high | chance | ceiling | real | n |",
   ):
     assert part in text, part
   row = results["attributes"]["color"]
-  assert f"| color | {row['samples']:.1%} | {row['chance']:.1%} | " in text
+  shares = (row[name] for name in ("samples", "low", "high", "chance"))
+  assert f"| color | {' | '.join(f'{share:.1%}' for share in shares)} | " in text
+
+
+def test_the_card_of_attributes_that_no_real_clip_has():
+  row = {"samples": 0.5, "low": 0.4, "high": 0.6, "chance": 0.1, "n": 64, "real_n": 0}
+  table = {"permanence": {**row, "ceiling": None, "real": None}}
+  lines = ship_checkpoint._figures({"attributes": table})
+  assert lines[-1] == "| permanence | 50.0% | 40.0% | 60.0% | 10.0% | - | - | 64 |"
 
 
 # --- what it makes
