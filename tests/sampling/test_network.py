@@ -160,3 +160,22 @@ def test_tokens_follow_what_is_known_above_their_level():
   follows = np.array([1, 0, 0, 0, 1, 0, 0, 0], bool)
   np.testing.assert_array_equal(out[0, follows], known[0, follows])
   assert np.all(out[0, ~follows] == -1.0)
+
+
+def test_frames_of_a_loop_keep_their_absolute_positions(monkeypatch):
+  """Attention sees them turned; what tells a frame from the others stays with it."""
+  seen = {}
+
+  def predict(model, params, x_BLP, t_BG, context, dtype, memory):
+    seen["context"] = context
+    return x_BLP
+
+  monkeypatch.setattr(network.dit_task, "predict", predict)
+  made = batch(turn_step_L=[0, 0, 0, 0, 2, 2, 2, 0])
+  made.sampling["turn_L2"][0, 4:7] = [[0, 3], [1, 3], [2, 3]]
+  made.packed["position_L3"][0, 4:7, 0] = [0, 2, 4]
+  rows = network.Rows.of_batch(made.packed, made.sampling, jnp.zeros((1, 4, 2)))
+  call(network.dit_network(None, None, rows, jnp.float32), index=1)
+  context = seen["context"]
+  assert context.position_BL3[0, 4:7, 0].tolist() == [2, 4, 0]
+  assert context.absolute_BL3[0, 4:7, 0].tolist() == [0, 2, 4]
