@@ -15,6 +15,7 @@ More steps go on from the checkpoint before the decay of the learning rate:
 
 from ml_collections import ConfigDict
 
+from sora_jax.models import vae
 from sora_jax.run import recipe
 
 VARIANTS = ("gpu",)
@@ -34,19 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
   c.data.max_pixels = 96 * 64
 
   c.vae = ConfigDict()
-  c.vae.model = ConfigDict()
-  c.vae.model.width = 192
-  c.vae.model.width_multipliers = (1,)
-  c.vae.model.downsample = ()
-  c.vae.model.blocks = 1
-  c.vae.model.patch_size = (4, 8, 8)
-  c.vae.model.kernel = (1, 3, 3)
-  c.vae.model.end_kernel = (1, 1, 1)
-  c.vae.model.bottleneck = 64
-  c.vae.model.middle = False
-  c.vae.model.head_width = 384
-  c.vae.model.frame_head = True
-  c.vae.model.overlap = 2
+  c.vae.model = recipe.preset(vae.SMALL, "patches")
   c.vae.loss = ConfigDict()
   c.vae.loss.mse_weight = 5.0
   c.vae.loss.kl_weight = 5e-4

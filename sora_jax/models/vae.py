@@ -23,6 +23,7 @@ from sora_jax.models import layers
 from sora_jax.models.attention import attention
 from sora_jax.models.vae_config import LATENT_STATS as LATENT_STATS
 from sora_jax.models.vae_config import PRESETS as PRESETS
+from sora_jax.models.vae_config import SMALL as SMALL
 from sora_jax.models.vae_config import VAEConfig
 from sora_jax.packing import patches
 

@@ -150,8 +150,26 @@ PRESETS = {
   ),
 }
 
+# Nearly all of its work is done on the grid of latents: for CPUs, and for small videos.
+SMALL = {
+  "patches": VAEConfig(
+    width=192,
+    width_multipliers=(1,),
+    downsample=(),
+    blocks=1,
+    patch_size=(4, 8, 8),
+    kernel=(1, 3, 3),
+    end_kernel=(1, 1, 1),
+    bottleneck=64,
+    middle=False,
+    head_width=384,
+    frame_head=True,
+    overlap=2,
+  )
+}
+
 # fmt: off
-# Their latents' (mean, std) per channel; networks see (latent - mean) / std.
+# Of the published: (mean, std) of latents; networks see (latent - mean) / std.
 LATENT_STATS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
   "wan2.1": (
     (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134,

@@ -244,7 +244,7 @@ def test_settings_of_the_sampler():
   assert settings[0].guidance_rescale == 0 and not settings[0].negative_prompt
   for options in settings:
     options.check("flow", "velocity", options.negative_prompt)
-  with pytest.raises(ValueError, match="steps 0 is not in its range"):
+  with pytest.raises(ValueError, match="steps 0 is not at least 1"):
     sampling_suite.settings_of(config, (), (0,))
 
 

@@ -20,6 +20,7 @@ DOCUMENTED = {
   "profile": "free",
   "stages": "free",
   "precision": "free",
+  "matmul_precision": "free",
   "data.workers": "free",
   "vae.eval_batches": "free",
   "encode.batch_size": "free",
@@ -31,6 +32,7 @@ DOCUMENTED = {
   "sample.rows": "free",
   "evaluate.clips": "extends",
   "evaluate.seeds": "extends",
+  "evaluate.split": "extends",
   **{f"vae.train.{key}": kind for key, kind in TRAIN.items()},
   **{f"dit.train.{key}": kind for key, kind in TRAIN.items()},
 }

@@ -81,7 +81,7 @@ def test_other_checkpoints_have_those_of_the_package(tmp_path):
     ({"version": 2}, "sample.json: version is 2, but this sora_jax reads 1 at most"),
     ({"version": None}, "sample.json: version is None"),
     ({"size": None}, "sample.json: damaged"),
-    ({"options": {"steps": 0}}, "sample.json: sampling steps 0 is not in its range"),
+    ({"options": {"steps": 0}}, "sample.json: sampling steps 0 is not at least 1"),
   ],
 )
 def test_what_cannot_be_is_named(tmp_path, change, message):
