@@ -206,7 +206,7 @@ def test_the_suite_of_the_vae_needs_no_dit(tiny_run, commands, tmp_path):
     "evaluate", f"--config={tiny.__file__}", "--suite=vae", f"--workdir={tmp_path}"
   )
   results = json.loads((tmp_path / "evaluate" / "vae.json").read_text())
-  assert results["vae"]["psnr"] > 0 and results["vae"]["latents"]["channels"] == 16
+  assert results["vae"]["psnr"] > 0 and results["vae"]["latents"]["channels"] == 4
   assert {"color", "shape", "count"} <= set(results["ceiling"])
 
 

@@ -158,8 +158,8 @@ def test_every_key_is_read():
       if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
         read.add(node.attr)
   spread = {recipe.Mesh: set(inspect.signature(sharding.make_mesh).parameters)}
-  # The property `dtype` is what the rest reads of it.
-  own = {recipe.Recipe: {"precision"}}
+  # `dtype` and `matmuls` are what the rest reads of them.
+  own = {recipe.Recipe: {"precision", "matmul_precision"}}
   for section in sections(recipe.Recipe):
     names = {field.name for field in dataclasses.fields(section)}
     known = read | spread.get(section, set()) | own.get(section, set())
