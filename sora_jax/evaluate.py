@@ -172,19 +172,18 @@ def _main(argv):
   checkpoint = pathlib.Path(args.checkpoint or cli.workdir())
   # Figures of another model do not belong into the config's own run.
   workdir = pathlib.Path(args.workdir or checkpoint)
-  if args.suite == "vae":
-    if args.checkpoint:
-      raise ValueError("--checkpoint is not for the suite vae: it reads a run's clips")
-    with recipe.matmuls():
+  if args.suite == "vae" and args.checkpoint:
+    raise ValueError("--checkpoint is not for the suite vae: it reads a run's clips")
+  with recipe.matmuls():
+    if args.suite == "vae":
       return _vae_suite(recipe, workdir)
-  if args.suite == "prompting":
-    with recipe.matmuls():
+    if args.suite == "prompting":
       return prompting_suite.run(
         recipe, checkpoint, workdir, args.clips, args.extensions
       )
-  guidance, steps = _numbers("guidance", float), _numbers("steps", int)
-  with recipe.matmuls():
-    return sampling_suite.run(recipe, checkpoint, workdir, guidance, steps)
+    return sampling_suite.run(
+      recipe, checkpoint, workdir, _numbers("guidance", float), _numbers("steps", int)
+    )
 
 
 if __name__ == "__main__":

@@ -52,12 +52,16 @@ def dot_general(lhs, rhs, dimension_numbers, precision=None, shared=None, **kwar
   if partition.platform() != "cpu" or lhs_batch or not dense:
     return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, **kwargs)
   rows = lhs.reshape(-1, lhs.shape[-1])
-  if rounded_matmul.is_wanted() and rhs.ndim == 2 and rows.dtype == jnp.float32:
-    out = rounded_matmul.matmul(rows, rhs)
-  else:
-    contracted = (((1,), (0,)), ((), ()))
-    out = jax.lax.dot_general(rows, rhs, contracted, precision, **kwargs)
+  out = _rows_by_kernel(rows, rhs, precision, **kwargs)
   return out.reshape(*lhs.shape[:-1], *rhs.shape[1:])
+
+
+def _rows_by_kernel(rows, kernel, precision=None, **kwargs):
+  """Multiplies rows [R, D] by a kernel [D, ...] on CPU, of rounded inputs if wanted."""
+  if rounded_matmul.is_wanted() and kernel.ndim == 2 and rows.dtype == jnp.float32:
+    return rounded_matmul.matmul(rows, kernel)
+  contracted = (((1,), (0,)), ((), ()))
+  return jax.lax.dot_general(rows, kernel, contracted, precision, **kwargs)
 
 
 def _scatters(shape, size: int) -> bool:
@@ -204,8 +208,7 @@ def conv_general_dilated(
   ]
   rows = jnp.concatenate(taps, axis=-1).reshape(-1, math.prod(rhs.shape[:-1]))
   kernel_DF = rhs.reshape(-1, rhs.shape[-1])
-  rounded = rounded_matmul.is_wanted() and rows.dtype == jnp.float32
-  out = rounded_matmul.matmul(rows, kernel_DF) if rounded else rows @ kernel_DF
+  out = _rows_by_kernel(rows, kernel_DF)
   return out.reshape(lhs.shape[0], *sizes, rhs.shape[-1])
 
 
