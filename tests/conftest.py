@@ -7,6 +7,7 @@ os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 from absl import flags  # noqa: E402
@@ -20,6 +21,14 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if {"commands", "tiny_run"} & set(item.fixturenames):
       item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def fast_compile():
+  """For tiny programs: compiling takes nearly all of their time."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

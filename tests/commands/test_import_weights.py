@@ -60,12 +60,7 @@ STEMS = {"vae": "diffusion_pytorch_model", "text": "model"}
 STEMS["dit"] = STEMS["vae"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compile():
-  """Compiling takes nearly all of the time, and the programs are tiny."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 def model_of(network, layout="diffusers"):

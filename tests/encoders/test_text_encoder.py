@@ -38,12 +38,7 @@ CONFIG = T5Config(
 TEXTS = ["a red circle", "", "a cyan triangle turns and moves to the right " * 3, "b"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compile():
-  """Compiling takes nearly all of the time, and the programs are tiny."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 def random_params(seed=0):

@@ -23,12 +23,7 @@ ORIGIN = ship_checkpoint.Origin("python -m sora_jax.main --config=x.py", "2 CPU 
 PLACES = [f"{name}/model" for name in ("vae", "dit")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compile():
-  """Compiling takes nearly all of the time, and the programs are tiny."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 @pytest.fixture(scope="module")

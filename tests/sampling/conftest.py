@@ -9,11 +9,8 @@ from sora_jax.sampling.pipeline import Sampler
 
 
 @pytest.fixture(scope="module", autouse=True)
-def fast_compile():
-  """Compiling takes nearly all of the time, and the programs are tiny."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+def _fast(fast_compile):
+  """All tests of the folder compile fast."""
 
 
 @pytest.fixture(scope="module")

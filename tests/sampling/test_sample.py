@@ -24,14 +24,6 @@ from sora_jax.sampling.requests import sampling_mesh
 STEPS = 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compile():
-  """Compiling takes nearly all of the time, and the programs are tiny."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def sampler(tiny_run):
   """The tiny model with random params, so that every input has a say."""
