@@ -10,6 +10,8 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".gif")
 
 # What FFmpeg and Pillow raise on bytes that are not what they claim to be.
 DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, SyntaxError, EOFError)
+# What FFmpeg alone raises, once a file is open: any other error is a fault of ours.
+VIDEO_ERRORS = (av.error.FFmpegError, OSError, EOFError)
 
 
 class ClipError(ValueError):
@@ -43,6 +45,11 @@ def short_message(error: Exception) -> str:
   return str(getattr(error, "strerror", None) or error or type(error).__name__)[:100]
 
 
+def damaged(path, error: Exception) -> ClipError:
+  """The error of a decoder as one of the file."""
+  return ClipError(path, f"damaged ({short_message(error)})")
+
+
 def open_video(path) -> av.container.InputContainer:
   """Opens a video for reading, with one decoding thread.
 
@@ -50,27 +57,48 @@ def open_video(path) -> av.container.InputContainer:
     ClipError: the file is no video, or has only sound.
   """
   try:
-    container = av.open(os.fspath(path))
+    # Old files have names and comments that are no UTF-8; nobody needs them here.
+    container = av.open(os.fspath(path), metadata_errors="replace")
   except DECODE_ERRORS as e:
     raise ClipError(path, f"not a video ({short_message(e)})") from e
-  if not container.streams.video:
+  stream = video_stream(container)
+  if stream is None:
+    pictures = len(container.streams.video)
     container.close()
-    raise ClipError(path, "no video stream in it")
+    only = ", only a cover picture" if pictures else ""
+    raise ClipError(path, f"no video stream in it{only}")
   # Pipelines decode in many processes, so each one keeps to a single thread.
-  container.streams.video[0].thread_count = 1
+  stream.thread_count = 1
   return container
 
 
-def declared_duration(stream) -> float | None:
-  """Length of the video stream that the header states, in seconds, or None."""
+def video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
+  """The first video of a container that is no cover picture."""
+  cover = av.stream.Disposition.attached_pic
+  return next((s for s in container.streams.video if not s.disposition & cover), None)
+
+
+def declared_duration(stream: av.VideoStream) -> float | None:
+  """Seconds from the stream's first frame to its end as the header has it, or None."""
   if stream.duration:
     return float(stream.duration * stream.time_base)
   tag = stream.metadata.get("DURATION")  # Matroska: hours:minutes:seconds
   try:
     hours, minutes, seconds = tag.split(":")
-    return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
   except (AttributeError, ValueError):
     return None
+  return end - max(0.0, float((stream.start_time or 0) * stream.time_base))
+
+
+def declared_total(container: av.container.InputContainer) -> float | None:
+  """Seconds from the first of all streams to the last's end by the header, or None."""
+  if not container.duration:
+    return None
+  total = container.duration / av.time_base
+  if "matroska" in container.format.name:  # counts from 0, wherever a stream begins
+    total -= max(0, container.start_time or 0) / av.time_base
+  return total
 
 
 def is_cut_off(found: float, declared: float | None, fps: float) -> bool:

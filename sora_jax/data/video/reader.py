@@ -4,21 +4,10 @@ Frames are chosen by their presentation time, never by counting, so that variabl
 rates, B-frames and cuts come out right.
 """
 
-import av
 import numpy as np
 
-from sora_jax.data.video import images, media, resizing
-
-_Interpolation = av.video.reformatter.Interpolation
-# Exact rounding and full resolution chroma: 3 dB on small saturated shapes, but 20
-# times slower than the default, which nobody can tell from it on large frames.
-EXACT = (
-  _Interpolation.BICUBIC
-  | _Interpolation.ACCURATE_RND
-  | _Interpolation.FULL_CHR_H_INT
-  | _Interpolation.FULL_CHR_H_INP
-)
-_EXACT_PIXELS = 384 * 384
+from sora_jax.data.video import colour, images, media, resizing
+from sora_jax.data.video import frames as decoded
 
 
 def read(
@@ -32,7 +21,8 @@ def read(
 ) -> np.ndarray:
   """Decodes frames to uint8 [T, H, W, 3].
 
-  Rotation is applied; grey becomes RGB; transparency is laid over white.
+  Frames are as a player shows them: see `colour.Converter`. Interlaced ones are
+  deinterlaced.
 
   Args:
     path: an image or a video.
@@ -56,13 +46,14 @@ def read(
       raise media.ClipError(path, f"too short: 1 frame, {frames} asked for")
     return resizing.fit_frame(images.read(path), size, fit)[None]
   with media.open_video(path) as container:
+    convert = colour.Converter(path, media.video_stream(container), size, fit)
+    video, last = [], None
     try:
-      chosen = _choose(container, path, start, frames, fps)
-      video = [resizing.fit_frame(_to_rgb(frame), size, fit) for frame in chosen]
-    except media.ClipError:
-      raise
-    except media.DECODE_ERRORS as e:
-      raise media.ClipError(path, f"damaged ({media.short_message(e)})") from e
+      for frame in _choose(container, path, start, frames, fps):
+        video.append(video[-1] if frame is last else convert(frame))
+        last = frame
+    except media.VIDEO_ERRORS as e:
+      raise media.damaged(path, e) from e
   if frames is not None and len(video) < frames:
     at = "" if fps is None else f" at {fps:g} fps"
     raise media.ClipError(
@@ -79,22 +70,16 @@ def _choose(container, path, start, count, fps):
 
   With a rate, each frame is held until the next one shows how long it stays on screen.
   """
-  stream = container.streams.video[0]
-  base = float(stream.time_base)
-  origin = stream.start_time or 0
+  stream = media.video_stream(container)
   rate = float(stream.average_rate or stream.guessed_rate or 0)
   interval = 1 / rate if rate else 0.04
   # Containers round times to their tick, so k / fps may fall just before its frame.
-  slack = min(max(base, 1e-3), 0.25 * interval)
-  if start > 0:
-    container.seek(origin + int(start / base), stream=stream, backward=True)
+  slack = min(max(float(stream.time_base), 1e-3), 0.25 * interval)
   emitted, held, time, end = 0, None, float("inf"), 0.0
-  for frame in container.decode(stream):
-    if frame.pts is None:
-      continue
-    time, before = (frame.pts - origin) * base, time
+  for frame, now, duration in decoded.decode(container, path, start):
+    time, before = now, time
     # Some files do not say how long the last frame stays.
-    end = time + (frame.duration * base or max(interval, time - before))
+    end = time + (duration or max(interval, time - before))
     if fps is None:
       if time >= start - slack:
         yield frame
@@ -111,21 +96,9 @@ def _choose(container, path, start, count, fps):
       yield held
       emitted += 1
   declared = media.declared_duration(stream)
-  if declared is None and container.duration and len(container.streams) == 1:
-    declared = container.duration / av.time_base
+  if declared is None and len(container.streams) == 1:
+    declared = media.declared_total(container)
   if count is None and media.is_cut_off(end, declared, 1 / interval):
     raise media.ClipError(
       path, f"cut off: {end:.2f} s found, {declared:.2f} s declared"
     )
-
-
-def _to_rgb(frame):
-  """Converts a decoded frame to uint8 [H, W, 3] and turns it upright."""
-  exact = frame.width * frame.height <= _EXACT_PIXELS
-  how = {"interpolation": EXACT if exact else _Interpolation.BICUBIC, "threads": 1}
-  name = frame.format.name
-  if name == "pal8" or any(c.is_alpha for c in frame.format.components):
-    array = images.over_white(frame.to_ndarray(format="rgba", **how))
-  else:
-    array = frame.to_ndarray(format="rgb24", **how)
-  return np.rot90(array, frame.rotation // 90)

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import PIL.Image
 
-from sora_jax.data.video import images, media, reader
+from sora_jax.data.video import colour, images, media
 from sora_jax.runtime import files
 
 
@@ -111,20 +111,20 @@ def _write_video(path, chunks, fps, crf, metadata):
     codec = "libvpx-vp9" if suffix == ".webm" else "libx264"
     stream = _add_stream(container, codec, fps, crf)
     stream.height, stream.width = height + height % 2, width + width % 2
-    reformatter = av.video.reformatter.VideoReformatter()
-    count = 0
+    # H.264 is told where its colour samples lie; of VP9 readers take it to be left.
+    siting = "left" if suffix == ".webm" else "center"
+    to_yuv = f"out_color_matrix=bt709:out_range=limited:out_chroma_loc={siting}:"
+    graph, count, tick = None, 0, 1 / stream.codec_context.framerate
     for array in itertools.chain(first, itertools.chain.from_iterable(chunks)):
-      count += 1
       array = np.ascontiguousarray(np.pad(array, odd, mode="edge"))
       frame = av.VideoFrame.from_ndarray(array, format="rgb24")
-      frame = reformatter.reformat(
-        frame,
-        format="yuv420p",
-        dst_colorspace=av.video.reformatter.Colorspace.ITU709,
-        dst_color_range=av.video.reformatter.ColorRange.MPEG,
-        interpolation=reader.EXACT,
-        threads=1,
-      )
+      if graph is None:
+        size = (frame.height, frame.width)
+        graph = colour.scaler(frame, to_yuv, size, "yuv420p", tick)
+      graph.vpush(frame)
+      frame = graph.vpull()
+      frame.pts, frame.time_base = count, tick
+      count += 1
       container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
   return count
