@@ -35,6 +35,8 @@ SCALE_FLAGS = "flags=bicubic+accurate_rnd+full_chroma_int:threads=1"
 _MAX_PIXEL_ASPECT = 10
 # Times the larger of frame and result that a resized frame may be before its crop.
 _MAX_GROWTH = 4
+# What swscale makes of YUV's white with 16 bits: that of 8 bits, shifted.
+_WHITE_OF_YUV = 255 << 8
 
 
 class Converter:
@@ -99,6 +101,7 @@ class Converter:
     else:
       scaled = placement.scaled
     kind = "rgba" if transparent else "rgb48le" if hdr else "rgb24"
+    white = 65535 if frame.format.is_rgb else _WHITE_OF_YUV
     graph = scaler(frame, source, scaled, kind, self._stream.time_base)
 
     def convert(frame):
@@ -106,7 +109,7 @@ class Converter:
       if transparent:
         array = images.over_white(array)
       elif hdr:
-        array = tone_mapping.to_sdr(array, transfer, primaries)
+        array = tone_mapping.to_sdr(array, transfer, primaries, white)
       if scaled == placement.scaled:
         array = _cut(array, placement)
       else:

@@ -33,18 +33,21 @@ _SAME = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 PRIMARIES = {1: _SAME, 2: _BT2020_TO_BT709, 9: _BT2020_TO_BT709, 12: _P3_TO_BT709}
 
 
-def to_sdr(signal_HWC: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
+def to_sdr(
+  signal_HWC: np.ndarray, transfer: int, primaries: int, white: int = 65535
+) -> np.ndarray:
   """Maps a frame of high dynamic range to BT.709 for a display of gamma 2.4.
 
   Args:
-    signal_HWC: uint16 [H, W, 3], R'G'B' with 65535 as 1.
+    signal_HWC: uint16 [H, W, 3], R'G'B'.
     transfer: PQ or HLG.
     primaries: one of PRIMARIES.
+    white: the code of 1.
 
   Returns:
     uint8 [H, W, 3].
   """
-  light_HWC = _light_of(transfer)[signal_HWC]
+  light_HWC = _light_of(transfer, white)[signal_HWC]
   if transfer == HLG:
     # The display's part: gamma 1.2 of the brightness, BT.2100, table 5.
     luma_HW1 = (light_HWC @ _BT2020_LUMA)[..., None]
@@ -72,9 +75,9 @@ def shoulder(light: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _light_of(transfer):
+def _light_of(transfer, white):
   """Light of each 16 bit code: PQ's in units of white, HLG's of the scene's peak."""
-  code = np.arange(65536) / 65535
+  code = np.minimum(np.arange(65536) / white, 1)
   if transfer == PQ:
     m1, m2 = 2610 / 16384, 2523 / 32
     c1, c2, c3 = 3424 / 4096, 2413 / 128, 2392 / 128
