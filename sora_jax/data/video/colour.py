@@ -5,6 +5,8 @@ Pillow does the whole RGB frame, with the same filter: both ways give the same p
 a level or two.
 """
 
+import fractions
+
 import av
 import numpy as np
 
@@ -30,7 +32,7 @@ _RGB, _UNSPECIFIED = 0, 2
 _HD_LINES = 720
 _FULL_RANGE = 2
 # Without these flags swscale repeats colour samples and rounds down: 15 dB less.
-SCALE_FLAGS = "flags=bicubic+accurate_rnd+full_chroma_int:threads=1"
+_FLAGS = "flags=bicubic+accurate_rnd+full_chroma_int:threads=1"
 # Wider pixels than any standard has; they would make frames of any size.
 _MAX_PIXEL_ASPECT = 10
 # Times the larger of frame and result that a resized frame may be before its crop.
@@ -81,42 +83,48 @@ class Converter:
   def _prepare(self, frame):
     """What converts frames that look like this one."""
     turn = orient(self._path, frame)
-    source = _source(self._path, self._stream, frame)
+    shape = (frame.height, frame.width)
     size = self._size and turn.turned(self._size)
-    placement = resizing.place(
-      (frame.height, frame.width), size, self._fit, self._pixel_aspect
-    )
-    transfer, primaries = int(frame.color_trc), int(frame.color_primaries)
-    hdr = transfer in (tone_mapping.PQ, tone_mapping.HLG)
-    if hdr and primaries not in tone_mapping.PRIMARIES:
-      raise media.ClipError(
-        self._path, f"high dynamic range with colour primaries {primaries} (FFmpeg's "
-        f"number); only {sorted(tone_mapping.PRIMARIES)} can be converted",
-      )  # fmt: skip
+    placement = resizing.place(shape, size, self._fit, self._pixel_aspect)
     transparent = _is_transparent(frame)
-    largest = max(_area(placement.size), frame.width * frame.height)
-    if transparent or _area(placement.scaled) > _MAX_GROWTH * largest:
-      # Colours that nothing shows must not mix with others; strips would explode.
-      scaled = (frame.height, frame.width)
-    else:
-      scaled = placement.scaled
-    kind = "rgba" if transparent else "rgb48le" if hdr else "rgb24"
-    white = 65535 if frame.format.is_rgb else _WHITE_OF_YUV
-    graph = scaler(frame, source, scaled, kind, self._stream.time_base)
+    largest = max(_area(placement.size), _area(shape))
+    # Colours that nothing shows must not mix with others, and the whole of a strip may
+    # be huge before its crop: these are resized as RGB.
+    late = transparent or _area(placement.scaled) > _MAX_GROWTH * largest
+    to_rgb = self._to_rgb(frame, shape if late else placement.scaled, transparent)
 
     def convert(frame):
-      array = _through(graph, frame)
-      if transparent:
-        array = images.over_white(array)
-      elif hdr:
-        array = tone_mapping.to_sdr(array, transfer, primaries, white)
-      if scaled == placement.scaled:
-        array = _cut(array, placement)
+      frame_HWC = to_rgb(frame)
+      if late:
+        frame_HWC = resizing.fit_frame(frame_HWC, size, self._fit, self._pixel_aspect)
       else:
-        array = resizing.fit_frame(array, size, self._fit, self._pixel_aspect)
-      return turn.apply(array)
+        frame_HWC = _cut(frame_HWC, placement)
+      return turn.apply(frame_HWC)
 
     return convert
+
+  def _to_rgb(self, frame, size, transparent):
+    """What makes uint8 [H, W, 3] of a size of such frames, as they are stored."""
+    source = _source(self._path, self._stream, frame)
+    base = self._stream.time_base
+    if transparent:
+      graph = scaler(frame, source, size, "rgba", base)
+      return lambda frame: images.over_white(_through(graph, frame))
+    transfer, primaries = int(frame.color_trc), int(frame.color_primaries)
+    if transfer not in (tone_mapping.PQ, tone_mapping.HLG):
+      graph = scaler(frame, source, size, "rgb24", base)
+      return lambda frame: _through(graph, frame)
+    if primaries not in tone_mapping.PRIMARIES:
+      raise media.ClipError(
+        self._path,
+        f"high dynamic range with colour primaries {primaries} (FFmpeg's number); "
+        f"only {sorted(tone_mapping.PRIMARIES)} can be converted",
+      )
+    graph = scaler(frame, source, size, "rgb48le", base)
+    white = 65535 if frame.format.is_rgb else _WHITE_OF_YUV
+    return lambda frame: tone_mapping.to_sdr(
+      _through(graph, frame), transfer, primaries, white
+    )
 
 
 def pixel_aspect(path, stream: av.VideoStream) -> float:
@@ -198,8 +206,22 @@ def _source(path, stream, frame):
   return options + ":"
 
 
-def scaler(frame, source, size, kind, time_base):
-  """A graph that resizes frames like this one and converts them."""
+def scaler(
+  frame: av.VideoFrame,
+  options: str,
+  size: tuple[int, int],
+  kind: str,
+  time_base: fractions.Fraction,
+) -> av.filter.Graph:
+  """A graph that resizes frames like this one and converts them.
+
+  Args:
+    frame: an example.
+    options: of FFmpeg's filter `scale`, each with a colon after it.
+    size: (height, width) of the results.
+    kind: their pixel format.
+    time_base: of the frames.
+  """
   graph = av.filter.Graph()
   graph.threads = 1
   nodes = (
@@ -209,7 +231,7 @@ def scaler(frame, source, size, kind, time_base):
       format=frame.format,
       time_base=time_base,
     ),
-    graph.add("scale", f"{size[1]}:{size[0]}:{source}{SCALE_FLAGS}"),
+    graph.add("scale", f"{size[1]}:{size[0]}:{options}{_FLAGS}"),
     graph.add("format", kind),
     graph.add("buffersink"),
   )

@@ -54,7 +54,7 @@ def open_video(path) -> av.container.InputContainer:
   """Opens a video for reading, with one decoding thread.
 
   Raises:
-    ClipError: the file is no video, or has only sound.
+    ClipError: the file is no video, has only sound, or an unknown codec.
   """
   try:
     # Old files have names and comments that are no UTF-8; nobody needs them here.
@@ -67,6 +67,9 @@ def open_video(path) -> av.container.InputContainer:
     container.close()
     only = ", only a cover picture" if pictures else ""
     raise ClipError(path, f"no video stream in it{only}")
+  if stream.codec_context is None:
+    container.close()
+    raise ClipError(path, "its codec is none that FFmpeg knows")
   # Pipelines decode in many processes, so each one keeps to a single thread.
   stream.thread_count = 1
   return container

@@ -90,12 +90,13 @@ def _length(container, path, times):
 
 
 def _first_size(path):
-  """(height, width) of the first frame, which is converted, to see that it can be."""
+  """(height, width) as shown of the first frame, once it is seen that it converts."""
   with media.open_video(path) as container:
     stream = media.video_stream(container)
     try:
       first = next(frames.decode(container, path)).frame
-      return colour.Converter(path, stream)(first).shape[:2]
+      colour.Converter(path, stream, (16, 16))(first)
+      return colour.shown_size(path, stream, first)
     except StopIteration:
       raise media.ClipError(path, "no frame can be decoded") from None
     except media.VIDEO_ERRORS as e:
