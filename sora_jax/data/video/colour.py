@@ -6,6 +6,7 @@ a level or two.
 """
 
 import fractions
+from collections.abc import Callable
 
 import av
 import numpy as np
@@ -32,7 +33,7 @@ _RGB, _UNSPECIFIED = 0, 2
 _HD_LINES = 720
 _FULL_RANGE = 2
 # Without these flags swscale repeats colour samples and rounds down: 15 dB less.
-_FLAGS = "flags=bicubic+accurate_rnd+full_chroma_int:threads=1"
+_FLAGS = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp:threads=1"
 # Wider pixels than any standard has; they would make frames of any size.
 _MAX_PIXEL_ASPECT = 10
 # Times the larger of frame and result that a resized frame may be before its crop.
@@ -60,15 +61,15 @@ class Converter:
     self._path, self._stream = path, stream
     self._size, self._fit = size, fit
     self._pixel_aspect = pixel_aspect(path, stream)
-    self._look = self._convert = None
+    self._look: tuple | None = None
+    self._convert: Callable[[av.VideoFrame], np.ndarray] | None = None
     self._shape: tuple[int, int] | None = None
 
   def __call__(self, frame: av.VideoFrame) -> np.ndarray:
     """One frame. ClipError if it is of a kind that cannot be converted."""
     look = _look_of(frame)
-    if look != self._look:
-      self._convert = self._prepare(frame)
-      self._look = look
+    if self._convert is None or look != self._look:
+      self._convert, self._look = self._prepare(frame), look
     frame_HWC = self._convert(frame)
     shape = frame_HWC.shape[:2]
     if self._shape not in (None, shape):

@@ -106,7 +106,8 @@ def _progressive(frames, stream) -> Iterator[av.VideoFrame]:
   FFmpeg's bwdif makes one frame of each and leaves progressive ones as they are. Files
   that are interlaced in name only come through with a little less sharpness.
   """
-  graph, look, waiting = None, None, collections.deque()
+  graph, look = None, None
+  waiting: collections.deque = collections.deque()
   for frame in frames:
     new = (frame.width, frame.height, frame.format.name)
     if graph is not None and new != look:  # the size changes in the middle

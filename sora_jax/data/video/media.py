@@ -61,37 +61,43 @@ def open_video(path) -> av.container.InputContainer:
     container = av.open(os.fspath(path), metadata_errors="replace")
   except DECODE_ERRORS as e:
     raise ClipError(path, f"not a video ({short_message(e)})") from e
-  stream = video_stream(container)
-  if stream is None:
+  videos = _videos(container)
+  if not videos:
     pictures = len(container.streams.video)
     container.close()
     only = ", only a cover picture" if pictures else ""
     raise ClipError(path, f"no video stream in it{only}")
-  if stream.codec_context is None:
+  if videos[0].codec_context is None:
     container.close()
     raise ClipError(path, "its codec is none that FFmpeg knows")
   # Pipelines decode in many processes, so each one keeps to a single thread.
-  stream.thread_count = 1
+  videos[0].thread_count = 1
   return container
 
 
-def video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
-  """The first video of a container that is no cover picture."""
+def video_stream(container: av.container.InputContainer) -> av.VideoStream:
+  """The first video, and no cover picture, of what `open_video` opened."""
+  return _videos(container)[0]
+
+
+def _videos(container):
   cover = av.stream.Disposition.attached_pic
-  return next((s for s in container.streams.video if not s.disposition & cover), None)
+  return [s for s in container.streams.video if not s.disposition & cover]
 
 
 def declared_duration(stream: av.VideoStream) -> float | None:
   """Seconds from the stream's first frame to its end as the header has it, or None."""
+  tick = float(stream.time_base or 1)
   if stream.duration:
-    return float(stream.duration * stream.time_base)
-  tag = stream.metadata.get("DURATION")  # Matroska: hours:minutes:seconds
+    return stream.duration * tick
+  tag = stream.metadata.get("DURATION", "")  # Matroska: hours:minutes:seconds
   try:
     hours, minutes, seconds = tag.split(":")
     end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-  except (AttributeError, ValueError):
+  except ValueError:
     return None
-  return end - max(0.0, float((stream.start_time or 0) * stream.time_base))
+  # Matroska counts from 0, wherever the stream begins.
+  return end - max(0, stream.start_time or 0) * tick
 
 
 def declared_total(container: av.container.InputContainer) -> float | None:
@@ -99,7 +105,7 @@ def declared_total(container: av.container.InputContainer) -> float | None:
   if not container.duration:
     return None
   total = container.duration / av.time_base
-  if "matroska" in container.format.name:  # counts from 0, wherever a stream begins
+  if "matroska" in container.format.name:
     total -= max(0, container.start_time or 0) / av.time_base
   return total
 

@@ -38,10 +38,10 @@ def of(frame: av.VideoFrame) -> Orientation:
   Raises:
     ValueError: the frame would be turned by something else than quarters.
   """
-  matrix = frame.side_data.get("DISPLAYMATRIX")
+  matrix = _display_matrix(frame)
   if matrix is None:
     return Orientation()
-  a, b, _, c, d = struct.unpack("=9i", bytes(matrix)[:36])[:5]
+  a, b, _, c, d = struct.unpack("=9i", matrix)[:5]
   straight, crossed = max(abs(a), abs(d)), max(abs(b), abs(c))
   # A matrix of zeros says nothing, and players show such a file as it is.
   if not straight and not crossed:
@@ -55,3 +55,9 @@ def of(frame: av.VideoFrame) -> Orientation:
     f"the display matrix ({a}, {b}, {c}, {d}) turns it by {frame.rotation} degrees; "
     "only quarter turns and mirrors are possible"
   )
+
+
+def _display_matrix(frame):
+  """The 36 bytes of the matrix, or None."""
+  data = frame.side_data.get("DISPLAYMATRIX")
+  return data and bytes(data)[:36]

@@ -47,7 +47,8 @@ def read(
     return resizing.fit_frame(images.read(path), size, fit)[None]
   with media.open_video(path) as container:
     convert = colour.Converter(path, media.video_stream(container), size, fit)
-    video, last = [], None
+    video: list[np.ndarray] = []
+    last = None
     try:
       for frame in _choose(container, path, start, frames, fps):
         video.append(video[-1] if frame is last else convert(frame))
