@@ -10,7 +10,7 @@ from data import video_files
 from data.media_samples import noise, numbered, numbers, psnr, write_pts
 
 from sora_jax.data import sources
-from sora_jax.data.video import media, probe, reader, writer
+from sora_jax.data.video import media, probe, reader, resizing, writer
 
 MS = fractions.Fraction(1, 1000)
 
@@ -107,9 +107,10 @@ def test_times_below_zero(tmp_path, suffix):
   assert numbers(reader.read(path, start=1.0, fps=8, frames=3), 17) == got[8:11]
 
 
-def test_an_edit_list_trims_the_start(tmp_path):
+@pytest.mark.parametrize("backward", ["0", "3"])
+def test_an_edit_list_trims_the_start(tmp_path, backward):
   path = tmp_path / "a.mp4"
-  video_files.write(path, encoded(17, 17), options={"bf": "0"})
+  video_files.write(path, encoded(17, 17), options={"bf": backward, "g": "17"})
   data = bytearray(path.read_bytes())
   at = data.index(b"elst") + 4
   assert int.from_bytes(data[at + 4 : at + 8], "big") == 1
@@ -117,6 +118,7 @@ def test_an_edit_list_trims_the_start(tmp_path):
     ticks = round(0.5 / container.streams.video[0].time_base)
   duration = int.from_bytes(data[at + 8 : at + 12], "big") - 500  # ms
   data[at + 8 : at + 12] = duration.to_bytes(4, "big")
+  ticks += int.from_bytes(data[at + 12 : at + 16], "big")
   data[at + 12 : at + 16] = ticks.to_bytes(4, "big")
   path.write_bytes(data)
   assert probe.probe(path).frames == 13
@@ -283,6 +285,20 @@ def test_one_pixel_and_eight_thousand(tmp_path):
       clip.path, fps=clip.fps, frames=clip.frames, size=(clip.height, clip.width)
     )
     assert np.abs(video[:, 0, 0, 0] - [51, 86, 121, 156, 191]).max() <= 1
+
+
+def test_a_fault_of_ours_is_not_called_damage(tmp_path, monkeypatch):
+  path = tmp_path / "a.mp4"
+  writer.write(path, numbered(5), 8)
+
+  def fail(*args):
+    raise ValueError("box offset can't be negative")
+
+  monkeypatch.setattr(resizing, "place", fail)
+  for call in (lambda: probe.probe(path), lambda: reader.read(path, size=(16, 16))):
+    with pytest.raises(ValueError, match="box offset") as error:
+      call()
+    assert not isinstance(error.value, media.ClipError)
 
 
 def test_names_inside_that_are_no_utf8(tmp_path):
