@@ -303,6 +303,17 @@ def test_hdr_of_unknown_primaries_is_refused(tmp_path):
       call(path)
 
 
+def test_transparent_hdr_is_refused(tmp_path):
+  path = tmp_path / "a.mkv"
+  rgba = av.VideoFrame.from_ndarray(transparent(), format="rgba")
+  frame = rgba.reformat(format="yuva444p10le")
+  tags = {"color_trc": 18, "color_primaries": 9, "colorspace": 9}
+  video_files.write(path, [frame] * 2, "ffv1", options={"level": "3"}, **tags)
+  for call in (probe.probe, reader.read):
+    with pytest.raises(media.ClipError, match="transparent in high dynamic range"):
+      call(path)
+
+
 def test_the_reader_agrees_with_pillow_on_motion_jpeg(tmp_path):
   picture = video_files.corners()
   image = tmp_path / "a.jpg"

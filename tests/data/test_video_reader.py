@@ -7,6 +7,7 @@ import av
 import numpy as np
 import PIL.Image
 import pytest
+from data import video_files
 from data.media_samples import noise, numbered, numbers, sound, write_pts
 
 from sora_jax.data.video import media, probe, reader, writer
@@ -89,6 +90,30 @@ def test_rotation_is_applied(tmp_path):
   assert got.shape == (5, 64, 32, 3)
   assert got[0, 8, 24, 0] > 180 and got[0, 8, 8, 0] < 100
   np.testing.assert_array_equal(got[0], np.rot90(reader.read(upright)[0], -1))
+
+
+@pytest.mark.parametrize(
+  "name, codec, options",
+  [
+    ("a.mp4", "libx264", {"x264-params": "open-gop=1:keyint=8:bframes=3"}),
+    ("a.ts", "libx264", {"x264-params": "open-gop=1:keyint=8:bframes=3"}),
+    ("a.mkv", "libx265", {"x265-params": "open-gop=1:keyint=8:log-level=none"}),
+    ("a.mpg", "mpeg2video", {"g": "8", "bf": "2", "b": "4M"}),
+    ("a.flv", "libx264", {"g": "8"}),
+    ("a.avi", "mpeg4", {"g": "8", "b": "3M"}),
+    ("a.wmv", "wmv2", {"g": "8", "b": "3M"}),
+    ("a.webm", "libvpx-vp9", {"g": "8"}),
+  ],
+)
+def test_every_frame_is_found_from_anywhere(tmp_path, name, codec, options):
+  path = tmp_path / name
+  frames = [video_files.rgb_frame(a, "yuv420p") for a in numbered(41)]
+  video_files.write(path, frames, codec, options=options, fps=25)
+  assert probe.probe(path).frames == 41
+  assert numbers(reader.read(path, fps=25, frames=41), 41) == list(range(41))
+  for first in range(1, 38, 3):
+    got = reader.read(path, start=first / 25, fps=25, frames=3)
+    assert numbers(got, 41) == [first, first + 1, first + 2]
 
 
 def test_shorter_than_asked(tmp_path):

@@ -108,11 +108,16 @@ class Converter:
     """What makes uint8 [H, W, 3] of a size of such frames, as they are stored."""
     source = _source(self._path, self._stream, frame)
     base = self._stream.time_base
+    transfer, primaries = int(frame.color_trc), int(frame.color_primaries)
+    hdr = transfer in (tone_mapping.PQ, tone_mapping.HLG)
+    if transparent and hdr:
+      raise media.ClipError(
+        self._path, "transparent in high dynamic range, which cannot be converted"
+      )
     if transparent:
       graph = scaler(frame, source, size, "rgba", base)
       return lambda frame: images.over_white(_through(graph, frame))
-    transfer, primaries = int(frame.color_trc), int(frame.color_primaries)
-    if transfer not in (tone_mapping.PQ, tone_mapping.HLG):
+    if not hdr:
       graph = scaler(frame, source, size, "rgb24", base)
       return lambda frame: _through(graph, frame)
     if primaries not in tone_mapping.PRIMARIES:

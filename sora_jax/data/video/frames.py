@@ -20,7 +20,9 @@ class Timed(NamedTuple):
   duration: float  # seconds; 0.0 where the file does not say
 
 
-def decode(container: av.container.InputContainer, path, start: float = 0.0):
+def decode(
+  container: av.container.InputContainer, path, start: float = 0.0
+) -> Iterator[Timed]:
   """Yields every frame from `start` on as Timed, and maybe some before it.
 
   Args:
