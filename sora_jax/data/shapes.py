@@ -70,20 +70,23 @@ class World:
   bars: bool = True
 
 
+# One object on one ground, at one size and rate.
+_SIMPLE = World(
+  sizes=((64, 64),),
+  frames=(17,),
+  rates=(12,),
+  backgrounds=("dark grey",),
+  gradients=0.0,
+  images=0.5,
+  steady=True,
+  pairs=False,
+  bars=False,
+)
 WORLDS = {
   "whole": World(),
-  # For minutes on a laptop: one object on one ground, at one size and rate.
-  "simple": World(
-    sizes=((64, 64),),
-    frames=(17,),
-    rates=(12,),
-    backgrounds=("dark grey",),
-    gradients=0.0,
-    images=0.5,
-    steady=True,
-    pairs=False,
-    bars=False,
-  ),
+  "simple": _SIMPLE,
+  # For minutes on a laptop: a second, in which everything moves as far.
+  "short": dataclasses.replace(_SIMPLE, frames=(9,), rates=(8,)),
 }
 _MARGIN = 1.5  # pixels between an object and the edge of its region
 
@@ -372,8 +375,8 @@ def _track(rng, shape, motion, region, times, small, across, steady):
   elif motion in _DIRECTIONS:
     step_x, step_y = _DIRECTIONS[motion]
     room = room_x if step_x else room_y
-    # A steady one is just slow enough for a star to stay in the frame for 17 frames.
-    distance = (21 if steady else _log_uniform(rng, 8, 90)) * duration
+    # A steady one goes about as far as a star can.
+    distance = 28.0 if steady else _log_uniform(rng, 8, 90) * duration
     if not 16 <= distance <= room:
       return None
     # As far as it goes on either side of the middle of its room.

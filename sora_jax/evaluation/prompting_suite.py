@@ -63,7 +63,7 @@ _DRIFT = {
 }  # fmt: skip
 # An object that moves on leaves the frame, one that grows fills it.
 _ENDLESS = ("bounce", "turn", "still")
-# With 9 of 33 frames given, a window makes so many.
+# Frames of a row of the drift: what a window of 33 frames makes, with 9 of them given.
 _WINDOW = 24
 # A still video has no differences at all: smaller medians than this many levels of
 # brightness count as this one.

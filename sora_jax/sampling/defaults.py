@@ -26,15 +26,17 @@ class Defaults:
     size: (width, height) in pixels.
     frames: of a video.
     fps: frames per second.
+    window: frames that are made at once: no more than the model has seen in training.
   """
 
   options: Options = Options()
   size: tuple[int, int] = (64, 64)
   frames: int = 17
   fps: float = 12.0
+  window: int = 33
 
   def fill(self, job: Job) -> Job:
-    """The job with the size, length and rate that neither it nor its media say."""
+    """The job with the size, length, rate and window that neither it nor media say."""
     known: dict[str, Any] = {}
     media = (job.image, job.last_image, job.video, job.key_frames or None)
     if job.size is None and all(medium is None for medium in media):
@@ -43,6 +45,8 @@ class Defaults:
       known["frames"] = self.frames
     if job.fps is None and job.video is None:
       known["fps"] = self.fps
+    if job.window is None:
+      known["window"] = self.window
     return dataclasses.replace(job, **known)
 
   def to_json(self) -> dict[str, Any]:
@@ -84,6 +88,7 @@ def _of_json(values, folder) -> Defaults:
     (int(width), int(height)),
     int(values["frames"]),
     float(values["fps"]),
+    int(values.get("window", Defaults.window)),
   )
 
 
@@ -96,7 +101,11 @@ def _of_stage(values, folder) -> Defaults:
   _, (width, height), frames, fps = min(prompts, key=lambda prompt: prompt[2] == 1)
   # As the stage has it: 0 is the rate that the model was trained at.
   fps = fps or checkpoint.load_meta(folder / "dit" / "model")["reference_fps"]
-  return Defaults(options, (width, height), frames, fps)
+  # The longest prompt tells how long a small model's videos are. Long prompts are made
+  # in windows, so they say nothing.
+  longest = max(prompt[2] for prompt in prompts)
+  window = longest if 5 <= longest < Defaults.window else Defaults.window
+  return Defaults(options, (width, height), frames, fps, window)
 
 
 def _options(values) -> Options:

@@ -24,6 +24,8 @@ MODES = (
   "infill",
   "interpolate",
 )
+# Of a job that does not say its windows, in frames.
+_WINDOW, _GIVEN = 33, 9
 _MEDIA = ("image", "last_image", "video", "connect", "mask")
 
 
@@ -93,8 +95,12 @@ class Job:
   )
   interpolate: int = _field(1, "Times as many frames a second: 2 or 4.")
   fit: str = _field("crop", "Inputs of another aspect ratio.", choices=("crop", "pad"))
-  window: int = _field(33, "Frames made at once; 0 = all.")
-  given: int = _field(9, "Frames of a window from the window before.")
+  window: int | None = _field(
+    None, "Frames made at once; 0 = all. By default as many as the model's videos have."
+  )
+  given: int | None = _field(
+    None, "Frames of a window from the window before. By default half of it, at most 9."
+  )
   given_noise: float = _field(0.0, "Noise on those, against drift; 0 to 1.")
   preview: float = _field(
     0.0, "Make it at half the size first, then refine that with this strength."
@@ -120,19 +126,14 @@ class Job:
 
   def _check_window(self):
     """Windows overlap, and are longer than that; what is at its default is no fault."""
-    window, given = self.window, self.given
+    window, given = self.window_frames, self.given_frames
     if window and window < 5:
       raise ValueError(f"window {window}: at least 5 frames, or 0 for all at once")
     if given < 1:
       raise ValueError(f"given {given}: at least 1 frame")
     if not window or given < window:
       return
-    if given == Job.given:
-      raise ValueError(
-        f"window {window}: at least {given + 1} frames, one more than it takes over "
-        "from the window before; less needs a smaller given"
-      )
-    if window == Job.window:
+    if self.window is None:
       raise ValueError(
         f"given {given}: at most {window - 1} frames, one less than a window has; more "
         "needs a larger window"
@@ -183,14 +184,27 @@ class Job:
   def is_plain(self) -> bool:
     """Whether it is a text alone, for one window: many of them can share rows."""
     other = self.shots or self.blend or self.preview
-    short = not self.window or (self.frames or 0) <= self.window
+    short = not self.window_frames or (self.frames or 0) <= self.window_frames
     return self.mode == "text" and short and not other
+
+  @property
+  def window_frames(self) -> int:
+    """Frames made at once, 0 for all."""
+    return _WINDOW if self.window is None else self.window
+
+  @property
+  def given_frames(self) -> int:
+    """Frames of a window that come from the window before."""
+    if self.given is not None:
+      return self.given
+    half = time_grid.TIME_FACTOR * ((self.window_frames - 1) // 8) + 1
+    return min(half, _GIVEN) if self.window_frames else _GIVEN
 
   @property
   def windows(self) -> Windows:
     """How the video is cut, in latent frames."""
-    length = time_grid.latent_frames(self.window) if self.window else 0
-    given = time_grid.latent_frames(self.given)
+    length = time_grid.latent_frames(self.window_frames) if self.window_frames else 0
+    given = time_grid.latent_frames(self.given_frames)
     if length and given >= length:
       given = length - 1
     return Windows(length, given, self.given_noise)

@@ -86,10 +86,10 @@ def read_video(job: Job, canvas: Canvas, medium: Media, keep="start") -> np.ndar
       *(_name(medium), len(video_THWC), over, "start" if keep == "end" else "end"),
     )
     video_THWC = video_THWC[over:] if keep == "end" else video_THWC[:-over]
-  if len(video_THWC) < job.given and job.mode in ("extend", "connect", "loop"):
+  if len(video_THWC) < job.given_frames and job.mode in ("extend", "connect", "loop"):
     logging.info(
       "%s has %d frames, fewer than the %d that a window takes over: all are taken",
-      *(_name(medium), len(video_THWC), job.given),
+      *(_name(medium), len(video_THWC), job.given_frames),
     )
   return video_THWC
 

@@ -1,5 +1,6 @@
 """What a checkpoint is sampled with where nothing else is said."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -17,6 +18,7 @@ OWN = Defaults(
   (96, 64),
   33,
   8.0,
+  25,
 )
 IMAGE_HWC = np.zeros((32, 32, 3), np.uint8)
 
@@ -29,17 +31,21 @@ def stage(folder, prompts, **sample):
 
 
 def test_what_a_user_leaves_open_is_filled():
-  assert OWN.fill(Job("x")) == Job("x", size=(96, 64), frames=33, fps=8.0)
-  said = Job("x", size=(64, 64), frames=1, fps=12.0)
+  assert OWN.fill(Job("x")) == Job(
+    "x", size=(96, 64), frames=33, fps=8.0, window=25
+  )
+  said = Job("x", size=(64, 64), frames=1, fps=12.0, window=0)
   assert OWN.fill(said) == said
   # Media say their own.
   image = OWN.fill(Job("x", image="a.png"))
-  assert image == Job("x", image="a.png", frames=33, fps=8.0)
+  assert image == Job("x", image="a.png", frames=33, fps=8.0, window=25)
   array = OWN.fill(Job("x", key_frames=((0.5, IMAGE_HWC),)))
   assert (array.size, array.frames) == (None, 33)
   longer = Job("x", video="a.mp4", extend_after=1.0)
-  assert OWN.fill(longer) == longer
-  assert OWN.fill(Job("x", loop=True)) == Job("x", loop=True, size=(96, 64), fps=8.0)
+  assert OWN.fill(longer) == dataclasses.replace(longer, window=25)
+  assert OWN.fill(Job("x", loop=True)) == Job(
+    "x", loop=True, size=(96, 64), fps=8.0, window=25
+  )
 
 
 def test_a_shipped_checkpoint_says_them(tmp_path):
@@ -58,6 +64,12 @@ def test_a_run_has_those_of_its_recipe(tmp_path):
   assert defaults.read(tmp_path) == Defaults(Options(), (32, 32), 1, 4.0)
   stage(tmp_path, [], steps=5)
   assert defaults.read(tmp_path) == Defaults(Options(steps=5))
+
+
+@pytest.mark.parametrize(("frames", "window"), [(1, 33), (9, 9), (17, 17), (193, 33)])
+def test_windows_are_no_longer_than_a_small_models_videos(tmp_path, frames, window):
+  stage(tmp_path, [["a", [64, 64], frames, 8.0], ["b", [64, 64], 1, 8.0]])
+  assert defaults.read(tmp_path).window == window
 
 
 def test_a_rate_of_0_is_that_of_training(tmp_path):

@@ -126,7 +126,7 @@ def test_a_mode_encodes_once(mode):
     ({"size": (0, 64)}, "size 0x64: width and height must be positive"),
     ({"frames": 0}, "frames 0: at least 1"),
     ({"seed": -1}, "seed -1 is negative"),
-    ({"window": 9, "given": 9}, "window 9: at least 10 frames"),
+    ({"window": 9, "given": 9}, "given 9 is not less than window 9"),
     ({"window": 5, "given": 7}, "given 7 is not less than window 5"),
     ({"window": 0, "given": 0}, "given 0: at least 1 frame"),
     ({"shots": ((2.0, "a star"), (1.0, "x"))}, "shots begin at"),
