@@ -10,6 +10,7 @@ VERSION = re.search(
   r'__version__ = "(.+)"', (ROOT / "sora_jax/__init__.py").read_text()
 )[1]
 
+HEIF = ["pillow-heif>=1.0"]
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10"]
 
 setup(
@@ -48,6 +49,8 @@ setup(
     "pyyaml>=6",
     "rich>=13",
     "scikit-image>=0.25",
+    # The one with OpenCV for servers: the other asks for libraries of a desktop.
+    "scenedetect-headless>=0.7,<0.8",
     "scipy>=1.14",
     "sentencepiece>=0.2.1,<0.3",
     "tensorboardX>=2.6.4",
@@ -59,8 +62,10 @@ setup(
     # To compile for TPUs on any Linux host; not beside "tpu", which has its own libtpu.
     "plan": ["libtpu>=0.0.51", "tokamax==0.0.12"],
     "notebook": NOTEBOOK,
+    "heif": HEIF,  # photographs of phones
     "test": [
       *NOTEBOOK,
+      *HEIF,
       "mypy>=1.13",
       "pytest>=8",
       "pytest-xdist>=3.6",

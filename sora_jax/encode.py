@@ -149,6 +149,7 @@ def _read(batch, bad_clips):
         frames=clip.frames,
         fps=clip.fps,
         size=(clip.height, clip.width),
+        crop=clip.crop,
       )
     # A file can break in more ways than the decoder names; none of them ends a run.
     except (ValueError, RuntimeError, OSError) as error:

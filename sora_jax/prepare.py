@@ -10,6 +10,8 @@ import pathlib
 from absl import logging
 
 from sora_jax.data import clips, shapes, sources
+from sora_jax.data.intake import workers
+from sora_jax.data.intake.measuring import Measuring
 from sora_jax.run import cli
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime.progress import track
@@ -22,8 +24,8 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     ValueError: if the source cannot be used, or leaves no clip to train on.
   """
   data, folder = recipe.data, pathlib.Path(workdir) / "data"
-  source = data.source
-  if source == "shapes":
+  source, generated = data.source, data.source == "shapes"
+  if generated:
     source = folder / "shapes"
     shapes.generate(
       source,
@@ -39,7 +41,14 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     max_pixels=data.max_pixels,
     size_multiple=data.size_multiple,
     fps=data.fps or None,
+    cut_threshold=data.cut_threshold,
+    crop_borders=data.crop_borders,
     heldout_share=data.heldout_share,
+    heldout_min=data.heldout_min if data.heldout_share else 1,
+    limits=data.filter,
+    # What was drawn just now is known to be whole, and each clip is one scene.
+    how=Measuring(decode=False) if generated else _measuring(data, folder),
+    allow_outside=data.allow_outside,
     watch=track,
   )
   found = _with_both_splits(found, source)
@@ -57,6 +66,16 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   )
   if not any(clip.captions for clip in found):
     logging.warning("no clip has a caption: the model will be unconditional")
+
+
+def _measuring(data, folder) -> Measuring:
+  """On all cores, going on from what was measured before."""
+  return Measuring(
+    decode=data.measure,
+    score_fn=data.score_fn,
+    processes=workers.cores(),
+    ledger=folder / "measured.jsonl",
+  )
 
 
 def _with_both_splits(found, source):

@@ -20,6 +20,7 @@ import pathlib
 
 from absl import flags, logging
 
+from sora_jax.data import text_file
 from sora_jax.data.video import contact_sheet, reader
 from sora_jax.diffusion.solvers import Options
 from sora_jax.run import cli, stages
@@ -81,7 +82,7 @@ def _prompts(args, described) -> list[str]:
     path = pathlib.Path(args.prompts_file)
     if not path.is_file():
       raise ValueError(f"--prompts_file: {path} is not a file")
-    prompts += [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    prompts += text_file.read_lines(path, "prompts")
   if not prompts and described:
     prompts = [described["job"].get("prompt", "")]
   media = (args.video, args.image, args.last_image, args.key_frame)

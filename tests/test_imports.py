@@ -65,7 +65,7 @@ ROOMS = {
   "diffusion": (),
   "runtime": (),
   "models": ("packing", "runtime.fields"),
-  "data": ("packing", "runtime.files"),
+  "data": ("packing", "runtime.files", "runtime.fields"),
   "tasks": ("models", "diffusion"),
   "weights": ("models", "runtime.safetensors_io"),
   "training": ("tasks", "runtime"),

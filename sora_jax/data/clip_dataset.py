@@ -62,6 +62,7 @@ class ClipDataset(EndlessDataset):
         frames=t,
         fps=clip.fps,
         size=(clip.height, clip.width),
+        crop=clip.crop,
       )
     # A file can break in more ways than the decoder names; none of them ends a run.
     except (ValueError, RuntimeError, OSError) as e:

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 
+from sora_jax.data.text_file import UTF16
 from sora_jax.runtime import files
 
 
@@ -25,6 +26,10 @@ class Clip:
   captions: tuple[str, ...] = ()
   split: str = "train"  # "train" or "heldout"
   truth: dict | None = None  # what was drawn, for generated clips
+  # (top, left, bottom, right) shares of the upright picture that are cut off first.
+  crop: tuple[float, float, float, float] | None = None
+  # What `prepare` has measured; it describes the clip and does not make it another one.
+  measured: dict | None = dataclasses.field(default=None, compare=False)
 
 
 def write_manifest(path, clips):
@@ -52,6 +57,7 @@ def read_manifest(path) -> list[Clip]:
     try:
       row["path"] = os.path.normpath(os.path.join(folder, row["path"]))
       row["captions"] = tuple(row["captions"])
+      row["crop"] = tuple(row["crop"]) if row.get("crop") else None
       clip = Clip(**row)
     except (KeyError, TypeError) as e:
       raise ValueError(f"{path}:{number}: not a clip ({e})") from e
@@ -72,7 +78,8 @@ def read_rows(path):
   if not path.is_file():
     raise ValueError(f"{path}: no such manifest")
   with open(path, "rb") as f:
-    for number, line in enumerate(f, 1):
+    lines = _utf16_lines(path) if f.peek(2)[:2] in UTF16 else f
+    for number, line in enumerate(lines, 1):
       if not line.strip():
         continue
       try:
@@ -83,6 +90,15 @@ def read_rows(path):
         kind = type(row).__name__
         raise ValueError(f"{path}:{number}: a JSON object is needed, not {kind}")
       yield number, row
+
+
+def _utf16_lines(path):
+  """Lines of a file that Windows programs have written, as UTF-8."""
+  try:
+    text = path.read_text(encoding="utf-16")
+  except UnicodeDecodeError as e:
+    raise ValueError(f"{path}: not UTF-8, and not UTF-16 either ({e})") from e
+  return (line.encode() for line in text.split("\n"))
 
 
 def write_lines(path, lines):

@@ -44,6 +44,7 @@ BACKGROUNDS = {
   "plum": (88, 72, 90),
 }
 _BAR = (24, 22, 26)
+MARKER = "seed.txt"  # says beside the clips of which seed and world they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +233,7 @@ def draw(truth) -> np.ndarray:
 
 def _claim(folder, seed, world):
   """Refuses a folder of another seed or world: its files would be taken for ours."""
-  marker = folder / "seed.txt"
+  marker = folder / MARKER
   wanted = str(seed) if world == "whole" else f"{seed} {world}"
   if marker.exists():
     found = marker.read_text().strip()

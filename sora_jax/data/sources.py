@@ -2,19 +2,29 @@
 
 import collections
 import dataclasses
-import hashlib
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable
+from typing import Any
 
 from absl import logging
 
-from sora_jax.data.clips import Clip, read_rows
+from sora_jax.data import shapes
+from sora_jax.data.clips import Clip
+from sora_jax.data.intake import captions, copies, filters, find, measuring, split
+from sora_jax.data.intake import windows as cutting
+from sora_jax.data.intake.captions import MANIFEST, LeftOut
+from sora_jax.data.intake.filters import Filter
+from sora_jax.data.intake.ledger import Ledger, version
+from sora_jax.data.intake.measuring import Measuring
+from sora_jax.data.intake.windows import Windows
 from sora_jax.data.video import media, probe
-from sora_jax.packing import time_grid
 
-MANIFEST = "manifest.jsonl"
+# Of the framework itself: neither clips nor left out.
+_OWN = (MANIFEST, shapes.MARKER)
+_LIMITS, _HOW = Filter(), Measuring()
 
 
 def legal_size(
@@ -58,11 +68,17 @@ def scan(
   max_pixels: int,
   size_multiple: int,
   fps: float | None = None,
-  heldout_share: float = 0.0,
   min_frames: int = 5,
+  cut_threshold: float = 3.0,
+  crop_borders: bool = False,
+  heldout_share: float = 0.0,
+  heldout_min: int = 0,
+  limits: Filter = _LIMITS,
+  how: Measuring = _HOW,
+  allow_outside: bool = False,
   watch: Callable = lambda items, *_: items,
 ) -> tuple[list[Clip], list[tuple[str, str]]]:
-  """Finds, measures and cuts the media files under a folder.
+  """Finds, measures, cuts and filters the media files under a folder.
 
   Captions and splits come from `manifest.jsonl` in the folder (rows with "path",
   "caption" or "captions", and optionally "split" and "truth"), which then also says
@@ -70,181 +86,213 @@ def scan(
   without captions are used without.
 
   Args:
-    folder: searched with its subfolders; suffixes may have any case.
-    max_frames: longest clip; longer videos become several clips, one after the other.
+    folder: searched with its subfolders, see `intake.find`; suffixes may have any case.
+    max_frames: longest clip; longer scenes become several clips, one after the other.
     max_pixels: largest height x width of a clip.
     size_multiple: height and width become multiples of this.
     fps: sample faster videos at this rate; None keeps every video's own.
-    heldout_share: share of files held out where no manifest says; whole files, chosen
-      by name, so that adding files moves none.
-    min_frames: a video, or the rest of one, with fewer frames is left out.
+    min_frames: a scene, or the rest of one, with fewer frames is left out.
+    cut_threshold: changes this many times as large as those of the frames around them
+      are cuts, where one scene ends; 0 cuts nowhere.
+    crop_borders: cut off black bars.
+    heldout_share, heldout_min: see `intake.split`; where a manifest does not say.
+    limits: what is left out. how: files are measured.
+    allow_outside: captions and files of a manifest may be outside of the folder.
     watch: (items, what is done to each, what they are) -> the same items, as
       `runtime.progress.track`; shows nothing by default.
 
   Returns:
-    clips, sorted by path, and the rejected files as a list of (path, reason).
+    clips, sorted by path, and all else in the folder as a list of (path, reason).
 
   Raises:
-    ValueError: missing or empty folder, a wrong manifest or caption, nothing usable.
+    ValueError: missing or empty folder, a wrong manifest, nothing usable.
   """
   folder = pathlib.Path(folder).absolute()
-  if max_frames < 1:
-    raise ValueError(f"at least 1 frame is needed, not {max_frames}")
-  max_frames = time_grid.round_down(max_frames)
-  min_frames = min(min_frames, max_frames)
-  files = _files(folder)
-  ids, found, rejected = _ids(files), [], []
-  for name, row in watch(sorted(files.items()), "measured", "files"):
-    path = folder / name
-    split = row.get("split") or _split(name, heldout_share)
-    try:
-      info = probe.probe(path)
-      pieces = _cut(path, info, fps, max_frames, min_frames)
-    except media.ClipError as e:
-      rejected.append((str(path), e.reason))
-      continue
-    size = legal_size(info.height, info.width, max_pixels, size_multiple)
-    clip = Clip(
-      id=ids[name],
-      path=str(path),
-      start=0.0,
-      frames=0,
-      fps=_rate(info, fps),
-      height=size[0],
-      width=size[1],
-      captions=tuple(row["captions"]),
-      split=split,
-      truth=row.get("truth"),
-    )
-    found += _numbered(clip, pieces)
-  _report(folder, files, found, rejected)
-  return found, rejected
+  windows = Windows(max_frames, fps, min_frames, cut_threshold, crop_borders)
+  rows, left_out, texts = _files(folder, allow_outside)
+  ids, found = _ids(rows), []
+  with Ledger(how.ledger, version()) as ledger:
+    for name, result in measuring.measure_files(folder, rows, how, ledger, watch):
+      try:
+        clip = Clip(ids[name], str(folder / name), 0.0, 0, 0.0, 0, 0)
+        clip = _described(clip, rows[name], limits)
+        pieces = _clips(clip, result, windows, max_pixels, size_multiple)
+      except (media.ClipError, LeftOut) as e:
+        left_out.append((clip.path, getattr(e, "reason", str(e))))
+        continue
+      found += _kept(pieces, limits, left_out)
+    found = copies.without(found, limits.copies, left_out)
+    if how.score_fn:
+      found = _scored(found, how, ledger, watch, limits, left_out)
+  _report(folder, rows, texts, found, left_out)
+  return _with_split(found, rows, folder, heldout_share, heldout_min), left_out
 
 
-def _files(folder):
-  """Media files of a folder by relative path. ValueError if there are none."""
+def _files(folder, allow_outside):
+  """({relative path: row}, [(path, reason)] of all others, number of caption files).
+
+  ValueError if there are no media files.
+  """
   if not folder.is_dir():
     raise ValueError(f"{folder}: no such folder")
-  manifest = folder / MANIFEST
-  files = _from_manifest(folder) if manifest.exists() else _from_tree(folder)
-  if not files:
+  found = find.find(folder)
+  left_out = [row for row in found.left_out if row[0] != str(folder / MANIFEST)]
+  if (folder / MANIFEST).is_file():
+    rows, others = captions.read_manifest(folder, allow_outside)
+    taken = set(_OWN)
+  else:
+    rows, others, taken = _with_sidecars(folder, found, allow_outside)
+  known = {*rows, *taken, *(os.path.relpath(path, folder) for path, _ in others)}
+  why = "not in the manifest" if MANIFEST in taken else "captions of no file beside it"
+  for name in sorted({*found.media, *found.texts} - known):
+    left_out.append((str(folder / name), why))
+  if not rows and not others:
     wanted = " ".join(media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES)
     raise ValueError(f"{folder}: no media files in it; looked for {wanted}")
-  return files
+  return dict(sorted(rows.items())), left_out + others, len(taken & found.texts)
 
 
-def _ids(files):
-  """Id of each file: its path without the suffix, but with it where two are alike."""
-  stems = collections.Counter(os.path.splitext(name)[0] for name in files)
-  named = {name: os.path.splitext(name)[0] for name in files}
-  return {name: name if stems[stem] > 1 else stem for name, stem in named.items()}
+def _with_sidecars(folder, found, allow_outside):
+  """(rows of media, [(path, reason)] of those left out, names of captions' files)."""
+  rows, left_out, taken = {}, [], set()
+  for name in found.media:
+    try:
+      text, texts = captions.sidecar(folder, name, found, allow_outside)
+      rows[name] = {"captions": texts}
+    except LeftOut as e:
+      left_out.append((str(folder / name), str(e)))
+      text = os.path.splitext(name)[0] + ".txt"
+    taken.add(text)
+  return rows, left_out, taken
 
 
-def _numbered(clip, pieces):
-  """The clips of a file's (start, frames) pieces, numbered if there are several."""
+def _ids(names) -> dict[str, str]:
+  """Id of each file: its path without the suffix, but with it where that is no one's.
+
+  Clips of a file are numbered id#0, id#1, so no file has an id that ends like that.
+  """
+  stems = collections.Counter(os.path.splitext(name)[0] for name in names)
+  ids = {}
+  for name in names:
+    stem = os.path.splitext(name)[0]
+    alone = stems[stem] == 1 and stem not in names and not re.search(r"#\d+$", stem)
+    ids[name] = stem if alone else name
+  return ids
+
+
+def _described(clip, row, limits) -> Clip:
+  """A clip with the captions that stay, truth and split of its row."""
+  texts, reason = filters.captions(limits, row["captions"])
+  if reason:
+    raise LeftOut(reason)
+  split_of = row.get("split") or clip.split
+  return dataclasses.replace(
+    clip, captions=tuple(texts), split=split_of, truth=row.get("truth")
+  )
+
+
+def _clips(clip, result, windows, max_pixels, multiple) -> list[Clip]:
+  """The clips that a measured file is cut into. LeftOut, or ClipError, if none."""
+  if "reason" in result:
+    raise LeftOut(result["reason"])
+  record = result["record"]
+  info = probe.Info(**record["info"])
+  crop = cutting.crop(record, windows)
+  top, left, bottom, right = crop or (0.0,) * 4
+  height, width = legal_size(
+    max(1, round(info.height * (1 - top - bottom))),
+    max(1, round(info.width * (1 - left - right))),
+    max_pixels,
+    multiple,
+  )
+  pieces, rate = cutting.pieces(clip.path, record, windows), windows.rate(info)
   return [
     dataclasses.replace(
       clip,
       id=clip.id if len(pieces) == 1 else f"{clip.id}#{number}",
-      start=start,
-      frames=frames,
+      start=piece.start,
+      frames=piece.frames,
+      fps=rate,
+      height=height,
+      width=width,
+      crop=crop,
+      measured=cutting.measured(record, piece, rate, crop is not None),
     )
-    for number, (start, frames) in enumerate(pieces)
+    for number, piece in enumerate(pieces)
   ]
 
 
-def _report(folder, files, found, rejected):
+def _kept(clips, limits, left_out) -> list[Clip]:
+  """The clips within the limits; the others are added to `left_out`."""
+  kept = []
+  for clip in clips:
+    reason = filters.reason(limits, clip.measured, clip.frames == 1)
+    if reason:
+      left_out.append((clip.path, f"clip {clip.id}: {reason}"))
+    else:
+      kept.append(clip)
+  return kept
+
+
+def _scored(clips, how, ledger, watch, limits, left_out) -> list[Clip]:
+  """The clips with their scores, without those below the limits."""
+  kept = []
+  for clip, result in measuring.score_clips(clips, how, ledger, watch):
+    scores: dict[str, Any] = result.get("record", {})
+    reason = result.get("reason") or filters.score_reason(limits, scores)
+    if reason:
+      left_out.append((clip.path, f"clip {clip.id}: {reason}"))
+    else:
+      measured = {**(clip.measured or {}), "scores": scores}
+      kept.append(dataclasses.replace(clip, measured=measured))
+  return kept
+
+
+def _with_split(clips, rows, folder, share, least) -> list[Clip]:
+  """The clips with the split that the manifest says, or one by content."""
+  said = {str(folder / name): row.get("split") for name, row in rows.items()}
+  open_ones = [i for i, clip in enumerate(clips) if not said[clip.path]]
+  free = [clips[i] for i in open_ones]
+  if len(free) < len(clips):
+    least = 0  # the manifest holds out what it wants to
+  clips = list(clips)
+  for i, clip in zip(open_ones, split.hold_out(free, copies.groups(free), share, least),
+                     strict=True):  # fmt: skip
+    clips[i] = clip
+  return clips
+
+
+def _report(folder, rows, texts, clips, left_out):
   """Logs what was found and left out. ValueError if nothing can be used."""
-  for path, reason in rejected[:20]:
-    logging.warning("left out %s: %s", path, reason)
-  if not found:
-    path, reason = rejected[0]
+  of_media = [
+    (path, reason)
+    for path, reason in left_out
+    if path.lower().endswith(media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES)
+  ]
+  for path, reason in of_media[:20]:
+    logging.warning("left out %s: %s", find.shown(path), find.shown(reason))
+  if not clips:
+    path, reason = (of_media or left_out)[0]
     raise ValueError(
-      f"{folder}: none of {len(files)} media files can be used; first {path}: {reason}"
+      f"{folder}: none of {max(len(rows), len(of_media))} media files can be used; "
+      f"first {find.shown(path)}: {find.shown(reason)}"
     )
-  silent = sum(not clip.captions for clip in found)
+  silent = sum(not clip.captions for clip in clips)
   logging.info(
-    "%s: %d clips (%d without a caption) of %d files, %d files left out",
-    folder, len(found), silent, len(files), len(rejected),
+    "%s: %d clips (%d without a caption) of %d media files; %d files or clips left out",
+    folder, len(clips), silent, len(rows), len(left_out),
   )  # fmt: skip
+  used = {clip.path for clip in clips}
+  counts = collections.Counter(_suffix(path) for path in used)
+  gone = collections.Counter(
+    _suffix(path) for path in {path for path, _ in left_out} - used
+  )
+  logging.info(
+    "files by suffix, used and left out: %s%s",
+    ", ".join(f"{s} {counts[s]} and {gone[s]}" for s in sorted({*counts, *gone})),
+    f"; {texts} files of captions" if texts else "",
+  )
 
 
-def _rate(info, fps):
-  """Frames a second that a file is sampled at: its own, or fewer; 1 of an image."""
-  return 1.0 if info.frames == 1 else min(info.fps, fps or info.fps)
-
-
-def _cut(path, info, fps, max_frames, min_frames):
-  """[(start, frames)] of consecutive clips; the rest of a video may be left out."""
-  if info.frames == 1:
-    return [(0.0, 1)]
-  rate = _rate(info, fps)
-  # Frame k is on screen from k / rate; rounded headers must not add one.
-  total = math.ceil(info.duration * rate - 0.3)
-  if total < min_frames:
-    raise media.ClipError(
-      path, f"too short: {total} frames at {rate:g} fps, {min_frames} needed"
-    )
-  pieces = []
-  for first in range(0, total, max_frames):
-    left = min(total - first, max_frames)
-    if left >= min_frames:
-      pieces.append((first / rate, time_grid.round_down(left)))
-  return pieces
-
-
-def _split(name, heldout_share):
-  """Split of a file, drawn by its name."""
-  draw = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-  return "heldout" if draw < heldout_share else "train"
-
-
-def _from_tree(folder):
-  """Finds all media files and their .txt captions: {relative path: {"captions"}}."""
-  files = {}
-  for path in folder.rglob("*"):
-    suffixes = media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES
-    if path.suffix.lower() in suffixes and not path.name.startswith("."):
-      files[path.relative_to(folder).as_posix()] = {"captions": _sidecar(path)}
-  return files
-
-
-def _sidecar(path):
-  """Captions of the .txt file beside a media file; none without one."""
-  text = path.with_suffix(".txt")
-  if not text.is_file():
-    return []
-  try:
-    lines = text.read_text(encoding="utf-8").splitlines()
-  except UnicodeDecodeError as e:
-    raise ValueError(f"{text}: captions must be UTF-8 ({e})") from e
-  return [line.strip() for line in lines if line.strip()]
-
-
-def _from_manifest(folder):
-  """Reads and checks the manifest: {relative path: row}, "captions" being a list."""
-  files = {}
-  for number, row in read_rows(folder / MANIFEST):
-    where = f"{folder / MANIFEST}:{number}"
-    name = row.get("path")
-    if not isinstance(name, str) or not name:
-      raise ValueError(f'{where}: "path" must be a file name, not {name!r}')
-    if name in files:
-      raise ValueError(f"{where}: {name} occurs twice")
-    if not (folder / name).is_file():
-      raise ValueError(f"{where}: no such file: {folder / name}")
-    captions = row.get("captions", [])
-    if "caption" in row:
-      captions = [row["caption"]]
-    good = isinstance(captions, list) and all(isinstance(c, str) for c in captions)
-    if not good:
-      raise ValueError(
-        f'{where}: "caption" must be a text, "captions" a list of texts, '
-        f"not {captions!r}"
-      )
-    if row.get("split", "train") not in ("train", "heldout"):
-      raise ValueError(
-        f'{where}: "split" must be "train" or "heldout", not {row["split"]!r}'
-      )
-    files[name] = {**row, "captions": [c.strip() for c in captions if c.strip()]}
-  return files
+def _suffix(path) -> str:
+  return find.shown(os.path.splitext(path)[1].lower()) or "no suffix"

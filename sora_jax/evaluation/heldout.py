@@ -61,6 +61,7 @@ def read_clip(clip: Clip) -> np.ndarray:
     frames=clip.frames,
     fps=clip.fps,
     size=(clip.height, clip.width),
+    crop=clip.crop,
   )
 
 

@@ -102,6 +102,20 @@ def refuse(
   return ValueError(message)
 
 
+def check_data(change: Change, made_from_it: list[str], workdir: pathlib.Path) -> None:
+  """Raises ValueError if clips cannot be chosen anew: stages were made of the old ones.
+
+  Nothing is measured again for it, so without such stages that is a matter of seconds.
+  """
+  if made_from_it:
+    others = " and ".join(str(workdir / other) for other in made_from_it)
+    raise ValueError(
+      f"{change.key} is {change.after!r}, but {others} was made of clips that were "
+      f"chosen with {change.before!r}. Put it back, choose another --workdir, or "
+      f"delete {others} to make them again"
+    )
+
+
 def check_steps(
   name: str,
   change: Change,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from sora_jax.data.intake.filters import LEAST_RATIO, Filter
 from sora_jax.diffusion import solvers
 from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
@@ -53,7 +54,16 @@ class Data:
   max_frames, max_pixels: of a clip; longer videos are cut, larger ones made smaller.
   size_multiple: height and width are multiples of it.
   fps: frames are taken at most at this rate; 0 = the video's own.
-  heldout_share: of a folder's clips, where its manifest does not say.
+  heldout_share: of a folder's clips, where its manifest does not say; chosen by what is
+    in the files, so that copies are on one side. heldout_min: clips at least, but no
+    more than a quarter; with a share of 0 it is one.
+  measure: decode each file of a folder once, to find cuts, damage, and what `filter`
+    and `crop_borders` go by; False reads headers only.
+  cut_threshold: a frame that differs from the one before this many times as much as
+    its neighbours do begins a scene, and no clip goes on into it; 0 cuts nowhere.
+  crop_borders: cut off black bars that are on all frames. score_fn: "module:function"
+    that scores clips, see data/intake/score.py. filter: see data/intake/filters.py.
+  allow_outside: captions and entries of a manifest may be outside of the folder.
   """
 
   source: str = "shapes"
@@ -65,6 +75,13 @@ class Data:
   size_multiple: int = 16
   fps: float = 0.0
   heldout_share: float = 0.05
+  heldout_min: int = 4
+  measure: bool = True
+  cut_threshold: float = extends(3.0)
+  crop_borders: bool = extends(False)
+  score_fn: str = extends("")
+  filter: Filter = Filter()
+  allow_outside: bool = False
   workers: int = free(0)
 
 
@@ -267,6 +284,7 @@ def _check(recipe: Recipe) -> None:
   _check_sizes(recipe)
   _check_training(recipe)
   _check_texts(recipe)
+  _check_data(recipe)
   _check_counts(recipe)
 
 
@@ -378,6 +396,28 @@ def _check_texts(recipe):
     raise ValueError(
       f"config.dit.text.vocab_size {dit.text.vocab_size} is less than 261: 256 bytes, "
       "3 special pieces and a few characters"
+    )
+
+
+def _check_data(recipe):
+  """What is asked of clips can be known."""
+  data = recipe.data
+  if not 0 <= data.heldout_share < 1 or data.heldout_min < 1:
+    raise ValueError(
+      f"config.data.heldout_share {data.heldout_share:g} must be from 0 to 1, and "
+      f"heldout_min {data.heldout_min} at least 1"
+    )
+  if data.cut_threshold and data.cut_threshold < LEAST_RATIO:
+    raise ValueError(
+      f"config.data.cut_threshold {data.cut_threshold:g} must be 0, or at least "
+      f"{LEAST_RATIO:g}: of lesser changes nothing is kept"
+    )
+  if data.filter.scores and not data.score_fn:
+    raise ValueError("config.data.filter.scores needs config.data.score_fn")
+  if not data.measure and (data.crop_borders or data.filter.measures()):
+    raise ValueError(
+      "config.data.measure=False measures nothing that crop_borders, filter and scores "
+      "could go by"
     )
 
 

@@ -254,7 +254,10 @@ def _reason_to_run(name, stage, workdir, recipe) -> str | None:
       reason += "runs again"
     elif changes.are_extensions(changed, recipe):
       users = _made_from(name, workdir)
-      changes.check_steps(name, changed[0], complete, users, workdir)
+      if name == "data":
+        changes.check_data(changed[0], users, workdir)
+      else:
+        changes.check_steps(name, changed[0], complete, users, workdir)
       reason += "goes on"
     else:
       raise changes.refuse(name, changed, complete, workdir)

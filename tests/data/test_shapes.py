@@ -8,6 +8,7 @@ import pytest
 from scipy import ndimage
 
 from sora_jax.data import shapes, sources
+from sora_jax.data.intake.measuring import Measuring
 from sora_jax.data.video import reader
 from sora_jax.evaluation import shape_attributes
 
@@ -140,7 +141,11 @@ def test_speed_is_in_pixels_per_second():
 def test_files_are_what_the_manifest_says(folder):
   rows = _rows(folder)
   found, rejected = sources.scan(
-    folder, max_frames=33, max_pixels=64 * 96, size_multiple=16
+    folder,
+    max_frames=33,
+    max_pixels=64 * 96,
+    size_multiple=16,
+    how=Measuring(decode=False),
   )
   assert not rejected and len(found) == len(rows)
   for clip in found:

@@ -36,7 +36,7 @@ def test_folder_with_captions_beside_the_files(tmp_path, media):
   PIL.Image.new("L", (200, 100)).save(tmp_path / "deep" / "er" / "two.JPEG")
   (tmp_path / "notes.pdf").write_text("not media")
   found, rejected = sources.scan(tmp_path, **_LIMITS)
-  assert not rejected
+  assert rejected == [(str(tmp_path / "notes.pdf"), "not a video or an image: .pdf")]
   image, one = found
   assert one == clips.Clip(
     "one", str(tmp_path / "one.MP4"), 0.0, 9, 10.0, 48, 64,
@@ -56,7 +56,8 @@ def test_manifest_says_what_to_use(tmp_path, media):
     {"path": "b.mp4", "captions": ["one", "two"], "split": "heldout"},
     {"path": "c.mp4", "truth": {"count": 1}},
   )
-  found, _ = sources.scan(tmp_path, **_LIMITS)
+  found, rejected = sources.scan(tmp_path, **_LIMITS)
+  assert rejected == [(str(tmp_path / "unused.mp4"), "not in the manifest")]
   assert [clip.id for clip in found] == ["a", "b", "c"]
   assert [clip.captions for clip in found] == [("one",), ("one", "two"), ()]
   assert [clip.split for clip in found] == ["train", "heldout", "train"]
@@ -138,15 +139,22 @@ def test_captions_that_are_not_utf8(tmp_path, media):
     sources.scan(tmp_path, **_LIMITS)
 
 
-def test_heldout_share_depends_on_names_only(tmp_path, media):
+def test_heldout_share_depends_on_content_only(tmp_path):
+  rng = np.random.default_rng(0)
   for i in range(40):
-    shutil.copy(media, tmp_path / f"{i}.mp4")
+    pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+    PIL.Image.fromarray(pixels).resize((64, 64)).save(tmp_path / f"{i}.png")
   found, _ = sources.scan(tmp_path, heldout_share=0.3, **_LIMITS)
   first = {clip.id: clip.split for clip in found}
   assert 4 <= sum(split == "heldout" for split in first.values()) <= 20
-  shutil.copy(media, tmp_path / "more.mp4")
+  # Other files, and other names of the same ones, move none.
+  (tmp_path / "deep").mkdir()
+  for i in range(40):
+    (tmp_path / f"{i}.png").rename(tmp_path / "deep" / f"b{i}.png")
+  PIL.Image.new("RGB", (64, 64), "red").save(tmp_path / "more.png")
   found, _ = sources.scan(tmp_path, heldout_share=0.3, **_LIMITS)
-  assert {clip.id: clip.split for clip in found if clip.id != "more"} == first
+  again = {c.id.removeprefix("deep/b"): c.split for c in found if c.id != "more"}
+  assert again == first
 
 
 def test_same_stem_gives_two_ids(tmp_path, media):

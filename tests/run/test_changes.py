@@ -6,6 +6,7 @@ import json
 import pytest
 from run.test_stages import ALL, BASE, change, runs  # noqa: F401
 
+from sora_jax.data.intake.filters import Filter
 from sora_jax.run import recipe as recipes
 from sora_jax.run import stages
 from sora_jax.runtime import fields
@@ -22,6 +23,10 @@ DOCUMENTED = {
   "precision": "free",
   "matmul_precision": "free",
   "data.workers": "free",
+  "data.cut_threshold": "extends",
+  "data.crop_borders": "extends",
+  "data.score_fn": "extends",
+  **{f"data.filter.{field.name}": "extends" for field in dataclasses.fields(Filter)},
   "vae.eval_batches": "free",
   "encode.batch_size": "free",
   "encode.devices_per_clip": "free",

@@ -16,8 +16,10 @@ def read(path) -> np.ndarray:
   Raises:
     ClipError: the file is damaged, or no image.
   """
+  _add_heif(path)
   try:
     with PIL.Image.open(path) as image:
+      _check_still(path, image)
       image.load()
       image = PIL.ImageOps.exif_transpose(image)
       if image.mode.startswith("I"):  # 16 bit grey, which Pillow would clip
@@ -26,8 +28,34 @@ def read(path) -> np.ndarray:
       if image.has_transparency_data:
         return over_white(np.asarray(image.convert("RGBA")))
       return np.asarray(image.convert("RGB"))
+  except media.ClipError:
+    raise
   except (*media.DECODE_ERRORS, PIL.Image.DecompressionBombError) as e:
     raise media.ClipError(path, f"not an image ({media.short_message(e)})") from e
+
+
+def _add_heif(path) -> None:
+  """Has Pillow read .heic. ClipError if what does that is not installed.
+
+  FFmpeg would read these files, too, but of a phone's, which are tiles, only the first.
+  """
+  if pathlib.Path(path).suffix.lower() not in (".heic", ".heif"):
+    return
+  try:
+    import pillow_heif
+  except ImportError as e:
+    raise media.ClipError(path, "reading it needs `pip install pillow-heif`") from e
+  pillow_heif.register_heif_opener()
+
+
+def _check_still(path, image) -> None:
+  """Raises ClipError for a file of several pictures, of which one would be taken.
+
+  Further ones of a phone's .jpg and .heic are depth maps and previews.
+  """
+  count = getattr(image, "n_frames", 1)
+  if count > 1 and image.format in ("WEBP", "TIFF", "AVIF", "PNG"):
+    raise media.ClipError(path, f"{count} pictures in it, an animation or pages")
 
 
 def over_white(rgba: np.ndarray) -> np.ndarray:

@@ -5,8 +5,14 @@ import pathlib
 
 import av
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".gif")
+# What is read, in the order in which messages name them.
+IMAGE_SUFFIXES = (
+  ".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".avif", ".heic", ".heif",
+)  # fmt: skip
+VIDEO_SUFFIXES = (
+  ".mp4", ".mov", ".webm", ".mkv", ".gif", ".m4v", ".avi", ".ts", ".m2ts", ".mts",
+  ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv",
+)  # fmt: skip
 
 # What FFmpeg and Pillow raise on bytes that are not what they claim to be.
 DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, SyntaxError, EOFError)

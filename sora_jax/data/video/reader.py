@@ -18,6 +18,7 @@ def read(
   fps: float | None = None,
   size: tuple[int, int] | None = None,
   fit: str = "crop",
+  crop: tuple[float, float, float, float] | None = None,
 ) -> np.ndarray:
   """Decodes frames to uint8 [T, H, W, 3].
 
@@ -32,6 +33,7 @@ def read(
       the file's own frames, whatever their times.
     size, fit: (height, width) of the frames, and how it is reached; see
       `resizing.fit_frame`.
+    crop: shares that are cut off before, see `resizing.crop_frame`.
 
   Raises:
     ClipError: the file cannot be decoded, or holds fewer frames than asked for.
@@ -44,14 +46,23 @@ def read(
   if media.is_image(path):
     if frames not in (None, 1):
       raise media.ClipError(path, f"too short: 1 frame, {frames} asked for")
-    return resizing.fit_frame(images.read(path), size, fit)[None]
+    whole_HWC = resizing.crop_frame(images.read(path), crop)
+    return resizing.fit_frame(whole_HWC, size, fit)[None]
   with media.open_video(path) as container:
-    convert = colour.Converter(path, media.video_stream(container), size, fit)
+    # What is cut off goes by shares of whole frames, so those are made first.
+    whole_size = None if crop else size
+    convert = colour.Converter(path, media.video_stream(container), whole_size, fit)
     video: list[np.ndarray] = []
     last = None
     try:
       for frame in _choose(container, path, start, frames, fps):
-        video.append(video[-1] if frame is last else convert(frame))
+        if frame is last:
+          video.append(video[-1])
+        elif crop:
+          part_HWC = resizing.crop_frame(convert(frame), crop)
+          video.append(resizing.fit_frame(part_HWC, size, fit))
+        else:
+          video.append(convert(frame))
         last = frame
     except media.VIDEO_ERRORS as e:
       raise media.damaged(path, e) from e

@@ -56,6 +56,20 @@ def resize(
   return np.stack([fit_frame(frame_HWC, size, fit) for frame_HWC in video_THWC])
 
 
+def crop_frame(
+  frame_HWC: np.ndarray, crop: tuple[float, float, float, float] | None
+) -> np.ndarray:
+  """Cuts (top, left, bottom, right) shares of height and width off; None keeps all."""
+  if crop is None:
+    return frame_HWC
+  height, width = frame_HWC.shape[:2]
+  top, left, bottom, right = crop
+  return frame_HWC[
+    round(top * height) : height - round(bottom * height),
+    round(left * width) : width - round(right * width),
+  ]
+
+
 def fit_frame(
   frame_HWC: np.ndarray,
   size: tuple[int, int] | None,

@@ -11,8 +11,11 @@ import av
 import numpy as np
 import PIL.Image
 
-from sora_jax.data.video import colour, images, media
+from sora_jax.data.video import colour, images
 from sora_jax.runtime import files
+
+_IMAGES = (".png", ".jpg", ".jpeg")
+_VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".gif")
 
 
 def write(
@@ -61,20 +64,20 @@ def write_chunks(
   if not fps > 0:
     raise ValueError(f"{path}: fps must be positive, not {fps}")
   suffix = path.suffix.lower()
-  if suffix not in media.IMAGE_SUFFIXES + media.VIDEO_SUFFIXES:
-    known = " ".join(media.IMAGE_SUFFIXES + media.VIDEO_SUFFIXES)
+  if suffix not in _IMAGES + _VIDEOS:
+    known = " ".join(_IMAGES + _VIDEOS)
     raise ValueError(f"{path}: cannot write {suffix!r}, only {known}")
   texts = {k: str(v) for k, v in (metadata or {}).items()}
   chunks = (_checked(path, chunk) for chunk in chunks)
   first = next(chunks)
-  if suffix in media.IMAGE_SUFFIXES or suffix == ".gif":
+  if suffix in _IMAGES or suffix == ".gif":
     first, chunks = np.concatenate([first, *chunks]), ()
-  if suffix in media.IMAGE_SUFFIXES and len(first) != 1:
+  if suffix in _IMAGES and len(first) != 1:
     raise ValueError(f"{path}: an image holds 1 frame, not {len(first)}")
   frames = len(first)
   # The suffix names the format, before the file has its name, too.
   with files.replacing(path, path.suffix) as partial:
-    if suffix in media.IMAGE_SUFFIXES:
+    if suffix in _IMAGES:
       images.write(partial, first[0], texts)
     elif suffix == ".gif":
       _write_gif(partial, first, fps, texts)

@@ -1,0 +1,216 @@
+"""Measures one media file by decoding all of it once, whatever is asked of it later.
+
+Nothing here depends on a config: what a clip of the file is like follows from these
+figures for any lengths, thresholds and cuts, so that changing those decodes nothing.
+"""
+
+import dataclasses
+import hashlib
+import os
+from typing import Any, NamedTuple
+
+import av
+import cv2
+import numpy as np
+
+from sora_jax.data.intake.cuts import CutFinder
+from sora_jax.data.intake.windows import CONTENT
+from sora_jax.data.video import frames, media, probe, reader
+
+EVERY = 0.5  # seconds between the frames that are looked at closely
+_CUT_EDGE, _FLOW_EDGE, _SHARP_EDGE = 192, 128, 512  # pixels of the longer side
+_BLACK = 24  # of 255: bars are not quite black after a lossy codec
+_LEAST_BAR = 0.02  # of the height or width; thinner ones are the rounding of codecs
+_BAR_FRAMES = 5
+_LEAST_CONTRAST = 3.0  # standard deviation, of 255; less is no picture to compare
+
+
+class Look(NamedTuple):
+  """What is measured of one frame in every half second.
+
+  Attributes:
+    time: seconds from the first frame.
+    motion: mean length of the optical flow to the next frame, in percent of the width
+      for a second.
+    sharpness: variance of the Laplacian of the grey picture, 512 pixels wide or high.
+    brightness, contrast: mean and standard deviation of the grey picture, of 255.
+    hash: see `perceptual_hash`.
+  """
+
+  time: float
+  motion: float
+  sharpness: float
+  brightness: float
+  contrast: float
+  hash: str
+
+
+def digest(path) -> str:
+  """Hash of a file's size and of its first, middle and last MiB.
+
+  Copies have the same. Reading all of a large file would take as long as decoding it.
+  """
+  size, block = os.path.getsize(path), 1 << 20
+  found = hashlib.sha256(str(size).encode())
+  with open(path, "rb") as file:
+    for start in dict.fromkeys((0, max(0, size // 2), max(0, size - block))):
+      file.seek(start)
+      found.update(file.read(block))
+  return found.hexdigest()[:24]
+
+
+def probe_file(path) -> dict[str, Any]:
+  """The part of `measure_file` that decodes one frame only: "info" and "digest".
+
+  Raises:
+    ClipError: as `probe.probe`.
+  """
+  return {"info": dataclasses.asdict(probe.probe(path)), "digest": digest(path)}
+
+
+def measure_file(path) -> dict[str, Any]:
+  """Measures a file.
+
+  Memory is that of a few frames, however long the video is.
+
+  Returns:
+    What JSON can hold: "info" (a `probe.Info`), "digest", "looks" (a list of `Look`),
+    "cuts" (`CutFinder.cuts`) and "borders" (black shares of the height at the top, of
+    the width at the left, of the height at the bottom, of the width at the right).
+
+  Raises:
+    ClipError: the file cannot be decoded from the first to the last frame.
+  """
+  record = probe_file(path)
+  info = probe.Info(**record["info"])
+  if info.is_image:
+    frame_HWC = np.ascontiguousarray(reader.read(path)[0][..., ::-1])
+    small, sharp = (_shrunk(frame_HWC, edge) for edge in (_CUT_EDGE, _SHARP_EDGE))
+    looks = [_look(0.0, 0.0, small, sharp)]
+    cuts: list[list[float]] = []
+  else:
+    looks, cuts = _watch(path, info)
+  borders = [0.0] * 4
+  if any(look.brightness > _BLACK for look in looks):
+    borders = _borders(path, info, looks)
+  return {
+    **record, "looks": [[*look] for look in looks], "cuts": cuts, "borders": borders,
+  }  # fmt: skip
+
+
+def _watch(path, info) -> tuple[list[Look], list[list[float]]]:
+  """Decodes a video once: looks, and candidates for cuts."""
+  finder, time, closest = CutFinder(), 0.0, None
+  looks: list[Look] = []
+  with media.open_video(path) as container:
+    try:
+      for frame, time, _ in frames.decode(container, path):
+        small = _reduced(frame, _CUT_EDGE)
+        finder.add(time, small)
+        # Motion is between frames of one scene: at a cut the next pair is taken.
+        if closest and (finder.content < CONTENT or time - closest[0] > EVERY):
+          looks.append(_closed(closest, time, small))
+          closest = None
+        elif closest:
+          closest = (time, small, closest[2])
+        if not closest and time >= EVERY * len(looks) - 1e-3:
+          closest = (time, small, _reduced(frame, _SHARP_EDGE))
+    except media.VIDEO_ERRORS as e:
+      reason = f"damaged after {time:.2f} s ({media.short_message(e)})"
+      raise media.ClipError(path, reason) from e
+  if closest:
+    looks.append(_closed(closest, closest[0], closest[1]))
+  if not looks:
+    raise media.ClipError(path, "no frame can be decoded")
+  if media.is_cut_off(time + 1 / info.fps, info.duration, info.fps):
+    raise media.ClipError(
+      path, f"damaged: {time:.2f} s can be decoded of {info.duration:.2f} s"
+    )
+  return looks, finder.finish()
+
+
+def _reduced(frame, edge) -> np.ndarray:
+  """A decoded frame, made small before it becomes RGB: uint8 BGR [H, W, 3]."""
+  scale = min(1.0, edge / max(frame.width, frame.height))
+  return frame.reformat(
+    width=max(8, round(frame.width * scale)),
+    height=max(8, round(frame.height * scale)),
+    format="bgr24",
+    interpolation=av.video.reformatter.Interpolation.AREA,
+    threads=1,
+  ).to_ndarray()
+
+
+def _shrunk(frame_HWC, edge) -> np.ndarray:
+  height, width = frame_HWC.shape[:2]
+  scale = min(1.0, edge / max(height, width))
+  size = max(8, round(width * scale)), max(8, round(height * scale))
+  return cv2.resize(frame_HWC, size, interpolation=cv2.INTER_AREA)
+
+
+def _closed(closest, time, small) -> Look:
+  """The look at a frame, once the next one of its scene has come."""
+  begin, before, sharp = closest
+  return _look(begin, _motion(before, small, time - begin), before, sharp)
+
+
+def _look(time, motion, small, sharp) -> Look:
+  gray = cv2.cvtColor(small, cv2.COLOR_BGR2GRAY)
+  laplacian = cv2.Laplacian(cv2.cvtColor(sharp, cv2.COLOR_BGR2GRAY), cv2.CV_64F)
+  return Look(
+    time=round(time, 3),
+    motion=round(motion, 3),
+    sharpness=round(float(laplacian.var()), 2),
+    brightness=round(float(gray.mean()), 1),
+    contrast=round(float(gray.std()), 1),
+    hash=_hash(gray),
+  )
+
+
+def _motion(before, after, seconds) -> float:
+  """Mean length of the optical flow, in percent of the width for a second."""
+  if seconds <= 0 or before.shape != after.shape:
+    return 0.0
+  one_HW, other_HW = (
+    cv2.cvtColor(_shrunk(frame, _FLOW_EDGE), cv2.COLOR_BGR2GRAY)
+    for frame in (before, after)
+  )
+  if np.array_equal(one_HW, other_HW):
+    return 0.0
+  nothing = np.zeros((*one_HW.shape, 2), np.float32)
+  flow_HW2 = cv2.calcOpticalFlowFarneback(
+    one_HW, other_HW, nothing, 0.5, 3, 15, 3, 5, 1.2, 0
+  )
+  length = float(np.hypot(flow_HW2[..., 0], flow_HW2[..., 1]).mean())
+  return 100 * length / one_HW.shape[1] / seconds
+
+
+def _borders(path, info, looks) -> list[float]:
+  """Black at each side in all of a few frames, see `measure_file`.
+
+  The frames come from the reader: it turns them upright and cuts them out later, so
+  rows and columns are those that a clip has.
+  """
+  lit = [look for look in looks if look.brightness > _BLACK]
+  chosen = [lit[i * len(lit) // _BAR_FRAMES] for i in range(_BAR_FRAMES)]
+  rows, columns = np.zeros(1), np.zeros(1)
+  for time in dict.fromkeys(look.time for look in chosen):
+    frame_HWC = reader.read(path, start=time, frames=1, fps=info.fps)[0].max(-1)
+    rows = np.maximum(rows, np.percentile(frame_HWC, 99, axis=1))
+    columns = np.maximum(columns, np.percentile(frame_HWC, 99, axis=0))
+    if min(rows[0], rows[-1], columns[0], columns[-1]) > _BLACK:
+      return [0.0] * 4  # no side is black, and decoding is what takes time
+  borders = []
+  for levels in (rows, columns, rows[::-1], columns[::-1]):
+    lit_at = np.flatnonzero(levels > _BLACK)
+    share = float(lit_at[0] / len(levels)) if len(lit_at) else 0.0
+    borders.append(round(share, 5) if share >= _LEAST_BAR else 0.0)
+  return borders
+
+
+def _hash(gray_HW) -> str:
+  """Hash of a grey frame, 16 hexadecimal digits; "" where there is nothing to see."""
+  if gray_HW.std() < _LEAST_CONTRAST:
+    return ""
+  small = cv2.resize(gray_HW, (9, 8), interpolation=cv2.INTER_AREA)
+  return np.packbits(small[:, :-1] > small[:, 1:]).tobytes().hex()
