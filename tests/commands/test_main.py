@@ -212,6 +212,8 @@ def test_a_folder_without_captions(tiny_run, commands, tmp_path):
     workdir,
     f"--config.data.source={folder}",
     "--config.data.heldout_share=0",
+    # Measuring would find the damage; here it is for later stages to find.
+    "--config.data.measure=False",
     "--config.stages=('data','vae','encode','dit','evaluate')",
     "--config.sample.prompts=()",
   )
@@ -240,13 +242,18 @@ def test_a_folder_with_captions(tmp_path):
   config = tiny.get_config()
   config.data.source = str(folder)
   stages.run(("data",), recipes.read(config), workdir)
-  captions = {
-    c.path: c.captions for c in read_manifest(workdir / "data/manifest.jsonl")
-  }
-  assert captions == {
+  found = read_manifest(workdir / "data/manifest.jsonl")
+  assert {c.path: c.captions for c in found} == {
     str(folder / name): (f"noise number {number}", "ein Rauschen, 噪声")
     for number, name in enumerate(names)
+    if name != "damaged.mp4"
   }
+  assert sorted(c.split for c in found) == ["heldout"] + 5 * ["train"]
+  reasons = {
+    row["path"]: row["reason"] for row in lines(workdir / "data/rejected.jsonl")
+  }
+  assert "damaged" in reasons.pop(str(folder / "damaged.mp4"))
+  assert set(reasons) == {str(folder / name) for name in ("text.mp4", "damaged.txt")}
 
 
 # --- wrong input

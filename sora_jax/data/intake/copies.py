@@ -1,4 +1,7 @@
-"""Which clips show the same as others: left out by config, or kept on one side."""
+"""Which clips show the same as those of other files: left out, or kept on one side.
+
+Clips of one file are no copies of each other: a camera that stands still is no fault.
+"""
 
 from collections.abc import Sequence
 
@@ -20,11 +23,13 @@ def without(
   bits: config.data.filter.copies; -1 keeps them all, and the log says how many.
   """
   leaders = _leaders(clips, BITS if bits < 0 else bits)
-  copies = [i for i, leader in enumerate(leaders) if leader != i]
+  copies = [
+    i for i, leader in enumerate(leaders) if clips[leader].path != clips[i].path
+  ]
   if bits < 0:
     if copies:
       logging.warning(
-        "%d of %d clips show the same as others, such as %s and %s; "
+        "%d of %d clips show the same as those of other files, such as %s and %s; "
         "config.data.filter.copies=%d leaves them out",
         len(copies),
         len(clips),

@@ -21,8 +21,8 @@ class CutFinder:
 
   Attributes:
     cuts: [time of the first frame after it, ratio, content]: how often the change of
-      that frame is that of its neighbours, at most 255, and how large it is.
-    content: change from the frame before to the last one, as a mean of 0 to 255.
+      that frame is that of its neighbours, at most 255, and how large it is, as a mean
+      of 0 to 255.
   """
 
   def __init__(self):
@@ -38,11 +38,6 @@ class CutFinder:
     self._times: collections.deque[float] = collections.deque(maxlen=2 * _WINDOW + 1)
     self._number = 0
     self._last: np.ndarray | None = None
-
-  @property
-  def content(self) -> float:
-    """See the class."""
-    return self._recent.content.get(self._number - 1, 0.0)
 
   def add(self, time: float, frame_HWC: np.ndarray) -> None:
     """Takes the next frame, uint8 BGR, at its time in seconds."""

@@ -21,16 +21,16 @@ class Filter:
   longer than a page. All else is measured and kept: look at the figures in
   `data/manifest.jsonl`, under "measured", then choose. A change measures nothing again.
 
-  motion: mean optical flow, in percent of the width for a second; of a still camera on
-    a still scene below 0.1, of people talking about 2. Images have none and stay.
-  sharpness: variance of the Laplacian of the picture at 512 pixels; of blurred ones
-    below 50.
+  motion: mean optical flow, in percent of the width for a second; near 0 where nothing
+    moves but grain. Images have none and stay.
+  sharpness: variance of the Laplacian of the grey picture, at most 512 pixels wide or
+    high; low where it is blurred, or empty.
   brightness, contrast: mean and standard deviation of grey, 0 to 255.
   borders: share of the picture that is black bars, 0 to 1.
   cut: the strongest change inside of the clip, in means of its neighbours, that was not
     taken for a cut (config.data.cut_threshold).
-  copies: bits of 64 (at most 4) up to which hashes of two clips make the later one a
-    copy, which is left out; -1 leaves copies in. 3 finds other sizes and codecs.
+  copies: bits of 64 (at most 4) up to which hashes of clips of two files make the later
+    one a copy, which is left out; -1 leaves copies in. 3 finds other sizes and codecs.
   scores: (name, least) for scores of config.data.score_fn.
   caption_chars: of a caption. caption_without: regular expressions; a caption in which
     one is found is left out, ignoring case. A clip that loses all captions is, too.

@@ -6,6 +6,7 @@ figures for any lengths, thresholds and cuts, so that changing those decodes not
 
 import dataclasses
 import hashlib
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -14,7 +15,6 @@ import cv2
 import numpy as np
 
 from sora_jax.data.intake.cuts import CutFinder
-from sora_jax.data.intake.windows import CONTENT
 from sora_jax.data.video import frames, media, probe, reader
 
 EVERY = 0.5  # seconds between the frames that are looked at closely
@@ -100,33 +100,45 @@ def measure_file(path) -> dict[str, Any]:
 
 def _watch(path, info) -> tuple[list[Look], list[list[float]]]:
   """Decodes a video once: looks, and candidates for cuts."""
-  finder, time, closest = CutFinder(), 0.0, None
-  looks: list[Look] = []
+  finder, looks, time = CutFinder(), _Looks(), 0.0
   with media.open_video(path) as container:
     try:
       for frame, time, _ in frames.decode(container, path):
         small = _reduced(frame, _CUT_EDGE)
         finder.add(time, small)
-        # Motion is between frames of one scene: at a cut the next pair is taken.
-        if closest and (finder.content < CONTENT or time - closest[0] > EVERY):
-          looks.append(_closed(closest, time, small))
-          closest = None
-        elif closest:
-          closest = (time, small, closest[2])
-        if not closest and time >= EVERY * len(looks) - 1e-3:
-          closest = (time, small, _reduced(frame, _SHARP_EDGE))
+        looks.add(time, small, frame)
     except media.VIDEO_ERRORS as e:
       reason = f"damaged after {time:.2f} s ({media.short_message(e)})"
       raise media.ClipError(path, reason) from e
-  if closest:
-    looks.append(_closed(closest, closest[0], closest[1]))
-  if not looks:
+  if not looks.looks:
     raise media.ClipError(path, "no frame can be decoded")
   if media.is_cut_off(time + 1 / info.fps, info.duration, info.fps):
     raise media.ClipError(
       path, f"damaged: {time:.2f} s can be decoded of {info.duration:.2f} s"
     )
-  return looks, finder.finish()
+  return looks.looks, finder.finish()
+
+
+class _Looks:
+  """Looks at the first frame of every half second, and at the motion after it."""
+
+  def __init__(self):
+    self.looks: list[Look] = []
+    self._last: tuple[float, np.ndarray] | None = None
+    self._motions: list[float] = []
+
+  def add(self, time: float, small: np.ndarray, frame: av.VideoFrame) -> None:
+    """Takes the next frame, also as a small picture."""
+    if self.looks and len(self._motions) < 2:
+      before, picture = self._last
+      self._motions.append(_motion(picture, small, time - before))
+      # Of two pairs of frames at most one is at a cut, where there is no motion.
+      motion = round(min(self._motions), 3)
+      self.looks[-1] = self.looks[-1]._replace(motion=motion)
+    elif time >= EVERY * len(self.looks) - 1e-3:
+      self.looks.append(_look(time, 0.0, small, _reduced(frame, _SHARP_EDGE)))
+      self._motions = []
+    self._last = (time, small)
 
 
 def _reduced(frame, edge) -> np.ndarray:
@@ -146,12 +158,6 @@ def _shrunk(frame_HWC, edge) -> np.ndarray:
   scale = min(1.0, edge / max(height, width))
   size = max(8, round(width * scale)), max(8, round(height * scale))
   return cv2.resize(frame_HWC, size, interpolation=cv2.INTER_AREA)
-
-
-def _closed(closest, time, small) -> Look:
-  """The look at a frame, once the next one of its scene has come."""
-  begin, before, sharp = closest
-  return _look(begin, _motion(before, small, time - begin), before, sharp)
 
 
 def _look(time, motion, small, sharp) -> Look:
@@ -193,19 +199,30 @@ def _borders(path, info, looks) -> list[float]:
   """
   lit = [look for look in looks if look.brightness > _BLACK]
   chosen = [lit[i * len(lit) // _BAR_FRAMES] for i in range(_BAR_FRAMES)]
-  rows, columns = np.zeros(1), np.zeros(1)
+  levels = [np.zeros((2, 1)), np.zeros((2, 1))]
   for time in dict.fromkeys(look.time for look in chosen):
-    frame_HWC = reader.read(path, start=time, frames=1, fps=info.fps)[0].max(-1)
-    rows = np.maximum(rows, np.percentile(frame_HWC, 99, axis=1))
-    columns = np.maximum(columns, np.percentile(frame_HWC, 99, axis=0))
-    if min(rows[0], rows[-1], columns[0], columns[-1]) > _BLACK:
+    frame_HW = reader.read(path, start=time, frames=1, fps=info.fps)[0].max(-1)
+    for axis in (0, 1):  # rows, then columns: nearly all of it, and half
+      found = np.percentile(frame_HW, (99, 50), axis=1 - axis)
+      levels[axis] = np.maximum(levels[axis], found)
+    if min(level[0, end] for level in levels for end in (0, -1)) > _BLACK:
       return [0.0] * 4  # no side is black, and decoding is what takes time
-  borders = []
-  for levels in (rows, columns, rows[::-1], columns[::-1]):
-    lit_at = np.flatnonzero(levels > _BLACK)
-    share = float(lit_at[0] / len(levels)) if len(lit_at) else 0.0
-    borders.append(round(share, 5) if share >= _LEAST_BAR else 0.0)
-  return borders
+  rows, columns = levels
+  return [_bar(x) for x in (rows, columns, rows[:, ::-1], columns[:, ::-1])]
+
+
+def _bar(levels) -> float:
+  """Share of the lines, from the first one on, that are black; 0.0 for very few.
+
+  levels: [2, lines] brightness that 99 %, and half, of a line's pixels are below.
+  """
+  black = int(np.argmax(levels[0] > _BLACK))
+  if black < _LEAST_BAR * levels.shape[1]:
+    return 0.0
+  # Codecs blur the edge of a bar: lines there are black but for some pixels.
+  edge = levels[1, black : black + math.ceil(0.01 * levels.shape[1])]
+  black += int(np.argmax(np.append(edge, 255) > _BLACK))
+  return round(black / levels.shape[1], 5)
 
 
 def _hash(gray_HW) -> str:
