@@ -110,7 +110,7 @@ def scan(
   folder = pathlib.Path(folder).absolute()
   windows = Windows(max_frames, fps, min_frames, cut_threshold, crop_borders)
   rows, left_out, texts = _files(folder, allow_outside)
-  ids, found = _ids(rows), []
+  ids, found, seconds = _ids(rows), [], 0.0
   with Ledger(how.ledger, version()) as ledger:
     for name, result in measuring.measure_files(folder, rows, how, ledger, watch):
       try:
@@ -120,11 +120,17 @@ def scan(
       except (media.ClipError, LeftOut) as e:
         left_out.append((clip.path, getattr(e, "reason", str(e))))
         continue
+      seconds += result["record"]["info"]["duration"] * (pieces[0].frames > 1)
       found += _kept(pieces, limits, left_out)
     found = copies.without(found, limits.copies, left_out)
     if how.score_fn:
       found = _scored(found, how, ledger, watch, limits, left_out)
   _report(folder, rows, texts, found, left_out)
+  used = sum(clip.frames / clip.fps for clip in found if clip.frames > 1)
+  logging.info(
+    "%.1f of %.1f s of video are in clips; others are left out, or ends of scenes with "
+    "fewer than %d frames, or than the next 4", used, seconds, min_frames,
+  )  # fmt: skip
   return _with_split(found, rows, folder, heldout_share, heldout_min), left_out
 
 

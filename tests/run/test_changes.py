@@ -157,6 +157,22 @@ def test_a_longer_vae_does_not_take_the_dit_its_latents(runs, tmp_path):  # noqa
   assert runs == [*ALL, *ALL[1:]]
 
 
+def test_other_limits_choose_clips_anew(runs, tmp_path):  # noqa: F811
+  """Until a stage is made of the clips; then they stay."""
+  recipe = change(BASE, "data.filter.motion", (1.0, 100.0))
+  stages.run(["data"], BASE, tmp_path)
+  stages.run(["data"], recipe, tmp_path)
+  stages.run(ALL, recipe, tmp_path)
+  assert runs == ["data", *ALL]
+  message = (
+    r"config\.data\.crop_borders is True, but .*/vae and .*/encode and .*/dit was made "
+    r"of clips that were chosen with False. .* or delete .*/vae"
+  )
+  with pytest.raises(ValueError, match=message):
+    stages.run(ALL, change(recipe, "data.crop_borders", True), tmp_path)
+  assert runs == ["data", *ALL]
+
+
 @pytest.mark.parametrize(
   "path, value, said, unsaid",
   [

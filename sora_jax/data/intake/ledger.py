@@ -38,7 +38,7 @@ class Ledger:
     """
     self._path, self._version = path, version
     self._places: dict[str, int] = {}
-    self._memory: list[dict[str, Any]] = []
+    self._memory: dict[str, dict[str, Any]] = {}
     self._file = None
     if path is not None:
       self._open(path)
@@ -51,21 +51,22 @@ class Ledger:
       self._file.close()
 
   def __contains__(self, key: str) -> bool:
-    return key in self._places
+    return key in self._places or key in self._memory
 
   def get(self, key: str) -> dict[str, Any]:
     """The result of a key."""
-    place = self._places[key]
-    if self._file is None:
-      return self._memory[place]
-    self._file.seek(place)
+    if key in self._memory:
+      return self._memory[key]
+    self._file.seek(self._places[key])
     return json.loads(self._file.readline())["result"]
 
   def add(self, key: str, result: dict[str, Any]) -> None:
-    """Keeps the result of a key, on disk when this returns."""
-    if self._file is None:
-      self._places[key] = len(self._memory)
-      self._memory.append(result)
+    """Keeps the result of a key, on disk when this returns.
+
+    A crash may have been for want of memory: it is no result for the next run.
+    """
+    if self._file is None or "crashed" in result:
+      self._memory[key] = result
       return
     row = {"key": key, "result": result}
     if "record" not in result:

@@ -4,7 +4,8 @@ FFmpeg decodes bytes that nobody has checked: a process that a damaged file brin
 costs that file, not the run. The processes import neither JAX nor the main program.
 
 A job and its result are dicts that JSON can hold:
-  {"do": "measure" | "probe", "path"}   -> {"record": ...}, or {"reason": not to use it}
+  {"do": "measure" | "probe", "path"}   -> {"record": ...}, or {"reason": not to use it},
+                                           and "crashed": True if it ended a process
   {"do": "score", "function", "clip"}   -> {"record": {name: number}}, {"reason": ...},
                                            or {"error": of the user's function}
 """
@@ -43,6 +44,7 @@ def run(jobs: Iterable[Job], workers: int) -> Iterator[tuple[Job, Job]]:
       yield job, do(job)
     return
   source, lock = iter(jobs), threading.Lock()
+  processes: set[_Worker] = set()
   done: queue.Queue = queue.Queue(2 * workers)
   stop = threading.Event()
 
@@ -54,10 +56,13 @@ def run(jobs: Iterable[Job], workers: int) -> Iterator[tuple[Job, Job]]:
           job = next(source, None)
         if job is None:
           break
-        worker = worker or _Worker()
+        if worker is None:
+          worker = _Worker()
+          processes.add(worker)
         result = worker.ask(job)
         if result is None:
-          result, worker = {"reason": worker.end()}, None
+          processes.remove(worker)
+          result, worker = {"reason": worker.end(), "crashed": True}, None
         done.put((job, result))
     except BaseException as e:  # raised where the results are read
       done.put((None, e))
@@ -69,8 +74,8 @@ def run(jobs: Iterable[Job], workers: int) -> Iterator[tuple[Job, Job]]:
   threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
   for thread in threads:
     thread.start()
+  left = workers
   try:
-    left = workers
     while left:
       job, result = done.get()
       if isinstance(result, BaseException):
@@ -81,6 +86,9 @@ def run(jobs: Iterable[Job], workers: int) -> Iterator[tuple[Job, Job]]:
         yield job, result
   finally:
     stop.set()
+    if left:  # whoever reads has stopped, and does not wait for the end of long jobs
+      for worker in tuple(processes):
+        worker.kill()
     while any(thread.is_alive() for thread in threads):
       with contextlib.suppress(queue.Empty):  # whoever waits to put one can end
         done.get(timeout=0.05)
@@ -141,6 +149,10 @@ class _Worker:
     except OSError:
       return None
     return json.loads(line) if line.endswith("\n") else None
+
+  def kill(self) -> None:
+    """Ends the process in the middle of a job."""
+    self._process.kill()
 
   def end(self) -> str:
     """Ends the process and says how it has ended, for the file it was at."""
