@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -195,23 +196,24 @@ def test_black_borders_are_cropped(tmp_path):
 
 
 def test_copies_of_other_sizes_and_qualities(tmp_path):
+  folder = tmp_path / "clips"
   for seed in range(4):
-    writer.write(tmp_path / f"{seed}.mp4", moving(17, seed), 10)
+    writer.write(folder / f"{seed}.mp4", moving(17, seed), 10)
   big = np.stack([np.asarray(PIL.Image.fromarray(f).resize((256, 192)))
                   for f in moving(17, 2)])  # fmt: skip
-  writer.write(tmp_path / "copy.mkv", big, 10, crf=35)
-  (tmp_path / "same.mp4").write_bytes((tmp_path / "1.mp4").read_bytes())
-  options = {**LIMITS, "how": Measuring(ledger=tmp_path / ".ledger")}
-  found, _ = sources.scan(tmp_path, **options)
+  writer.write(folder / "copy.mkv", big, 10, crf=35)
+  (folder / "same.mp4").write_bytes((folder / "1.mp4").read_bytes())
+  options = {**LIMITS, "how": Measuring(ledger=tmp_path / "measured.jsonl")}
+  found, _ = sources.scan(folder, **options)
   assert len(found) == 6
-  found, left_out = sources.scan(tmp_path, **options, limits=Filter(copies=3))
+  found, left_out = sources.scan(folder, **options, limits=Filter(copies=3))
   assert [clip.id for clip in found] == ["0", "1", "2", "3"]
   assert {reason for _, reason in left_out} == {
     "clip same is a copy of 1 (config.data.filter.copies)",
     "clip copy is a copy of 2 (config.data.filter.copies)",
   }
   for share in (0.1, 0.3, 0.5):  # copies are on one side
-    found, _ = sources.scan(tmp_path, **options, heldout_share=share, heldout_min=1)
+    found, _ = sources.scan(folder, **options, heldout_share=share, heldout_min=1)
     side = {clip.id: clip.split for clip in found}
     assert side["same"] == side["1"] and side["copy"] == side["2"]
     assert {*side.values()} == {"train", "heldout"}
@@ -474,3 +476,26 @@ def test_figures_are_json(tmp_path):
   assert json.loads(json.dumps(record)) == record
   with pytest.raises(media.ClipError, match="cannot be read"):
     measure.measure_file(tmp_path / "gone.png")
+
+
+def test_frames_that_change_their_size(tmp_path):
+  with av.open(str(tmp_path / "x.mkv"), "w") as container:
+    stream = container.add_stream("libvpx", rate=10)
+    stream.height, stream.width, stream.pix_fmt = 96, 128, "yuv420p"
+    for part, size in enumerate(((96, 128), (48, 64))):
+      encoder = av.CodecContext.create("libvpx", "w")
+      encoder.height, encoder.width = size
+      encoder.pix_fmt, encoder.time_base = "yuv420p", Fraction(1, 10)
+      encoder.options = {"auto-alt-ref": "0", "lag-in-frames": "0"}
+      video_THWC = moving(10, height=size[0], width=size[1])
+      for t, array in enumerate(video_THWC):
+        frame = av.VideoFrame.from_ndarray(array, format="rgb24")
+        frame.pts, frame.time_base = t, Fraction(1, 10)
+        for packet in encoder.encode(frame):
+          copy = av.Packet(bytes(packet))
+          copy.pts = copy.dts = 10 * part + t
+          copy.duration, copy.time_base, copy.stream = 1, Fraction(1, 10), stream
+          copy.is_keyframe = packet.is_keyframe
+          container.mux(copy)
+  (clip,), left_out = sources.scan(tmp_path, **LIMITS)
+  assert not left_out and clip.frames == 17

@@ -28,7 +28,7 @@ class CutFinder:
   def __init__(self):
     self.cuts: list[list[float]] = []
     self._recent = _Recent()
-    self._detector = AdaptiveDetector(
+    self._detector = _Detector(
       adaptive_threshold=LEAST_RATIO,
       min_scene_len=0,
       window_width=_WINDOW,
@@ -67,6 +67,13 @@ class CutFinder:
       self.cuts.append(
         [round(self._times[-1 - back], 4), round(ratio, 2), round(content, 1)]
       )
+
+
+class _Detector(AdaptiveDetector):
+  """The detector without edges: it weighs them with 0 and takes a third of its time."""
+
+  def _detect_edges(self, lum):
+    return None
 
 
 class _Recent(StatsManager):

@@ -9,7 +9,7 @@ import importlib.util
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import PIL
@@ -39,7 +39,7 @@ class Ledger:
     self._path, self._version = path, version
     self._places: dict[str, int] = {}
     self._memory: dict[str, dict[str, Any]] = {}
-    self._file = None
+    self._file: BinaryIO | None = None
     if path is not None:
       self._open(path)
 
@@ -55,7 +55,7 @@ class Ledger:
 
   def get(self, key: str) -> dict[str, Any]:
     """The result of a key."""
-    if key in self._memory:
+    if key in self._memory or self._file is None:
       return self._memory[key]
     self._file.seek(self._places[key])
     return json.loads(self._file.readline())["result"]

@@ -100,11 +100,13 @@ def measure_file(path) -> dict[str, Any]:
 
 def _watch(path, info) -> tuple[list[Look], list[list[float]]]:
   """Decodes a video once: looks, and candidates for cuts."""
-  finder, looks, time = CutFinder(), _Looks(), 0.0
+  finder, looks, time, size = CutFinder(), _Looks(), 0.0, None
   with media.open_video(path) as container:
     try:
       for frame, time, _ in frames.decode(container, path):
-        small = _reduced(frame, _CUT_EDGE)
+        # Frames of a video may change their size; what is compared must not.
+        size = size or _reduced_size(frame, _CUT_EDGE)
+        small = _reduced(frame, size)
         finder.add(time, small)
         looks.add(time, small, frame)
     except media.VIDEO_ERRORS as e:
@@ -129,24 +131,30 @@ class _Looks:
 
   def add(self, time: float, small: np.ndarray, frame: av.VideoFrame) -> None:
     """Takes the next frame, also as a small picture."""
-    if self.looks and len(self._motions) < 2:
+    if self._last and len(self._motions) < 2:
       before, picture = self._last
       self._motions.append(_motion(picture, small, time - before))
       # Of two pairs of frames at most one is at a cut, where there is no motion.
       motion = round(min(self._motions), 3)
       self.looks[-1] = self.looks[-1]._replace(motion=motion)
     elif time >= EVERY * len(self.looks) - 1e-3:
-      self.looks.append(_look(time, 0.0, small, _reduced(frame, _SHARP_EDGE)))
+      sharp = _reduced(frame, _reduced_size(frame, _SHARP_EDGE))
+      self.looks.append(_look(time, 0.0, small, sharp))
       self._motions = []
     self._last = (time, small)
 
 
-def _reduced(frame, edge) -> np.ndarray:
-  """A decoded frame, made small before it becomes RGB: uint8 BGR [H, W, 3]."""
+def _reduced_size(frame, edge) -> tuple[int, int]:
+  """(height, width) of which the longer one is `edge`, or that of the frame."""
   scale = min(1.0, edge / max(frame.width, frame.height))
+  return max(8, round(frame.height * scale)), max(8, round(frame.width * scale))
+
+
+def _reduced(frame, size) -> np.ndarray:
+  """A decoded frame, made small before it becomes RGB: uint8 BGR [H, W, 3]."""
   return frame.reformat(
-    width=max(8, round(frame.width * scale)),
-    height=max(8, round(frame.height * scale)),
+    height=size[0],
+    width=size[1],
     format="bgr24",
     interpolation=av.video.reformatter.Interpolation.AREA,
     threads=1,
@@ -175,7 +183,7 @@ def _look(time, motion, small, sharp) -> Look:
 
 def _motion(before, after, seconds) -> float:
   """Mean length of the optical flow, in percent of the width for a second."""
-  if seconds <= 0 or before.shape != after.shape:
+  if seconds <= 0:
     return 0.0
   one_HW, other_HW = (
     cv2.cvtColor(_shrunk(frame, _FLOW_EDGE), cv2.COLOR_BGR2GRAY)

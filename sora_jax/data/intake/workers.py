@@ -4,10 +4,10 @@ FFmpeg decodes bytes that nobody has checked: a process that a damaged file brin
 costs that file, not the run. The processes import neither JAX nor the main program.
 
 A job and its result are dicts that JSON can hold:
-  {"do": "measure" | "probe", "path"}   -> {"record": ...}, or {"reason": not to use it},
-                                           and "crashed": True if it ended a process
-  {"do": "score", "function", "clip"}   -> {"record": {name: number}}, {"reason": ...},
-                                           or {"error": of the user's function}
+  {"do": "measure" | "probe", "path"} -> {"record": ...}, or {"reason": why it cannot be
+    used}, with "crashed": True if it ended a process
+  {"do": "score", "function", "clip"} -> {"record": {name: number}}, {"reason": ...}, or
+    {"error": what the user's function has raised}
 """
 
 import contextlib
