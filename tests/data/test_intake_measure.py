@@ -131,6 +131,7 @@ def test_figures_tell_videos_apart(tmp_path):
   fine = picture(3, detail=48)
   blurred = PIL.Image.fromarray(fine).filter(PIL.ImageFilter.GaussianBlur(2))
   videos = {
+    "short": moving(6, step=1),  # whose last frame is looked at, too
     "still": (still + grain).clip(0, 255).astype(np.uint8),
     "slow": moving(17, step=1),
     "fast": moving(17, step=4),
@@ -146,6 +147,7 @@ def test_figures_tell_videos_apart(tmp_path):
   assert figures["still"]["motion"] < 0.5
   # Of 128 pixels 1 or 4 a frame, 10 times a second.
   assert figures["slow"]["motion"] == pytest.approx(7.8, rel=0.4)
+  assert figures["short"]["motion"] == pytest.approx(7.8, rel=0.4)
   assert figures["fast"]["motion"] == pytest.approx(31, rel=0.4)
   assert figures["dark"]["brightness"] < 25 < 80 < figures["slow"]["brightness"]
   assert figures["blurred"]["sharpness"] < 0.3 * figures["sharp"]["sharpness"]

@@ -118,7 +118,7 @@ def _watch(path, info) -> tuple[list[Look], list[list[float]]]:
     raise media.ClipError(
       path, f"damaged: {time:.2f} s can be decoded of {info.duration:.2f} s"
     )
-  return looks.looks, finder.finish()
+  return looks.finish(), finder.finish()
 
 
 class _Looks:
@@ -142,6 +142,13 @@ class _Looks:
       self.looks.append(_look(time, 0.0, small, sharp))
       self._motions = []
     self._last = (time, small)
+
+  def finish(self) -> list[Look]:
+    """The looks after the last frame, whose own motion is that of the look before."""
+    if not self._motions and len(self.looks) > 1:
+      motion = self.looks[-2].motion
+      self.looks[-1] = self.looks[-1]._replace(motion=motion)
+    return self.looks
 
 
 def _reduced_size(frame, edge) -> tuple[int, int]:
