@@ -140,7 +140,9 @@ def _files(folder, allow_outside):
   ValueError if there are no media files.
   """
   if not folder.is_dir():
-    raise ValueError(f"{folder}: no such folder")
+    raise ValueError(f"{find.shown(str(folder))}: no such folder")
+  if fault := find.name_fault(str(folder)):
+    raise ValueError(f"{find.shown(str(folder))}: {fault}, which no manifest can hold")
   found = find.find(folder)
   left_out = [row for row in found.left_out if row[0] != str(folder / MANIFEST)]
   if (folder / MANIFEST).is_file():

@@ -353,6 +353,13 @@ def test_ids_are_unique(tmp_path, video):
   assert clips.read_manifest(path)[0].measured == found[0].measured
 
 
+def test_a_folder_whose_name_is_no_text(tmp_path):
+  folder = tmp_path / "caf\udce9"
+  folder.mkdir()
+  with pytest.raises(ValueError, match=r"caf\\udce9: its name is not UTF-8"):
+    sources.scan(folder, **LIMITS)
+
+
 def test_suffixes_have_one_list():
   assert not set(media.VIDEO_SUFFIXES) & set(media.IMAGE_SUFFIXES)
   with pytest.raises(ValueError, match=r"cannot write '\.webp', only \.png"):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from fractions import Fraction
 
 import av
@@ -346,6 +347,19 @@ def test_a_decoder_that_crashes_costs_its_file(tmp_path, monkeypatch):
   assert reasons["3.mp4"] == (
     "its decoder has crashed the process that measured it (SIGABRT)"
   )
+
+
+def test_whoever_stops_does_not_wait_for_long_jobs(monkeypatch):
+  monkeypatch.setattr(workers, "_START", "import time; time.sleep(100)")
+
+  def jobs():
+    yield {"do": "measure", "path": "a"}
+    raise KeyboardInterrupt
+
+  begin = time.monotonic()
+  with pytest.raises(KeyboardInterrupt):
+    list(workers.run(jobs(), 2))
+  assert time.monotonic() - begin < 20
 
 
 def test_damage_in_the_middle_is_seen(tmp_path):
