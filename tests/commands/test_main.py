@@ -207,7 +207,14 @@ def make_folder(folder, captions):
 def test_a_folder_without_captions(tiny_run, commands, tmp_path):
   """A damaged file does not end the run; without captions the model has no prompt."""
   folder, workdir = tmp_path / "clips", tmp_path / "run"
-  make_folder(folder, captions=False)
+  names = [*make_folder(folder, captions=False), "text.mp4"]
+  # Without it the damaged file may be the one that is held out.
+  splits = [{"split": "heldout"} if name == "holiday/3.mp4" else {} for name in names]
+  manifest = [
+    json.dumps({"path": name, **split})
+    for name, split in zip(names, splits, strict=True)
+  ]
+  (folder / "manifest.jsonl").write_text("\n".join(manifest))
   log = commands.main(
     workdir,
     f"--config.data.source={folder}",
@@ -248,7 +255,8 @@ def test_a_folder_with_captions(tmp_path):
     for number, name in enumerate(names)
     if name != "damaged.mp4"
   }
-  assert sorted(c.split for c in found) == ["heldout"] + 5 * ["train"]
+  heldout = [c for c in found if c.split == "heldout"]
+  assert 1 <= len(heldout) <= 3 and any(c.frames > 1 for c in heldout)
   reasons = {
     row["path"]: row["reason"] for row in lines(workdir / "data/rejected.jsonl")
   }
