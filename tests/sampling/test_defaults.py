@@ -31,9 +31,7 @@ def stage(folder, prompts, **sample):
 
 
 def test_what_a_user_leaves_open_is_filled():
-  assert OWN.fill(Job("x")) == Job(
-    "x", size=(96, 64), frames=33, fps=8.0, window=25
-  )
+  assert OWN.fill(Job("x")) == Job("x", size=(96, 64), frames=33, fps=8.0, window=25)
   said = Job("x", size=(64, 64), frames=1, fps=12.0, window=0)
   assert OWN.fill(said) == said
   # Media say their own.

@@ -86,10 +86,11 @@ def run(jobs: Iterable[Job], workers: int) -> Iterator[tuple[Job, Job]]:
         yield job, result
   finally:
     stop.set()
-    if left:  # whoever reads has stopped, and does not wait for the end of long jobs
-      for worker in tuple(processes):
-        worker.kill()
     while any(thread.is_alive() for thread in threads):
+      # Who reads has stopped, and does not wait for long jobs. A process may have been
+      # about to start, so this is said until all threads have heard it.
+      for worker in tuple(processes) if left else ():
+        worker.kill()
       with contextlib.suppress(queue.Empty):  # whoever waits to put one can end
         done.get(timeout=0.05)
 
