@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from sora_jax.data import shapes, sources
+from sora_jax.data import shape_worlds, shapes, sources
 from sora_jax.data.buckets import limit_sizes
 from sora_jax.data.clips import Clip, read_manifest
 from sora_jax.data.video import reader
@@ -164,7 +164,7 @@ def drawn_clips(
 def _describe(recipe: recipes.Recipe, index: int) -> dict:
   """The row of a generated held-out clip: the one place that asks for it."""
   return shapes.describe(
-    "heldout", index, recipe.seed, shapes.WORLDS[recipe.data.world]
+    "heldout", index, recipe.seed, shape_worlds.WORLDS[recipe.data.world]
   )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from sora_jax.data import shapes, sources
+from sora_jax.data import shape_worlds, shapes, sources
 from sora_jax.data.intake.measuring import Measuring
 from sora_jax.data.video import reader
 from sora_jax.evaluation import shape_attributes
@@ -71,8 +71,9 @@ def test_heldout_combinations_never_occur_in_training():
   assert {(t["height"], t["width"]) for t in train} == {(64, 64), (64, 96), (96, 64)}
 
 
-def test_the_simple_world_shows_one_object_at_one_size_and_rate(tmp_path):
-  world = shapes.WORLDS["simple"]
+@pytest.mark.parametrize("name, length", [("simple", (17, 12)), ("short", (9, 8))])
+def test_simple_worlds_show_one_object_at_one_size_and_rate(tmp_path, name, length):
+  world = shape_worlds.WORLDS[name]
   train = [shapes.describe("train", i, 0, world)["truth"] for i in range(600)]
   heldout = [shapes.describe("heldout", i, 0, world)["truth"] for i in range(100)]
   assert _triples(train) <= set(shapes.combinations("train"))
@@ -80,13 +81,13 @@ def test_the_simple_world_shows_one_object_at_one_size_and_rate(tmp_path):
   for i, values in enumerate((shapes.COLORS, shapes.SHAPES, shapes.MOTIONS)):
     assert {triple[i] for triple in _triples(train)} == set(values)
   assert {(t["height"], t["width"], t["count"]) for t in train} == {(64, 64, 1)}
-  assert {(t["frames"], t["fps"]) for t in train} == {(1, 1), (17, 12)}
+  assert {(t["frames"], t["fps"]) for t in train} == {(1, 1), length}
   assert {(t["background"], t["gradient"]) for t in train} == {("dark grey", None)}
   assert not any(t["occluder"] for t in train)
   images = sum(t["frames"] == 1 for t in train) / len(train)
   assert 0.45 < images < 0.6
-  shapes.generate(tmp_path, num_train=1, num_heldout=1, seed=0, world="simple")
-  with pytest.raises(ValueError, match="seed 0 simple, not of seed 0$"):
+  shapes.generate(tmp_path, num_train=1, num_heldout=1, seed=0, world=name)
+  with pytest.raises(ValueError, match=f"seed 0 {name}, not of seed 0$"):
     shapes.generate(tmp_path, num_train=1, num_heldout=1, seed=0)
   with pytest.raises(ValueError, match="world 'flat' is none of"):
     shapes.generate(tmp_path, num_train=1, num_heldout=1, seed=0, world="flat")
