@@ -130,12 +130,13 @@ def get_config(variant: str = "") -> ConfigDict:
     c.encode.frame_buckets = (1, 17, 33)
     c.dit.model.depth = 4
     c.dit.given_prob = 0.2
-    c.dit.rows = 12
+    c.dit.rows = 6
     c.dit.tokens = 160
     c.dit.text_tokens = 96
     c.dit.segments = 10
     c.dit.max_text_tokens = 40
-    c.dit.train.steps = 2800
+    c.dit.train.steps = 4000
+    c.dit.train.decay_steps = 1000
     c.sample.prompts = tuple(
       (text, (64, 64), frames if frames == 1 else 17, 12.0)
       for text, _, frames, _ in c.sample.prompts

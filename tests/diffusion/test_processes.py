@@ -177,6 +177,7 @@ def test_a_network_that_says_zero():
   np.testing.assert_array_equal(out, np.where(given, noise, 0))
 
 
+@pytest.mark.slow
 def test_cfg_zero_stays_still_for_whole_steps():
   """Heun asks twice a step: three calls are one still step and half of the next."""
   packed, _, sampling = jax.tree.map(np.asarray, rows())

@@ -190,7 +190,7 @@ def same_pixels(a, b):
   assert a.shape == b.shape and difference.max() <= 1 and difference.mean() < 1e-2
 
 
-@pytest.mark.parametrize("name", ["small", "fold"])
+@pytest.mark.parametrize("name", slow_but(["small", "fold"], ("fold",)))
 def test_autoencoder_streams(folder, name):
   autoencoder = load(folder / name)
   factor = autoencoder.config.space_factor

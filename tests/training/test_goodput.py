@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from markers import slow_but
 from training import test_loop as toy
 
 from sora_jax.training import goodput, metrics, profiling
@@ -155,7 +156,7 @@ def later(monkeypatch):
   return later
 
 
-@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+@pytest.mark.parametrize("schedule", slow_but(["constant", "wsd"], ("constant",)))
 def test_an_extension_of_a_finished_training(tmp_path, later, schedule):
   def run(steps, end=10**9):
     config = dataclasses.replace(

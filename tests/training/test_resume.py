@@ -38,7 +38,11 @@ def rates(folder):
   return [row["learning_rate"] for row in toy.rows_of(folder)]
 
 
-@pytest.mark.parametrize("config", [CONSTANT, WSD], ids=["constant", "wsd"])
+@pytest.mark.parametrize(
+  "config",
+  [CONSTANT, pytest.param(WSD, marks=pytest.mark.slow)],
+  ids=["constant", "wsd"],
+)
 def test_more_steps_equal_a_run_that_had_them_from_the_start(tmp_path, config):
   whole = run(tmp_path / "whole", config, 16)
   for steps in (8, 12, 16):
