@@ -35,13 +35,14 @@ def get_config(variant: str = "") -> ConfigDict:
 
   c.data = ConfigDict()
   c.data.source = "shapes"  # or a folder of videos and images
-  c.data.world = "simple"  # of shapes: one object, one background, 64x64, 17 frames
-  c.data.train_clips = 2400
+  c.data.world = "short"  # of shapes: one object, one background, 64x64, 9 frames
+  c.data.train_clips = 4800
   c.data.heldout_clips = 192
   c.data.max_pixels = 64 * 64
 
   c.vae = ConfigDict()
   c.vae.model = recipe.preset(vae.SMALL, "patches")
+  c.vae.crop = (9, 64, 64)
   c.vae.loss = ConfigDict()
   c.vae.loss.mse_weight = 5.0
   c.vae.loss.kl_weight = 5e-4
@@ -60,7 +61,7 @@ def get_config(variant: str = "") -> ConfigDict:
   c.vae.train.save_every = 250
 
   c.encode = ConfigDict()
-  c.encode.frame_buckets = (1, 17, 33)
+  c.encode.frame_buckets = (1, 9, 17)
 
   c.dit = ConfigDict()
   c.dit.model = ConfigDict()
@@ -80,33 +81,33 @@ def get_config(variant: str = "") -> ConfigDict:
   c.dit.loss.logit_mean = 1.0
   c.dit.given_prob = 0.2
   c.dit.extra_prob = 0.1
-  c.dit.rows = 12
+  c.dit.rows = 6
   c.dit.tokens = 160
   c.dit.text_tokens = 96
   c.dit.segments = 10
   c.dit.max_text_tokens = 40
   c.dit.train = ConfigDict()
   c.dit.train.optimizer = "muon"
-  c.dit.train.steps = 700
+  c.dit.train.steps = 1400
   c.dit.train.learning_rate = 6e-3
   c.dit.train.warmup_steps = 50
   c.dit.train.schedule = "cosine"
   c.dit.train.weight_decay = 0.01
   c.dit.train.b2 = 0.99
   c.dit.train.ema_decay = 0.995
-  c.dit.train.eval_every = 700
-  c.dit.train.save_every = 350
+  c.dit.train.eval_every = 1400
+  c.dit.train.save_every = 700
 
   c.sample = ConfigDict()
   c.sample.prompts = (
-    ("a red circle moves right", (64, 64), 17, 12.0),
-    ("a blue square bounces", (64, 64), 17, 12.0),
-    ("a yellow star turns", (64, 64), 17, 12.0),
-    ("a green triangle grows", (64, 64), 17, 12.0),
-    ("a white square moves left", (64, 64), 17, 12.0),
-    ("a magenta star moves down", (64, 64), 17, 12.0),
-    ("an orange circle shrinks", (64, 64), 17, 12.0),
-    ("a cyan triangle", (64, 64), 1, 12.0),
+    ("a red circle moves right", (64, 64), 9, 8.0),
+    ("a blue square bounces", (64, 64), 9, 8.0),
+    ("a yellow star turns", (64, 64), 9, 8.0),
+    ("a green triangle grows", (64, 64), 9, 8.0),
+    ("a white square moves left", (64, 64), 9, 8.0),
+    ("a magenta star moves down", (64, 64), 9, 8.0),
+    ("an orange circle shrinks", (64, 64), 9, 8.0),
+    ("a cyan triangle", (64, 64), 1, 8.0),
   )
   c.sample.steps = 24
   c.sample.shift = 3.0
@@ -126,7 +127,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.data.train_clips = 24
     c.data.heldout_clips = 8
     c.vae.train.steps = 300
-    c.dit.train.steps = 500
+    c.dit.train.steps = 1000
     c.dit.given_prob = 0.0
     c.dit.extra_prob = 0.0
     c.evaluate.split = "train"
