@@ -13,15 +13,18 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sora_jax.data import cache_filling, pixel_cache
 from sora_jax.data.bad_clips import report_bad_clips
-from sora_jax.data.batches import Batches, first_batches
+from sora_jax.data.batches import Batches, cores, first_batches
 from sora_jax.data.clip_dataset import ClipDataset
 from sora_jax.data.clips import read_manifest
+from sora_jax.data.endless import split_indices
 from sora_jax.models.meta import VAEMeta
 from sora_jax.models.vae import VAE
 from sora_jax.run import cli, init_from
 from sora_jax.run import recipe as recipes
-from sora_jax.runtime import checkpoint, sharding
+from sora_jax.runtime import checkpoint, hosts, sharding
+from sora_jax.runtime.progress import track
 from sora_jax.tasks import clip_pixels
 from sora_jax.tasks import vae as vae_task
 from sora_jax.training import loop
@@ -33,13 +36,14 @@ _STATISTICS_BATCHES = 32
 def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
   """Task, data and cost of the stage."""
   workdir, stage = pathlib.Path(workdir), recipe.vae
+  cache = _cache(recipe, workdir)
   return loop.Setup(
     task=vae_task.make(
       stage.model, stage.loss, recipe.dtype, _lpips_params(stage.loss, mesh)
     ),
     rules=vae_task.sharding_rules(stage.model, stage.loss),
     data=Batches(
-      _dataset(recipe, workdir, "train"),
+      _dataset(recipe, workdir, "train", cache),
       stage.batch_size,
       workers=recipe.data.workers,
       **_shard(mesh),
@@ -77,13 +81,43 @@ def _clips(workdir):
   return read_manifest(workdir / "data" / "manifest.jsonl")
 
 
-def _dataset(recipe, workdir, split):
+def _cache(recipe, workdir):
+  """Training clips at training size; what is not there is made. None = read files."""
+  clips, data, folder = _clips(workdir), recipe.data, workdir / "data" / "pixels"
+  indices = split_indices(clips, "train")
+  codec = cache_filling.choose(
+    data.cache,
+    clips,
+    indices,
+    folder,
+    visits=recipe.vae.train.steps * recipe.vae.batch_size,
+    generated=data.source == "shapes",
+  )
+  # The room on a disk that all write to is not the same for all.
+  codec = hosts.gather(codec)[0]
+  if codec is None:
+    return None
+  shards = pixel_cache.plan(clips, indices, folder, codec)
+  if jax.process_index() == 0:
+    pixel_cache.remove_stale(shards, folder)
+  cache_filling.fill(
+    shards[jax.process_index() :: jax.process_count()],
+    folder,
+    processes=cores() if data.workers else 0,
+    watch=functools.partial(track, process=jax.process_index()),
+  )
+  sharding.sync("cache of clips")
+  return cache_filling.open_cache(shards)
+
+
+def _dataset(recipe, workdir, split, cache=None):
   return ClipDataset(
     _clips(workdir),
     recipe.vae.crop,
     recipe.seed,
     split=split,
     bad_clips_folder=workdir / "vae",
+    cache=cache,
   )
 
 
@@ -111,7 +145,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   ready.data.close()
   # The first batches, whatever the iterator has done: the same after a resume.
   batches = first_batches(
-    _dataset(recipe, workdir, "train"),
+    _dataset(recipe, workdir, "train", _cache(recipe, workdir)),
     stage.batch_size,
     _STATISTICS_BATCHES,
     **_shard(mesh),

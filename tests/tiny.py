@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
       "max_pixels": 64 * 64,
       "size_multiple": 16,
       "heldout_share": 0.05,
+      "workers": 0,
     },
     "vae": {
       "train": dict(train),

@@ -1,10 +1,15 @@
 """Batches of a data set for the train loop: threads, workers, hosts and resuming."""
 
+import os
+import sys
+
 import grain
 import numpy as np
 from absl import flags, logging
 
 from sora_jax.data.endless import Batch, EndlessDataset
+
+_MOST_WORKERS = 16
 
 
 class Batches:
@@ -23,7 +28,8 @@ class Batches:
     process_count: int = 1,
     workers: int = 0,
   ):
-    """Args: batch_size is the global one. 0 workers: one thread of this process.
+    """Args: batch_size is the global one. 0 workers: one thread of this process;
+    -1: what the machine has, see `default_workers`.
 
     Raises:
       ValueError: if the hosts cannot share a batch evenly.
@@ -31,6 +37,7 @@ class Batches:
     _check_shared(batch_size, process_count)
     self._dataset = dataset
     workers_options = None
+    workers = default_workers() if workers < 0 else workers
     if workers:
       # Grain reads absl flags when it starts workers; notebooks never parse any.
       if not flags.FLAGS.is_parsed():
@@ -81,6 +88,29 @@ class Batches:
   def close(self) -> None:
     """Stops threads and workers."""
     self._iterator.close()
+
+
+def cores() -> int:
+  """CPU cores that this process may use."""
+  if hasattr(os, "sched_getaffinity"):  # not on macOS
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def default_workers() -> int:
+  """Worker processes for this machine: half of the cores beyond two, at most 16.
+
+  The train step, or what feeds the accelerator, has the rest. A worker runs the main
+  script once more, up to its `if __name__ == "__main__"`; nobody knows whether a
+  script of a user's own has that, so it gets none, and one thread reads for it.
+  """
+  main = sys.modules.get("__main__")
+  name = getattr(getattr(main, "__spec__", None), "name", "")
+  # A notebook has no file, and nothing to run again.
+  if hasattr(main, "__file__") and name.partition(".")[0] not in ("sora_jax", "pytest"):
+    logging.info("data.workers: 0 in a script of one's own; set it if it is guarded")
+    return 0
+  return min(_MOST_WORKERS, max(0, (cores() - 2) // 2))
 
 
 def first_batches(

@@ -8,7 +8,7 @@ from sora_jax.data import draws
 from sora_jax.data.bad_clips import BadClips
 from sora_jax.data.clips import Clip
 from sora_jax.data.endless import EndlessDataset, split_indices
-from sora_jax.data.video import reader
+from sora_jax.data.pixel_cache import PixelCache, read_file
 from sora_jax.packing import time_grid
 
 
@@ -29,8 +29,12 @@ class ClipDataset(EndlessDataset):
     *,
     split: str = "train",
     bad_clips_folder: str | None = None,
+    cache: PixelCache | None = None,
   ):
-    """Raises ValueError if the split is empty or the crop is not (1 + 4k, H, W)."""
+    """Raises ValueError if the split is empty or the crop is not (1 + 4k, H, W).
+
+    cache: of the clips of this split; without one, files are decoded at each visit.
+    """
     if not time_grid.is_on_grid(crop[0]):
       raise ValueError(f"a crop has 1 + 4k frames, got {crop[0]}")
     self._clips = list(clips)
@@ -38,8 +42,11 @@ class ClipDataset(EndlessDataset):
     self._crop = tuple(crop)
     self._seed = seed
     self._bad_clips = BadClips(bad_clips_folder)
+    self._cache = cache
     ids = [self._clips[i].id for i in self._indices]
-    super().__init__(["clips", ids, self._crop, seed])
+    # Raw frames are what decoding gives, so that a run may begin with or without them.
+    lossy = [cache.codec] if cache and cache.codec != "raw" else []
+    super().__init__(["clips", ids, self._crop, seed, *lossy])
 
   def _plan(self, epoch):
     rng = np.random.default_rng((self._seed, epoch, draws.ORDER))
@@ -56,14 +63,10 @@ class ClipDataset(EndlessDataset):
       for n in (clip.frames - t, clip.height - h, clip.width - w)
     )
     try:
-      video_THWC = reader.read(
-        clip.path,
-        start=clip.start + first / clip.fps,
-        frames=t,
-        fps=clip.fps,
-        size=(clip.height, clip.width),
-        crop=clip.crop,
-      )
+      if self._cache is None:
+        video_THWC = read_file(clip, first, t)
+      else:
+        video_THWC = self._cache.read(index, clip, first, t)
     # A file can break in more ways than the decoder names; none of them ends a run.
     except (ValueError, RuntimeError, OSError) as e:
       self._bad_clips.add(clip.id, getattr(e, "reason", str(e)))

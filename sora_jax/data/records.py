@@ -85,7 +85,7 @@ def read_shard_clips(path: str) -> list[LatentClip]:
   Raises:
     RecordError: if the shard or one of its records cannot be read.
   """
-  reader = _open(path)
+  reader = open_shard(path)
   try:
     return [
       _clip_from_row(_unpack_record(reader, path, index)["clip"])
@@ -117,7 +117,7 @@ class LatentReader:
     reader = self._readers.get(path)
     if reader is None:
       try:
-        reader = _open(path)
+        reader = open_shard(path)
       except RecordError as e:
         raise RecordError(f"{path}: record {clip.index}: {e}") from e
       self._readers[path] = reader
@@ -265,7 +265,12 @@ def _features(packed):
   return array.reshape(packed["shape"])
 
 
-def _open(path):
+def open_shard(path: str | os.PathLike) -> array_record_module.ArrayRecordReader:
+  """Opens a shard for random access.
+
+  Raises:
+    RecordError: there is no such shard, or it is cut off or damaged.
+  """
   path = os.fspath(path)
   reader = array_record_module.ArrayRecordReader(
     path, options=_READER_OPTIONS, file_reader_buffer_size=32768

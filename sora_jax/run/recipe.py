@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from sora_jax.data import pixel_cache
 from sora_jax.data.intake.filters import LEAST_RATIO, Filter
 from sora_jax.diffusion import solvers
 from sora_jax.models.caption_encoder import TextEncoderConfig
@@ -31,6 +32,7 @@ from sora_jax.training.profiling import Profile
 
 # Keys of the DiT that are the VAE's and the text encoder's to decide.
 _DERIVED = {"channels", "text_width"}
+CACHES = ("auto", "none", *pixel_cache.CODECS)
 STAGES = ("data", "vae", "encode", "dit", "sample", "evaluate")
 
 
@@ -64,6 +66,10 @@ class Data:
   crop_borders: cut off black bars that are on all frames. score_fn: "module:function"
     that scores clips, see data/intake/score.py. filter: see data/intake/filters.py.
   allow_outside: captions and entries of a manifest may be outside of the folder.
+  workers: processes that read batches; 0 = a thread, -1 = what the machine has.
+  cache: "raw" or "h264" keep clips at training size on disk for the VAE's training, see
+    data/pixel_cache.py; "none" decodes files at each visit. "auto" is raw where clips
+    of files are visited more than once and half of the free disk holds them.
   """
 
   source: str = "shapes"
@@ -82,7 +88,8 @@ class Data:
   score_fn: str = extends("")
   filter: Filter = Filter()
   allow_outside: bool = False
-  workers: int = free(0)
+  workers: int = free(-1)
+  cache: str = free("auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,12 +302,23 @@ def _check_run(recipe):
     )
   if unknown := set(recipe.stages) - set(STAGES):
     raise ValueError(f"config.stages: {sorted(unknown)} are none of {STAGES}")
+  _check_reading(recipe.data)
   if recipe.matmul_precision:
     _check_matmuls(recipe)
   if recipe.precision not in ("auto", "float32", "bfloat16"):
     raise ValueError(
       f"config.precision {recipe.precision!r} is not auto, float32 or bfloat16"
     )
+
+
+def _check_reading(data):
+  if data.workers < -1:
+    raise ValueError(
+      f"config.data.workers {data.workers} must be at least -1, which is what the "
+      "machine has"
+    )
+  if data.cache not in CACHES:
+    raise ValueError(f"config.data.cache {data.cache!r} is none of {CACHES}")
 
 
 def _check_matmuls(recipe):

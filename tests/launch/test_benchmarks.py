@@ -19,7 +19,7 @@ import report  # noqa: E402
 
 sys.path.pop(0)
 
-SCRIPTS = ("compare_diffusers", "compare_gpu", "import_memory", "sampling", "training",
+SCRIPTS = ("clip_cache", "compare_diffusers", "compare_gpu", "import_memory", "sampling", "training",
            "vae_memory")  # fmt: skip
 
 

@@ -27,6 +27,7 @@ DOCUMENTED = {
   "data.crop_borders": "extends",
   "data.score_fn": "extends",
   **{f"data.filter.{field.name}": "extends" for field in dataclasses.fields(Filter)},
+  "data.cache": "free",
   "vae.eval_batches": "free",
   "encode.batch_size": "free",
   "encode.devices_per_clip": "free",
