@@ -18,7 +18,7 @@ import os
 import pathlib
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 
 import msgpack
@@ -35,6 +35,8 @@ CODECS = ("raw", "h264")
 BLOCK = 8  # frames of a record
 SHARD_BYTES = 64 << 20  # of raw frames in a shard: a few seconds of work for a core
 _SUFFIX = ".array_record"
+# Fields of a clip that its pixels do not depend on; the file is told by its stamp.
+_NO_PIXELS = ("path", "captions", "split", "truth", "measured")
 _OPEN_SHARDS = 64  # of a process; a limit of 1024 open files is common
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
@@ -95,13 +97,11 @@ def plan(
 
 
 def _describe(clip, stamps):
-  """What the pixels of a clip depend on, captions apart."""
+  """What the pixels of a clip depend on; a folder may be moved."""
   if clip.path not in stamps:  # a long video is many clips
     stamps[clip.path] = _stamp(clip.path)
-  return [
-    clip.id, clip.start, clip.frames, clip.fps, clip.height, clip.width,
-    stamps[clip.path],
-  ]  # fmt: skip
+  row = dataclasses.asdict(clip)
+  return [{k: v for k, v in row.items() if k not in _NO_PIXELS}, stamps[clip.path]]
 
 
 def _stamp(path):

@@ -1,4 +1,4 @@
-"""A cache of clips at training size: same batches, made once, stale or damaged never."""
+"""A cache of clips at training size: the same batches, never stale or damaged ones."""
 
 import dataclasses
 import json

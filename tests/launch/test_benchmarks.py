@@ -19,8 +19,8 @@ import report  # noqa: E402
 
 sys.path.pop(0)
 
-SCRIPTS = ("clip_cache", "compare_diffusers", "compare_gpu", "import_memory", "sampling", "training",
-           "vae_memory")  # fmt: skip
+SCRIPTS = ("clip_cache", "compare_diffusers", "compare_gpu", "import_memory",
+           "sampling", "training", "vae_memory")  # fmt: skip
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import av
 import msgpack
 import numpy as np
 
-from sora_jax.data.video import media, reader
+from sora_jax.data.video import media
 
+_Interpolation = av.video.reformatter.Interpolation
 _FORMAT = "yuv444p"
 _CRF = "8"  # 40 dB on a moving texture of saturated colours, more on real videos
 
@@ -24,7 +25,14 @@ def encode(video_THWC: np.ndarray) -> bytes:
   codec.framerate, codec.time_base = 25, fractions.Fraction(1, 25)
   codec.thread_count = 1
   codec.gop_size = len(video_THWC)
-  codec.options = {"crf": _CRF, "preset": "veryfast", "bf": "0", "sc_threshold": "0"}
+  codec.options = {
+    "crf": _CRF,
+    "preset": "veryfast",
+    "bf": "0",
+    "sc_threshold": "0",
+    # Players may save on colours, which a model sees as well as brightness.
+    "x264-params": "chroma-qp-offset=-6",
+  }
   packets = []
   for number, frame_HWC in enumerate(video_THWC):
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
@@ -66,7 +74,7 @@ def _colours(to_space, to_range, from_space=None):
   how = {
     "dst_colorspace": spaces[to_space],
     "dst_color_range": ranges[to_range],
-    "interpolation": reader.EXACT,
+    "interpolation": _Interpolation.BICUBIC | _Interpolation.ACCURATE_RND,
     "threads": 1,
   }
   if from_space:
