@@ -36,6 +36,7 @@ setup(
     "etils[epath]>=1.9",
     "flax>=0.12,<0.13",
     "grain>=0.2.18,<0.3",
+    "importlib_resources>=6",  # tensorflow-datasets needs it and does not say so
     "jax>=0.10.2,<0.12",
     "matplotlib>=3.9",
     "ml_collections>=1.1,<2",
@@ -54,6 +55,7 @@ setup(
     "scipy>=1.14",
     "sentencepiece>=0.2.1,<0.3",
     "tensorboardX>=2.6.4",
+    "tensorflow-datasets>=4.9.10,<5",  # without TensorFlow
     "tensorstore>=0.1.80",
   ],
   extras_require={

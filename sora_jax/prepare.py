@@ -9,7 +9,7 @@ import pathlib
 
 from absl import logging
 
-from sora_jax.data import clips, shapes, sources
+from sora_jax.data import clips, shapes, sources, tfds_source
 from sora_jax.data.intake import workers
 from sora_jax.data.intake.measuring import Measuring
 from sora_jax.run import cli
@@ -25,6 +25,9 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   """
   data, folder = recipe.data, pathlib.Path(workdir) / "data"
   source, generated = data.source, data.source == "shapes"
+  rows = None
+  if source.startswith(tfds_source.PREFIX):
+    source, rows = tfds_source.rows(source, data.fps)
   if generated:
     source = folder / "shapes"
     shapes.generate(
@@ -49,6 +52,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     # What was drawn just now is known to be whole, and each clip is one scene.
     how=Measuring(decode=False) if generated else _measuring(data, folder),
     allow_outside=data.allow_outside,
+    rows=rows,
     watch=track,
   )
   found = _with_both_splits(found, source)

@@ -165,7 +165,7 @@ def test_networks_and_math_do_no_io(layer):
 WITHOUT_JAX = (
   "data.clips", "data.video", "data.sources", "data.shapes", "data.records",
   "data.tokenizer", "data.batches", "data.clip_dataset", "data.packed_dataset",
-  "data.pixel_cache", "data.cache_filling",
+  "data.pixel_cache", "data.cache_filling", "data.stored", "data.tfds_source",
   "packing", "runtime.files",
 )  # fmt: skip
 

@@ -26,6 +26,7 @@ import numpy as np
 from absl import logging
 from array_record.python import array_record_module
 
+from sora_jax.data import stored
 from sora_jax.data.clips import Clip
 from sora_jax.data.records import RecordError, open_shard
 from sora_jax.data.video import media, reader, short_gop
@@ -107,7 +108,7 @@ def _describe(clip, stamps):
 def _stamp(path):
   """Name, size and time of change of a file, or why there are none."""
   try:
-    status = os.stat(path)
+    status = os.stat(stored.holder(path))
   except OSError as e:
     return [os.path.basename(path), e.strerror]
   return [os.path.basename(path), status.st_size, status.st_mtime_ns]
@@ -187,7 +188,7 @@ def write_shard(shard: Shard, left_out: dict[str, str] | None = None) -> None:
   """
   note = note_path(shard.path)
   note.parent.mkdir(parents=True, exist_ok=True)
-  rows = []
+  rows: list[dict] = []
   with files.replacing(shard.path) as partial:
     writer = array_record_module.ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
     try:

@@ -76,6 +76,7 @@ def scan(
   limits: Filter = _LIMITS,
   how: Measuring = _HOW,
   allow_outside: bool = False,
+  rows: dict[str, dict] | None = None,
   watch: Callable = lambda items, *_: items,
 ) -> tuple[list[Clip], list[tuple[str, str]]]:
   """Finds, measures, cuts and filters the media files under a folder.
@@ -98,6 +99,8 @@ def scan(
     heldout_share, heldout_min: see `intake.split`; where a manifest does not say.
     limits: what is left out. how: files are measured.
     allow_outside: captions and files of a manifest may be outside of the folder.
+    rows: files of the folder and what a manifest would say of each, with "captions";
+      None looks for them.
     watch: (items, what is done to each, what they are) -> the same items, as
       `runtime.progress.track`; shows nothing by default.
 
@@ -109,7 +112,8 @@ def scan(
   """
   folder = pathlib.Path(folder).absolute()
   windows = Windows(max_frames, fps, min_frames, cut_threshold, crop_borders)
-  rows, left_out, texts = _files(folder, allow_outside)
+  found_files = _files(folder, allow_outside) if rows is None else (rows, [], 0)
+  rows, left_out, texts = found_files
   ids, found, seconds = _ids(rows), [], 0.0
   with Ledger(how.ledger, version()) as ledger:
     for name, result in measuring.measure_files(folder, rows, how, ledger, watch):

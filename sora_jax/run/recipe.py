@@ -50,7 +50,8 @@ class Mesh:
 class Data:
   """Where clips come from and what size they get.
 
-  source: "shapes" (generated), or a folder of videos and images.
+  source: "shapes" (generated), a folder of videos and images, or "tfds:NAME", a
+    TFDS data set that is prepared, see data/tfds_source.py.
   world: what generated clips can show, "whole" or "simple", see data/shapes.py.
   train_clips, heldout_clips: number of generated clips.
   max_frames, max_pixels: of a clip; longer videos are cut, larger ones made smaller.

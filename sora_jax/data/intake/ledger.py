@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import av
 import PIL
 
+from sora_jax.data import stored
 from sora_jax.runtime import files
 
 FIGURES = 1  # version of what `measure.measure_file` returns
@@ -97,6 +98,6 @@ def key_of(path: pathlib.Path, name: str, *more: Any) -> str:
   Raises:
     OSError: the file cannot be looked at.
   """
-  status = os.stat(path)
+  status = os.stat(stored.holder(path))
   facts = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
   return json.dumps([name, *facts, *more])

@@ -50,9 +50,10 @@ def digest(path) -> str:
 
   Copies have the same. Reading all of a large file would take as long as decoding it.
   """
-  size, block = os.path.getsize(path), 1 << 20
-  found = hashlib.sha256(str(size).encode())
-  with open(path, "rb") as file:
+  source, block = media.opened(path), 1 << 20
+  with open(source, "rb") if isinstance(source, str) else source as file:
+    size = file.seek(0, os.SEEK_END)
+    found = hashlib.sha256(str(size).encode())
     for start in dict.fromkeys((0, max(0, size // 2), max(0, size - block))):
       file.seek(start)
       found.update(file.read(block))

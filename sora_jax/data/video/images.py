@@ -17,8 +17,9 @@ def read(path) -> np.ndarray:
     ClipError: the file is damaged, or no image.
   """
   _add_heif(path)
+  source = media.opened(path)
   try:
-    with PIL.Image.open(path) as image:
+    with PIL.Image.open(source) as image:
       _check_still(path, image)
       image.load()
       image = PIL.ImageOps.exif_transpose(image)

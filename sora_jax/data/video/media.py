@@ -1,9 +1,12 @@
 """What media files have in common: their kinds, how they are opened, how they fail."""
 
+import io
 import os
 import pathlib
 
 import av
+
+from sora_jax.data import stored
 
 # What is read, in the order in which messages name them.
 IMAGE_SUFFIXES = (
@@ -34,11 +37,25 @@ class ClipError(ValueError):
 
 def check_file(path) -> None:
   """Raises ClipError for a file that is missing, empty or not readable."""
+  if stored.is_inside(path):
+    return  # it is seen when it is opened
   try:
     if os.path.getsize(path) == 0 and os.path.isfile(path):
       raise ClipError(path, "empty file (0 bytes)")
   except OSError as e:
     raise ClipError(path, f"cannot be read ({e.strerror})") from e
+
+
+def opened(path) -> str | io.BytesIO:
+  """What PyAV and Pillow open: the path, or the bytes of what is in a larger file.
+
+  Raises:
+    ClipError: what holds it cannot be read.
+  """
+  try:
+    return stored.opened(path)
+  except (OSError, ValueError) as e:
+    raise ClipError(path, str(e)) from e
 
 
 def is_image(path) -> bool:
@@ -62,9 +79,10 @@ def open_video(path) -> av.container.InputContainer:
   Raises:
     ClipError: the file is no video, has only sound, or an unknown codec.
   """
+  source = opened(path)
   try:
     # Old files have names and comments that are no UTF-8; nobody needs them here.
-    container = av.open(os.fspath(path), metadata_errors="replace")
+    container = av.open(source, "r", metadata_errors="replace")
   except DECODE_ERRORS as e:
     raise ClipError(path, f"not a video ({short_message(e)})") from e
   videos = _videos(container)

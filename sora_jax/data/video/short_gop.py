@@ -22,7 +22,8 @@ def encode(video_THWC: np.ndarray) -> bytes:
   height, width = video_THWC.shape[1:3]
   codec = av.CodecContext.create("libx264", "w")
   codec.width, codec.height, codec.pix_fmt = width, height, _FORMAT
-  codec.framerate, codec.time_base = 25, fractions.Fraction(1, 25)
+  codec.framerate = fractions.Fraction(25)
+  codec.time_base = 1 / codec.framerate
   codec.thread_count = 1
   codec.gop_size = len(video_THWC)
   codec.options = {
