@@ -15,10 +15,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax.data import cache_filling, pixel_cache
 from sora_jax.data.bad_clips import report_bad_clips
-from sora_jax.data.batches import Batches, cores, first_batches
+from sora_jax.data.batches import Batches, first_batches
 from sora_jax.data.clip_dataset import ClipDataset
 from sora_jax.data.clips import read_manifest
 from sora_jax.data.endless import split_indices
+from sora_jax.data.intake.workers import cores
 from sora_jax.models.meta import VAEMeta
 from sora_jax.models.vae import VAE
 from sora_jax.run import cli, init_from

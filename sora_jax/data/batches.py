@@ -1,6 +1,5 @@
 """Batches of a data set for the train loop: threads, workers, hosts and resuming."""
 
-import os
 import sys
 
 import grain
@@ -8,6 +7,7 @@ import numpy as np
 from absl import flags, logging
 
 from sora_jax.data.endless import Batch, EndlessDataset
+from sora_jax.data.intake.workers import cores
 
 _MOST_WORKERS = 16
 
@@ -88,13 +88,6 @@ class Batches:
   def close(self) -> None:
     """Stops threads and workers."""
     self._iterator.close()
-
-
-def cores() -> int:
-  """CPU cores that this process may use."""
-  if hasattr(os, "sched_getaffinity"):  # not on macOS
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 def default_workers() -> int:

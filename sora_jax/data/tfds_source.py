@@ -75,7 +75,7 @@ def rows(source: str, fps: float = 0.0) -> tuple[str, dict[str, dict[str, Any]]]
     "%s: %d examples of %s, media in %r, captions in %s", source, len(found),
     prepared.folder, media.name, [text for text, _ in texts] or "no feature",
   )  # fmt: skip
-  return str(folder.parent), found
+  return str(folder.parent), dict(sorted(found.items()))
 
 
 def _parse(source):
