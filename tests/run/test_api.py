@@ -20,7 +20,7 @@ from absl import flags, logging
 before = set(flags.FLAGS)
 filters = list(logging.get_absl_logger().filters)
 # What libraries define is theirs.
-import absl.app, grain, ml_collections.config_flags
+import absl.app, grain, ml_collections.config_flags, tensorflow_datasets
 before |= set(flags.FLAGS)
 for name in sys.argv[1:]:
   module, _, attribute = name.partition(":")

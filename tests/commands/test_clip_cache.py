@@ -1,0 +1,82 @@
+"""The stage "vae" makes its cache of clips, by config, and reads it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tiny
+from data.batch_checks import assert_equal
+from data.media_samples import noise
+
+from sora_jax import train_vae
+from sora_jax.data import clips
+from sora_jax.data.video import writer
+from sora_jax.run import recipe as recipes
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run")
+  found = []
+  for number in range(3):
+    path = folder / f"{number}.mp4"
+    writer.write(path, noise(9, 96, 128), 8.0)
+    split = "heldout" if number == 2 else "train"
+    found.append(clips.Clip(str(number), str(path), 0.0, 9, 8.0, 48, 64, (), split))
+  clips.write_manifest(folder / "data" / "manifest.jsonl", found)
+  return folder
+
+
+def recipe_of(**changed):
+  recipe = recipes.read(tiny.get_config())
+  data = dataclasses.replace(recipe.data, source="a folder", **changed)
+  return dataclasses.replace(recipe, data=data)
+
+
+def element(workdir, **changed):
+  recipe = recipe_of(**changed)
+  cache = train_vae._cache(recipe, workdir)
+  return train_vae._dataset(recipe, workdir, "train", cache)[0]
+
+
+def names(workdir):
+  return sorted(path.name for path in (workdir / "data" / "pixels").glob("*"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_stage_makes_and_reads_a_cache(workdir, workers):
+  want = element(workdir, cache="none")
+  got = element(workdir, cache="auto", workers=workers)
+  assert_equal(got, want)
+  (name,) = names(workdir)
+  assert name.startswith("raw-")
+  # What is read is the cache: without the files, too.
+  path = workdir / "0.mp4"
+  cache = train_vae._cache(recipe_of(), workdir)
+  path.rename(workdir / "gone.mp4")
+  dataset = train_vae._dataset(recipe_of(), workdir, "train", cache)
+  assert_equal(dataset[0], want)
+  (workdir / "gone.mp4").rename(path)
+  (workdir / "data" / "pixels" / name).unlink()
+
+
+def test_another_codec_stands_beside_it(workdir):
+  raw = element(workdir, cache="raw")
+  lossy = element(workdir, cache="h264")
+  assert [name[:4] for name in names(workdir)] == ["h264", "raw-"]
+  difference = lossy["video_THWC"].astype(int) - raw["video_THWC"]
+  assert 0 < np.abs(difference).mean() < 8  # of noise, which no codec likes
+
+
+@pytest.mark.parametrize(
+  "changed, message",
+  [
+    ({"cache": "av1"}, r"config\.data\.cache 'av1' is none of \('auto', 'none', 'raw'"),
+    ({"workers": -2}, r"config\.data\.workers -2 must be at least -1"),
+  ],
+)
+def test_wrong_keys(changed, message):
+  config = tiny.get_config()
+  config.data.update(changed)
+  with pytest.raises(ValueError, match=message):
+    recipes.read(config)
