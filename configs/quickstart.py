@@ -60,9 +60,6 @@ def get_config(variant: str = "") -> ConfigDict:
   c.vae.train.eval_every = 500
   c.vae.train.save_every = 250
 
-  c.encode = ConfigDict()
-  c.encode.frame_buckets = (1, 9, 17)
-
   c.dit = ConfigDict()
   c.dit.model = ConfigDict()
   c.dit.model.width = 256

@@ -89,7 +89,8 @@ def run(jobs: Iterable[Job], workers: int) -> Iterator[tuple[Job, Job]]:
     while any(thread.is_alive() for thread in threads):
       # Who reads has stopped, and does not wait for long jobs. A process may have been
       # about to start, so this is said until all threads have heard it.
-      for worker in tuple(processes) if left else ():
+      unfinished: tuple[_Worker, ...] = tuple(processes) if left else ()
+      for worker in unfinished:
         worker.kill()
       with contextlib.suppress(queue.Empty):  # whoever waits to put one can end
         done.get(timeout=0.05)
