@@ -7,7 +7,8 @@ Metrics: those of `sora_jax/evaluate.py`, on 512 held-out prompts.
 
 All that `sora_jax/data/shapes.py` can draw: one object or two, bars to pass behind, all
 motions, images and videos of 9 to 33 frames, three sizes, four rates, shaded grounds.
-Variant "gpu" takes larger batches for as many clips.
+Variant "gpu" takes larger batches for more clips, "simple" has the quickstart's world at
+17 frames, and is for an hour.
 
 More steps go on from the checkpoint before the decay of the learning rate:
   --config.dit.train.steps=...
@@ -24,8 +25,8 @@ VARIANTS = ("gpu", "simple")
 def get_config(variant: str = "") -> ConfigDict:
   """The recipe; any key can be overridden with --config.key=value.
 
-  Variant "gpu" takes larger batches, for as many clips. Variant "simple" is of the
-  quickstart's world and its network, trained four times as long on more clips.
+  Variant "gpu" takes larger batches, and more clips. Variant "simple" is one object on
+  one ground in 17 frames, and the quickstart's network, which is trained for longer.
   """
   if variant not in ("", *VARIANTS):
     raise ValueError(
