@@ -277,6 +277,24 @@ def test_a_video_is_held_out_where_there_are_several():
     assert any(clip.frames > 1 for clip in held([*images, *some(3)], 0.05, 1))
 
 
+def test_a_film_among_short_videos_is_trained_on():
+  """It is most of the clips, so training would be left with the rest."""
+  for names in range(20):
+    film, *rest = (f"{names}-{i}" for i in range(3))
+    found = [
+      clips.Clip(f"{name}#{k}", name, 0.0, 17, 8.0, 64, 64)
+      for name, pieces in ((film, 60), *((name, 3) for name in rest))
+      for k in range(pieces)
+    ]
+    assert {clip.path for clip in held(found, 0.4, 4)} == set(rest)
+    few = {clip.path for clip in held(found, 0.0, 2)}
+    assert len(few) == 1 and few < set(rest)
+    # Of images and one video beside it, that video is held out.
+    images = [clips.Clip(f"{names}:{i}", f"{i}", 0.0, 1, 1.0, 8, 8) for i in range(20)]
+    mixed = [clip for clip in found if clip.path != rest[1]]
+    assert rest[0] in {clip.path for clip in held([*mixed, *images], 0.05, 1)}
+
+
 # --- measured once, anywhere
 
 
