@@ -122,6 +122,12 @@ def _code() -> list[str]:
   return [digest.hexdigest()[:16], *versions]
 
 
+def name_of(shards: Sequence[Shard]) -> str:
+  """Identifies a whole cache, wherever its folder is."""
+  names = [os.path.basename(shard.path) for shard in shards]
+  return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
+
 def is_complete(shard: Shard) -> bool:
   """Whether a shard is there, and whole."""
   return os.path.exists(shard.path) and _contents(shard) is not None
