@@ -330,6 +330,11 @@ def test_nothing_is_measured_again(tmp_path, monkeypatch):
   ledger.write_bytes(b"".join(lines[:-1]) + lines[-1][:40])
   sources.scan(folder, **LIMITS, how=how)
   assert len(asked) == 9
+  # And what a disk has lost in the middle.
+  lines = ledger.read_bytes().splitlines(keepends=True)
+  ledger.write_bytes(b"".join([*lines[:1], b"\0" * 40 + b"\n", *lines[1:]]))
+  sources.scan(folder, **LIMITS, how=how)
+  assert len(asked) == 9
   # So is everything by another version of the figures, and never a mixture.
   lines = ledger.read_bytes().split(b"\n")
   ledger.write_bytes(b"\n".join([b'{"measure": "0"}', *lines[1:]]))
