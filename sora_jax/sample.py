@@ -31,7 +31,7 @@ from sora_jax.sampling import flags as job_flags
 from sora_jax.sampling.conditioning import Request as Request  # for users
 from sora_jax.sampling.defaults import Defaults
 from sora_jax.sampling.defaults import read as read_defaults
-from sora_jax.sampling.job import Job
+from sora_jax.sampling.job import GIVEN, Job
 from sora_jax.sampling.pipeline import Sampler as Sampler
 from sora_jax.sampling.requests import (
   requests_of,
@@ -99,7 +99,7 @@ def _jobs(args, described, out) -> list[Job]:
   kept = described.get("job", {})
   if kept:
     old = dataclasses.asdict(Job.from_json(kept))
-    kept = {name: old[name] for name in kept}
+    kept = {"given": GIVEN, **{name: old[name] for name in kept}}
   job = Job(
     **{name: value for name, value in kept.items() if name in _OWN},
     **job_flags.values(Job, args, kept, without=_OWN),

@@ -99,7 +99,18 @@ def _cache(recipe, workdir):
   if codec is None:
     return None
   shards = pixel_cache.plan(clips, indices, folder, codec)
-  if jax.process_index() == 0:
+  # Hosts may have copies of the files, or libraries, of their own.
+  if len(set(hosts.gather(pixel_cache.name_of(shards)))) > 1:
+    fault = (
+      "hosts do not share a cache of clips: times of change of their media files, or "
+      "versions of PyAV or Pillow, differ"
+    )
+    if data.cache != "auto":
+      raise ValueError(f'{fault}; config.data.cache "none" needs none')
+    logging.warning("%s; files are decoded at each visit", fault)
+    return None
+  # What is stale in a link may be what the other run reads.
+  if jax.process_index() == 0 and not folder.parent.is_symlink():
     pixel_cache.remove_stale(shards, folder)
   cache_filling.fill(
     shards[jax.process_index() :: jax.process_count()],

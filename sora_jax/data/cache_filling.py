@@ -39,7 +39,7 @@ def choose(
 
   "auto" is what changes no pixel: raw frames or none. None, where clips are read once
   or hardly more often, where they were generated at training size, or where the disk
-  has no room; the log says so.
+  has no room or may not be written, such as another user's; the log says so.
 
   Args:
     setting: "auto", "none", or a codec.
@@ -54,6 +54,13 @@ def choose(
   if generated or visits < 2 * len(indices):
     return None
   shards = pixel_cache.plan(clips, indices, folder, "raw")
+  if not pixel_cache.can_be_written(shards, folder):
+    logging.warning(
+      "no cache of clips: %s cannot be written, so that files are decoded at each "
+      "visit",
+      folder,
+    )
+    return None
   if pixel_cache.fits(shards, folder, _SHARE):
     return "raw"
   needed = sum(pixel_cache.raw_bytes(clips[index]) for index in indices)

@@ -122,6 +122,12 @@ def _code() -> list[str]:
   return [digest.hexdigest()[:16], *versions]
 
 
+def name_of(shards: Sequence[Shard]) -> str:
+  """Identifies a whole cache, wherever its folder is."""
+  names = [os.path.basename(shard.path) for shard in shards]
+  return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
+
 def is_complete(shard: Shard) -> bool:
   """Whether a shard is there, and whole."""
   return os.path.exists(shard.path) and _contents(shard) is not None
@@ -136,10 +142,20 @@ def fits(shards: Sequence[Shard], folder: str | os.PathLike, share: float) -> bo
 
 def free_space(folder: str | os.PathLike) -> int:
   """Free bytes of the disk of a folder that may not exist yet."""
+  return shutil.disk_usage(_existing(folder)).free
+
+
+def can_be_written(shards: Sequence[Shard], folder: str | os.PathLike) -> bool:
+  """Whether shards that are missing can be put into a folder that may not exist yet."""
+  there = all(os.path.exists(shard.path) for shard in shards)
+  return there or os.access(_existing(folder), os.W_OK)
+
+
+def _existing(folder):
   place = pathlib.Path(folder).absolute()
   while not place.exists():
     place = place.parent
-  return shutil.disk_usage(place).free
+  return place
 
 
 def check_space(shards: Sequence[Shard], folder: str | os.PathLike) -> None:

@@ -433,7 +433,14 @@ def _check_data(recipe):
     )
   if data.filter.scores and not data.score_fn:
     raise ValueError("config.data.filter.scores needs config.data.score_fn")
-  if not data.measure and (data.crop_borders or data.filter.measures()):
+  asked = data.crop_borders or data.filter.measures()
+  if data.source == "shapes" and (asked or data.score_fn):
+    raise ValueError(
+      'config.data.source "shapes": generated clips are not measured, so that '
+      "crop_borders, score_fn and limits of config.data.filter, but for captions, are "
+      "for other sources"
+    )
+  if not data.measure and asked:
     raise ValueError(
       "config.data.measure=False measures nothing that crop_borders, filter and scores "
       "could go by"

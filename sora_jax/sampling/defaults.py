@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 from sora_jax.diffusion.solvers import Options
+from sora_jax.packing import time_grid
 from sora_jax.runtime import checkpoint
 from sora_jax.sampling.job import Job
 
@@ -47,6 +48,10 @@ class Defaults:
       known["fps"] = self.fps
     if job.window is None:
       known["window"] = self.window
+      if job.given is not None and 0 < self.window <= job.given:
+        # Whoever says how much is taken over has said nothing of windows: it is the
+        # shortest that makes something of its own, since the model has seen no longer.
+        known["window"] = job.given + time_grid.TIME_FACTOR
     return dataclasses.replace(job, **known)
 
   def to_json(self) -> dict[str, Any]:

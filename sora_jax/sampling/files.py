@@ -15,7 +15,7 @@ from sora_jax.diffusion.solvers import Options
 from sora_jax.runtime import files as whole_files
 from sora_jax.sampling import modes
 from sora_jax.sampling.conditioning import Request
-from sora_jax.sampling.job import Job
+from sora_jax.sampling.job import GIVEN, Job
 from sora_jax.sampling.pipeline import Sampler
 
 SUFFIXES = (".mp4", ".webm", ".gif", ".png")
@@ -109,8 +109,11 @@ def _text_request(job):
 
 def _write(parts, options, source):
   path, job, fps, frames_THWC = next(parts)
+  kept = {**job.as_json(), "given": job.given_frames}
+  if kept["given"] == GIVEN:  # as files are that were written before it went by windows
+    del kept["given"]
   described = {
-    "job": job.as_json(),
+    "job": kept,
     "options": {
       field.name: getattr(options, field.name) for field in dataclasses.fields(Options)
     },

@@ -25,7 +25,7 @@ MODES = (
   "interpolate",
 )
 # Of a job that does not say its windows, in frames.
-_WINDOW, _GIVEN = 33, 9
+_WINDOW, GIVEN = 33, 9
 _MEDIA = ("image", "last_image", "video", "connect", "mask")
 
 
@@ -198,7 +198,7 @@ class Job:
     if self.given is not None:
       return self.given
     half = time_grid.TIME_FACTOR * ((self.window_frames - 1) // 8) + 1
-    return min(half, _GIVEN) if self.window_frames else _GIVEN
+    return min(half, GIVEN) if self.window_frames else GIVEN
 
   @property
   def windows(self) -> Windows:

@@ -9,9 +9,10 @@ from data.batch_checks import assert_equal
 from data.media_samples import noise
 
 from sora_jax import train_vae
-from sora_jax.data import clips
+from sora_jax.data import clips, pixel_cache
 from sora_jax.data.video import writer
 from sora_jax.run import recipe as recipes
+from sora_jax.runtime import hosts
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,27 @@ def test_another_codec_stands_beside_it(workdir):
   assert [name[:4] for name in names(workdir)] == ["h264", "raw-"]
   difference = lossy["video_THWC"].astype(int) - raw["video_THWC"]
   assert 0 < np.abs(difference).mean() < 8  # of noise, which no codec likes
+
+
+def test_a_linked_run_keeps_its_cache(workdir, tmp_path, monkeypatch):
+  """Such as of a sweep, that another version of the code goes on with."""
+  element(workdir, cache="raw")
+  before = names(workdir)
+  monkeypatch.setattr(pixel_cache, "_code", lambda: ["another"])
+  (tmp_path / "data").symlink_to(workdir / "data", target_is_directory=True)
+  element(tmp_path, cache="raw")
+  assert set(names(workdir)) > set(before)
+  element(workdir, cache="raw")
+  assert not set(names(workdir)) & {name for name in before if name.startswith("raw")}
+
+
+def test_hosts_with_files_of_their_own_have_no_cache(workdir, monkeypatch, caplog):
+  monkeypatch.setattr(hosts, "gather", lambda value: [value, value[:-1] + "x"])
+  # What auto has chosen is the first host's choice.
+  assert train_vae._cache(recipe_of(cache="auto"), workdir) is None
+  assert "hosts do not share a cache of clips" in caplog.text
+  with pytest.raises(ValueError, match=r'share.*config\.data\.cache "none"'):
+    train_vae._cache(recipe_of(cache="raw"), workdir)
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,24 @@ def test_a_video_is_held_out_where_there_are_several():
     assert any(clip.frames > 1 for clip in held([*images, *some(3)], 0.05, 1))
 
 
+def test_a_film_among_short_videos_is_trained_on():
+  """It is most of the clips, so training would be left with the rest."""
+  for names in range(20):
+    film, *rest = (f"{names}-{i}" for i in range(3))
+    found = [
+      clips.Clip(f"{name}#{k}", name, 0.0, 17, 8.0, 64, 64)
+      for name, pieces in ((film, 60), *((name, 3) for name in rest))
+      for k in range(pieces)
+    ]
+    assert {clip.path for clip in held(found, 0.4, 4)} == set(rest)
+    few = {clip.path for clip in held(found, 0.0, 2)}
+    assert len(few) == 1 and few < set(rest)
+    # Of images and one video beside it, that video is held out.
+    images = [clips.Clip(f"{names}:{i}", f"{i}", 0.0, 1, 1.0, 8, 8) for i in range(20)]
+    mixed = [clip for clip in found if clip.path != rest[1]]
+    assert rest[0] in {clip.path for clip in held([*mixed, *images], 0.05, 1)}
+
+
 # --- measured once, anywhere
 
 
@@ -310,6 +328,11 @@ def test_nothing_is_measured_again(tmp_path, monkeypatch):
   writer.write(folder / "0.mp4", moving(9, 77, height=48, width=64), 10)
   lines = ledger.read_bytes().splitlines(keepends=True)
   ledger.write_bytes(b"".join(lines[:-1]) + lines[-1][:40])
+  sources.scan(folder, **LIMITS, how=how)
+  assert len(asked) == 9
+  # And what a disk has lost in the middle.
+  lines = ledger.read_bytes().splitlines(keepends=True)
+  ledger.write_bytes(b"".join([*lines[:1], b"\0" * 40 + b"\n", *lines[1:]]))
   sources.scan(folder, **LIMITS, how=how)
   assert len(asked) == 9
   # So is everything by another version of the figures, and never a mixture.

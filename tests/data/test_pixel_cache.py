@@ -229,6 +229,10 @@ def test_what_auto_chooses(clips, tmp_path, monkeypatch, caplog):
   assert choose(visits=15) is None
   assert choose(generated=True) is None
   assert choose("h264", generated=True) == "h264" and choose("none") is None
+  with monkeypatch.context() as patch:  # tests may run as root, who may write anywhere
+    patch.setattr(os, "access", lambda place, mode: place != tmp_path)
+    assert choose() is None
+  assert f"no cache of clips: {tmp_path} cannot be written" in caplog.text
   needed = sum(pixel_cache.raw_bytes(clip) for clip in clips[:8])
   monkeypatch.setattr(pixel_cache, "free_space", lambda folder: 1.9 * needed)
   assert choose() is None

@@ -62,6 +62,25 @@ def test_a_sidecar_makes_the_same_again(command, tmp_path):
     command(f"--from={first}.json", f"--out={again}")
 
 
+def test_a_sidecar_keeps_what_windows_take_over(command, tmp_path):
+  """An old one leaves 9 frames out, which other windows than 33 would not have now."""
+  out = tmp_path / "a.mp4"
+
+  def made(*arguments):
+    command(*arguments, f"--out={out}")
+    job = json.loads((tmp_path / "a.mp4.json").read_text())["job"]
+    return job["window"], job.get("given")
+
+  new = ["--checkpoint=runs/tiny", "--prompt=a star", "--size=32x32", "--steps=1"]
+  assert made(*new, "--frames=5", "--window=13") == (13, 5)
+  assert made(f"--from={out}.json") == (13, 5)
+  old = json.loads((tmp_path / "a.mp4.json").read_text())
+  del old["job"]["given"]
+  (tmp_path / "old.json").write_text(json.dumps(old))
+  assert made(f"--from={tmp_path / 'old.json'}") == (13, None)
+  assert made(f"--from={out}.json") == (13, None)
+
+
 def test_a_checkpoints_own_defaults_hold_where_no_flag_was_given(command, tmp_path):
   usual = Defaults(
     Options(steps=2, method="ddim", eta=0.5, guidance_interval=(0.2, 0.9)),

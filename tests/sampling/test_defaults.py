@@ -70,6 +70,13 @@ def test_windows_are_no_longer_than_a_small_models_videos(tmp_path, frames, wind
   assert defaults.read(tmp_path).window == window
 
 
+@pytest.mark.parametrize(("given", "window"), [(1, 9), (8, 9), (9, 13), (20, 24)])
+def test_a_window_holds_more_than_what_is_said_to_be_given(given, window):
+  job = Defaults(frames=9, window=9).fill(Job("x", given=given))
+  assert (job.window, job.given) == (window, given)
+  assert 0 < job.windows.given < job.windows.length
+
+
 def test_a_rate_of_0_is_that_of_training(tmp_path):
   stage(tmp_path, [["a", [96, 64], 33, 0.0]])
   model = tmp_path / "dit" / "model" / "model.json"

@@ -87,7 +87,10 @@ class Ledger:
       if not line.endswith(b"\n"):  # the end, or a line of a run that was killed
         file.truncate(place)
         return
-      row = json.loads(line)
+      try:
+        row = json.loads(line)
+      except ValueError:  # of a disk that has lost something: that is measured again
+        continue
       if row.get("version", self._version) == self._version:
         self._places[row["key"]] = place
 

@@ -21,7 +21,8 @@ def hold_out(
   A group of clips that show the same is on one side. It is held out if a number drawn
   from its content is below `share`, so that files that are added or renamed move none.
   If fewer than `least` clips are (but at most a quarter of all), the groups with the
-  next numbers are, too, and a video if there are several and none is held out.
+  next numbers are, too, and a video if there are several and none is held out. A group
+  with more than half of all clips, such as a film among short videos, is trained on.
 
   Args:
     clips: whose split is to be set.
@@ -58,6 +59,9 @@ def hold_out(
 
 def _choose(order, members, clips, share, wanted) -> list[str]:
   """Groups to hold out, of those in the order of their numbers; never all of them."""
+  if len(order) > 1:
+    order = [group for group in order if 2 * len(members[group]) <= len(clips)]
+  trained = len(members) > len(order)
   chosen = [group for group in order if _draw(group) < share]
   rest = [group for group in order if group not in set(chosen)]
   while rest and sum(len(members[group]) for group in chosen) < wanted:
@@ -67,9 +71,10 @@ def _choose(order, members, clips, share, wanted) -> list[str]:
     return any(clips[i].frames > 1 for i in members[group])
 
   videos = [group for group in order if is_video(group)]
-  if wanted and len(videos) > 1 and not set(videos) & set(chosen):
+  several = sum(map(is_video, members)) > 1
+  if wanted and several and videos and not set(videos) & set(chosen):
     chosen.append(videos[0])
-  if len(chosen) == len(order) and len(order) > 1:
+  if len(chosen) == len(order) and len(order) > 1 and not trained:
     chosen = chosen[:-1]  # training needs some
   return chosen
 
