@@ -7,8 +7,8 @@ Metrics: those of `sora_jax/evaluate.py`, on 512 held-out prompts.
 
 All that `sora_jax/data/shapes.py` can draw: one object or two, bars to pass behind, all
 motions, images and videos of 9 to 33 frames, three sizes, four rates, shaded grounds.
-Variant "gpu" takes larger batches for more clips, "simple" has the quickstart's world at
-17 frames, and is for an hour.
+Variant "gpu" takes larger batches for more clips, "simple" is the small world of the
+quickstart in 17 frames, for an hour.
 
 More steps go on from the checkpoint before the decay of the learning rate:
   --config.dit.train.steps=...
