@@ -46,7 +46,7 @@ class Defaults:
       known["frames"] = self.frames
     if job.fps is None and job.video is None:
       known["fps"] = self.fps
-    if job.window is None:
+    if job.window is None and _is_open(job):
       known["window"] = self.window
       if job.given is not None and 0 < self.window <= job.given:
         # Whoever says how much is taken over has said nothing of windows: it is the
@@ -57,6 +57,16 @@ class Defaults:
   def to_json(self) -> dict[str, Any]:
     """What sample.json holds."""
     return {"version": VERSION, **dataclasses.asdict(self)}
+
+
+def _is_open(job: Job) -> bool:
+  """Returns whether a job leads to nothing that is given.
+
+  A short window has no room for what it takes over and for where it leads to as well,
+  so all others have those of the package.
+  """
+  leads = job.last_image is not None or job.key_frames
+  return job.mode in ("text", "image", "extend") and not leads
 
 
 def read(folder) -> Defaults:

@@ -115,7 +115,7 @@ def test_every_file_is_used_or_listed(tmp_path, video, caplog):
     os.path.join(top, name) for top, _, names in os.walk(tmp_path) for name in names
   }
   assert len(everything) == 200
-  with caplog.at_level("INFO"):
+  with caplog.at_level("INFO", logger="absl"):
     found, left_out = sources.scan(tmp_path, **LIMITS)
   used, listed = {clip.path for clip in found}, {path for path, _ in left_out}
   captions = {os.path.splitext(c.path)[0] + ".txt" for c in found if c.captions}

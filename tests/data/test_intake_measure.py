@@ -256,7 +256,7 @@ def some(files, pieces=1, frames=17):
 
 
 def test_a_share_of_clips_is_held_out(caplog):
-  with caplog.at_level("INFO"):
+  with caplog.at_level("INFO", logger="absl"):
     assert 40 <= len(held(some(1000), 0.05, 4)) <= 60
   assert "of 1000 clips (" in caplog.text and "heldout_share 5.0 %" in caplog.text
   assert len(held(some(40), 0.0, 4)) == 4

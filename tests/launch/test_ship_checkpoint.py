@@ -170,6 +170,7 @@ def test_as_a_user_types_it(folder, commands, tmp_path):
   assert described["options"]["steps"] == 2
   assert described["job"] == {
     "prompt": "a red circle", "size": [64, 64], "frames": 17, "fps": 12.0,
+    "window": 17,
   }  # fmt: skip
 
 

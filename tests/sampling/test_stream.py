@@ -145,7 +145,7 @@ def test_a_preview_is_planned_and_encoded_once_at_each_size(sampler, monkeypatch
 
 def test_streams_hold_a_window_at_a_time(sampler):
   """60 s at a low size: chunks of frames come as they are made."""
-  job = Job("a star", size=(16, 16), frames=241, fps=4.0)
+  job = Job("a star", size=(16, 16), frames=241, fps=4.0, window=33)
   count, largest = 0, 0
   for chunk in sampler.stream(job, OPTIONS):
     count, largest = count + len(chunk), max(largest, len(chunk))
@@ -156,7 +156,7 @@ def test_the_next_window_is_made_while_frames_are_used(sampler):
   """At the last but one of the three parts of a window, two having been asked for."""
   windows = [threading.Event() for _ in range(3)]
   made = iter(windows)
-  job = Job("a star", size=(16, 16), frames=81)
+  job = Job("a star", size=(16, 16), frames=81, window=33)
   chunks = sampler.stream(job, OPTIONS, watch=lambda *_: next(made).set())
   assert len(next(chunks)) == 13 and not windows[1].is_set()
   assert len(next(chunks)) == 16 and windows[1].wait(60)
@@ -167,7 +167,7 @@ def test_the_next_window_is_made_while_frames_are_used(sampler):
 def test_what_comes_before_waits_in_files(sampler):
   """Windows from the start to the front, in chunks that go from the front on."""
   own = clip(9, size=(16, 16))
-  job = Job("a star", video=own, extend_before=10.0, extend_after=1.0)
+  job = Job("a star", video=own, extend_before=10.0, extend_after=1.0, window=33)
   windows = []
 
   def watch(prompt, latent_THWC):
