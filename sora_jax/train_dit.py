@@ -11,18 +11,17 @@ import jax
 import numpy as np
 from absl import logging
 
-from sora_jax.data import records, tokenizer
+from sora_jax.data import records
 from sora_jax.data.bad_clips import report_bad_clips
 from sora_jax.data.batches import Batches, first_batches
-from sora_jax.data.caption_texts import CaptionFeatures, CaptionIds, CaptionTexts
-from sora_jax.data.packed_dataset import PackedDataset, PackedOptions
+from sora_jax.data.packed_dataset import PackedDataset
 from sora_jax.encoders import autoencoder
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.models import attention, dit
 from sora_jax.models.meta import DiTMeta, FrozenText, Noise, VAEMeta
-from sora_jax.run import cli, init_from
+from sora_jax.run import cli, init_from, rows
 from sora_jax.run import recipe as recipes
-from sora_jax.run.build import budget, make_task
+from sora_jax.run.build import make_task
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.sampling import requests
 from sora_jax.sampling.pipeline import Sampler
@@ -38,17 +37,14 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
   folder = workdir / "dit"
   task, rules, initial = init_from.begin(recipe, *make_task(recipe), workdir, mesh)
   latents = records.read_latents_manifest(str(workdir / "encode" / "latents.jsonl"))
-  texts = _texts(recipe, workdir, latents)
+  vocabulary = folder / "tokenizer.model"
+  if not recipe.text.folder and jax.process_index() == 0:
+    rows.train_tokenizer(stage, latents, vocabulary)
+  sharding.sync("tokenizer")
+  texts = rows.caption_texts(recipe, workdir, vocabulary)
   host, hosts = sharding.host_shard(mesh)
   shard = {"process_index": host, "process_count": hosts}
-  options = PackedOptions(
-    budget(stage),
-    stage.model.patch_size,
-    stage.reference_fps,
-    caption_dropout=stage.caption_dropout,
-    given_prob=stage.given_prob,
-    extra_prob=stage.extra_prob,
-  )
+  options = rows.packed_options(stage)
   heldout = dataclasses.replace(options, caption_dropout=0.0)
 
   def dataset(options, seed, split):
@@ -80,27 +76,6 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
     units=lambda batch: int(np.count_nonzero(batch["segment_L"])),
     captioned=any(clip.captions for clip in latents if clip.split == "train"),
   )
-
-
-def _texts(recipe, workdir, latents) -> CaptionTexts:
-  """Captions as the rows hold them."""
-  stage, text = recipe.dit, recipe.text
-  if not text.folder:
-    words = _tokenizer(stage, latents, workdir / "dit" / "tokenizer.model")
-    return CaptionIds(words, stage.max_text_tokens)
-  empty_text = records.read_empty_text(workdir / "encode" / records.EMPTY_TEXT)
-  return CaptionFeatures(empty_text, text.max_tokens, text.pad_to)
-
-
-def _tokenizer(stage, latents, path):
-  """That of the small text encoder; trained if it is not there yet."""
-  vocab_size = stage.text.vocab_size
-  fits = path.exists() and tokenizer.Tokenizer(str(path)).vocab_size <= vocab_size
-  if not fits and jax.process_index() == 0:
-    captions = [c for clip in latents if clip.split == "train" for c in clip.captions]
-    tokenizer.train(captions, str(path), vocab_size)
-  sharding.sync("tokenizer")
-  return tokenizer.Tokenizer(str(path))
 
 
 def _meta(recipe, workdir, captioned) -> DiTMeta:
@@ -203,18 +178,18 @@ class _Preview:
         writer.videos(step, {request.prompt: video_THWC}, request.fps)
 
 
-def _flops_per_row(dataset, stage, rows=64) -> float:
+def _flops_per_row(dataset, stage, most=64) -> float:
   """FLOPs of the forward and backward pass of a row, on average."""
-  rows, flops = min(rows, dataset.elements_per_epoch()), 0.0
+  count, flops = min(most, dataset.elements_per_epoch()), 0.0
   # A frozen base has no gradients of its own, only those of what goes through it.
   passes = 2.0 if stage.lora.rank else 3.0
-  for i in range(rows):
+  for i in range(count):
     row = dataset[i]
     clips = np.bincount(row["segment_L"], minlength=stage.segments + 1)[1:]
     texts = np.bincount(row["text_segment_S"], minlength=stage.segments + 1)[1:]
     pairs = np.sum(clips * (clips + texts))
     flops += passes * dit.num_flops(stage.model, clips.sum(), texts.sum(), pairs)
-  return flops / rows
+  return flops / count
 
 
 if __name__ == "__main__":

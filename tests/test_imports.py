@@ -83,7 +83,7 @@ ROOMS = {
 }  # fmt: skip
 COMMANDS = (
   "main", "prepare", "train_vae", "encode", "train_dit", "sample", "evaluate", "plan",
-  "import_weights", "export_weights",
+  "inspect", "import_weights", "export_weights",
 )  # fmt: skip
 
 

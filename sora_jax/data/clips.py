@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 
 from sora_jax.data.text_file import UTF16
 from sora_jax.runtime import files
@@ -50,9 +51,23 @@ def read_manifest(path) -> list[Clip]:
   Raises:
     ValueError: no such file, a line is no clip, or an id occurs twice; names the line.
   """
+  clips, seen = [], set()
+  for number, clip in manifest_clips(path):
+    if clip.id in seen:
+      raise ValueError(f"{path}:{number}: id {clip.id!r} occurs twice")
+    seen.add(clip.id)
+    clips.append(clip)
+  return clips
+
+
+def manifest_clips(path) -> Iterator[tuple[int, Clip]]:
+  """Yields (line number, clip) one by one, for manifests that are only counted.
+
+  Raises:
+    ValueError: as `read_manifest`, but ids may occur twice.
+  """
   path = pathlib.Path(path)
   folder = os.path.abspath(path.parent)
-  clips, seen = [], set()
   for number, row in read_rows(path):
     try:
       row["path"] = os.path.normpath(os.path.join(folder, row["path"]))
@@ -61,11 +76,7 @@ def read_manifest(path) -> list[Clip]:
       clip = Clip(**row)
     except (KeyError, TypeError) as e:
       raise ValueError(f"{path}:{number}: not a clip ({e})") from e
-    if clip.id in seen:
-      raise ValueError(f"{path}:{number}: id {clip.id!r} occurs twice")
-    seen.add(clip.id)
-    clips.append(clip)
-  return clips
+    yield number, clip
 
 
 def read_rows(path):

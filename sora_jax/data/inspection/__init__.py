@@ -1,0 +1,1 @@
+"""A page that shows what a run is going to be trained on, see `sora_jax.inspect`."""
