@@ -36,8 +36,12 @@ _STATISTICS_BATCHES = 32
 
 def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
   """Task, data and cost of the stage."""
-  workdir, stage = pathlib.Path(workdir), recipe.vae
-  cache = _cache(recipe, workdir)
+  workdir = pathlib.Path(workdir)
+  return _setup(recipe, workdir, mesh, _cache(recipe, workdir))
+
+
+def _setup(recipe, workdir, mesh, cache) -> loop.Setup:
+  stage = recipe.vae
   return loop.Setup(
     task=vae_task.make(
       stage.model, stage.loss, recipe.dtype, _lpips_params(stage.loss, mesh)
@@ -147,7 +151,8 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     return init_from.take_vae(recipe, workdir)
   workdir, stage = pathlib.Path(workdir), recipe.vae
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
-  ready = setup(recipe, workdir, mesh)
+  cache = _cache(recipe, workdir)
+  ready = _setup(recipe, workdir, mesh, cache)
   show = functools.partial(_show, stage.model, ready.eval_batches[0], mesh)
   ready = ready._replace(on_eval=show)
   state = loop.train(
@@ -157,7 +162,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   ready.data.close()
   # The first batches, whatever the iterator has done: the same after a resume.
   batches = first_batches(
-    _dataset(recipe, workdir, "train", _cache(recipe, workdir)),
+    _dataset(recipe, workdir, "train", cache),
     stage.batch_size,
     _STATISTICS_BATCHES,
     **_shard(mesh),
