@@ -18,9 +18,9 @@ from absl import logging
 from sora_jax.data import records
 from sora_jax.data.bad_clips import BadClips, report_bad_clips
 from sora_jax.data.buckets import frame_bucket, limit_sizes, plan_shards
+from sora_jax.data.clip_reader import read_clip
 from sora_jax.data.clips import read_manifest
 from sora_jax.data.records import EMPTY_TEXT
-from sora_jax.data.video import reader
 from sora_jax.encoders.autoencoder import Autoencoder
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.packing import time_grid
@@ -143,14 +143,7 @@ def _read(batch, bad_clips):
   read = []
   for clip in batch:
     try:
-      video_THWC = reader.read(
-        clip.path,
-        start=clip.start,
-        frames=clip.frames,
-        fps=clip.fps,
-        size=(clip.height, clip.width),
-        crop=clip.crop,
-      )
+      video_THWC = read_clip(clip)
     # A file can break in more ways than the decoder names; none of them ends a run.
     except (ValueError, RuntimeError, OSError) as error:
       bad_clips.add(clip.id, getattr(error, "reason", str(error)))

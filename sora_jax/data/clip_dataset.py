@@ -6,9 +6,10 @@ import numpy as np
 
 from sora_jax.data import draws
 from sora_jax.data.bad_clips import BadClips
+from sora_jax.data.clip_reader import read_clip
 from sora_jax.data.clips import Clip
 from sora_jax.data.endless import EndlessDataset, split_indices
-from sora_jax.data.pixel_cache import PixelCache, read_file
+from sora_jax.data.pixel_cache import PixelCache
 from sora_jax.packing import time_grid
 
 
@@ -64,7 +65,7 @@ class ClipDataset(EndlessDataset):
     )
     try:
       if self._cache is None:
-        video_THWC = read_file(clip, first, t)
+        video_THWC = read_clip(clip, first, t)
       else:
         video_THWC = self._cache.read(index, clip, first, t)
     # A file can break in more ways than the decoder names; none of them ends a run.

@@ -27,9 +27,10 @@ from absl import logging
 from array_record.python import array_record_module
 
 from sora_jax.data import stored
+from sora_jax.data.clip_reader import read_clip
 from sora_jax.data.clips import Clip
 from sora_jax.data.records import RecordError, open_shard
-from sora_jax.data.video import media, reader, short_gop
+from sora_jax.data.video import media, short_gop
 from sora_jax.runtime import files
 
 CODECS = ("raw", "h264")
@@ -226,7 +227,7 @@ def write_shard(shard: Shard, left_out: dict[str, str] | None = None) -> None:
 def _write_clip(writer, clip, codec):
   """Number of records written, and why there are none."""
   try:
-    video_THWC = read_file(clip, 0, clip.frames)
+    video_THWC = read_clip(clip)
   # A file can break in more ways than the decoder names; none of them ends a run.
   except (ValueError, RuntimeError, OSError) as e:
     return 0, getattr(e, "reason", str(e))
@@ -248,18 +249,6 @@ def _check_written(partial, path, records):
     raise OSError(f"{path}: could not be written whole; is the disk full? ({e})") from e
   if found != records:
     raise OSError(f"{path}: {found} of {records} records written; is the disk full?")
-
-
-def read_file(clip: Clip, first: int, frames: int) -> np.ndarray:
-  """Decodes frames of a clip from its file: uint8 [T, H, W, 3]. ClipError if bad."""
-  return reader.read(
-    clip.path,
-    start=clip.start + first / clip.fps,
-    frames=frames,
-    fps=clip.fps,
-    size=(clip.height, clip.width),
-    crop=clip.crop,
-  )
 
 
 def _contents(shard) -> list[dict] | None:

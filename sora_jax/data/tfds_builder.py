@@ -11,19 +11,17 @@ loses little. It needs no TensorFlow, and neither do those who read it; only the
 `tfds` itself imports it.
 """
 
-import io
 import pathlib
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import Any
 
-import av
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
+from sora_jax.data.clip_reader import read_clip
 from sora_jax.data.clips import Clip, read_manifest
-from sora_jax.data.video import media, reader
+from sora_jax.data.video import in_memory, media
 
 _MANIFEST = "manifest.jsonl"
 _CRF = 0  # without loss
@@ -75,14 +73,7 @@ class SoraClips(tfds.core.GeneratorBasedBuilder):
   ) -> Iterator[tuple[int, dict[str, Any]]]:
     for row, clip in clips:
       try:
-        video_THWC = reader.read(
-          clip.path,
-          start=clip.start,
-          frames=clip.frames,
-          fps=clip.fps,
-          size=(clip.height, clip.width),
-          crop=clip.crop,
-        )
+        video_THWC = read_clip(clip)
       except media.ClipError as e:
         logging.warning("left out clip %s: %s", clip.id, e)
         continue
@@ -103,18 +94,5 @@ class SoraClips(tfds.core.GeneratorBasedBuilder):
 
 def encode(video_THWC: np.ndarray, fps: float, crf: int = _CRF) -> bytes:
   """An MP4 file of uint8 [T, H, W, 3]: H.264 of RGB, exact with `crf` 0."""
-  file = io.BytesIO()
-  with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-    rate = Fraction(fps).limit_denominator(1001)
-    stream = container.add_stream("libx264rgb", rate=rate)
-    stream.height, stream.width = video_THWC.shape[1:3]
-    stream.pix_fmt = "rgb24"
-    stream.thread_count = 1
-    stream.options = {"crf": str(crf), "preset": "fast", "g": "16"}
-    for frame_HWC in video_THWC:
-      frame = av.VideoFrame.from_ndarray(
-        np.ascontiguousarray(frame_HWC), format="rgb24"
-      )
-      container.mux(stream.encode(frame))
-    container.mux(stream.encode(None))
-  return file.getvalue()
+  options = {"crf": str(crf), "preset": "fast", "g": "16"}
+  return in_memory.encode(video_THWC, fps, "mp4", "libx264rgb", options)

@@ -17,16 +17,15 @@ import io
 import os
 import pathlib
 import urllib.parse
-from fractions import Fraction
 from typing import Any, NamedTuple
 
-import av
 import numpy as np
 import PIL.Image
 from absl import logging
 
 from sora_jax.data import tfds_examples
 from sora_jax.data.tfds_examples import Prepared
+from sora_jax.data.video import in_memory
 
 PREFIX = "tfds:"
 _RATES = ("fps", "frame_rate", "framerate")
@@ -241,17 +240,4 @@ def content(folder: str, member: str) -> bytes:
 
 def raw_video(video_THWC: np.ndarray, fps: float) -> bytes:
   """A video file (NUT) of the very pixels of uint8 [T, H, W, 3]."""
-  file = io.BytesIO()
-  with av.open(file, "w", format="nut", options={"fflags": "+bitexact"}) as container:
-    stream = container.add_stream(
-      "rawvideo", rate=Fraction(fps).limit_denominator(1001)
-    )
-    stream.height, stream.width = video_THWC.shape[1:3]
-    stream.pix_fmt = "rgb24"
-    for frame_HWC in video_THWC:
-      frame = av.VideoFrame.from_ndarray(
-        np.ascontiguousarray(frame_HWC), format="rgb24"
-      )
-      container.mux(stream.encode(frame))
-    container.mux(stream.encode(None))
-  return file.getvalue()
+  return in_memory.encode(video_THWC, fps, "nut", "rawvideo")

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sora_jax.data.clip_reader import read_clip
 from sora_jax.data.clips import Clip
 from sora_jax.data.video import reader
 from sora_jax.evaluation import shape_attributes
-from sora_jax.evaluation.heldout import read_clip
 from sora_jax.evaluation.quality import psnr
 from sora_jax.evaluation.shares import Share, share_of
 from sora_jax.run import recipe as recipes

@@ -14,7 +14,6 @@ from absl import logging
 from sora_jax.data import shape_worlds, shapes, sources
 from sora_jax.data.buckets import limit_sizes
 from sora_jax.data.clips import Clip, read_manifest
-from sora_jax.data.video import reader
 from sora_jax.packing import time_grid
 from sora_jax.run import recipe as recipes
 
@@ -51,18 +50,6 @@ def spread(clips: list, count: int) -> list:
   if len(clips) <= count:
     return clips
   return [clips[i * len(clips) // count] for i in range(count)]
-
-
-def read_clip(clip: Clip) -> np.ndarray:
-  """Returns the pixels of a clip as training sees them: uint8 [T, H, W, 3]."""
-  return reader.read(
-    clip.path,
-    start=clip.start,
-    frames=clip.frames,
-    fps=clip.fps,
-    size=(clip.height, clip.width),
-    crop=clip.crop,
-  )
 
 
 def described(recipe: recipes.Recipe, index: int) -> Clip:

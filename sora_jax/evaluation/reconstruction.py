@@ -14,9 +14,9 @@ import numpy as np
 from absl import logging
 
 from sora_jax.data.buckets import frame_bucket
+from sora_jax.data.clip_reader import read_clip
 from sora_jax.data.clips import Clip
 from sora_jax.evaluation import shape_attributes, vae_health
-from sora_jax.evaluation.heldout import read_clip
 from sora_jax.evaluation.quality import psnr, ssim
 from sora_jax.packing import time_grid
 from sora_jax.run import recipe as recipes

@@ -5,13 +5,14 @@ from typing import cast
 
 import numpy as np
 
+from sora_jax.data.clip_reader import read_clip
 from sora_jax.data.clips import Clip
 from sora_jax.data.inspection import histograms, packed_rows, page, pictures
 from sora_jax.data.inspection.figures import Figures
 from sora_jax.data.inspection.left_out import Example, Kind
 from sora_jax.data.packed_dataset import PackedDataset
 from sora_jax.data.records import LatentClip
-from sora_jax.data.video import media, reader
+from sora_jax.data.video import media
 from sora_jax.packing.packed_row import PackedRow
 
 _HEIGHT, _FRAMES = 96, 6
@@ -66,14 +67,7 @@ def _clip(clip: Clip) -> str:
     *(clip.captions[:3] or ("(no caption)",)),
   ]
   try:
-    video_THWC = reader.read(
-      clip.path,
-      start=clip.start,
-      frames=clip.frames,
-      fps=clip.fps,
-      size=(clip.height, clip.width),
-      crop=clip.crop,
-    )
+    video_THWC = read_clip(clip)
   except pictures.READ_ERRORS as error:
     reason = error.reason if isinstance(error, media.ClipError) else error
     return page.figure(page.note(f"cannot be read: {reason}"), *lines)
