@@ -10,7 +10,11 @@ VERSION = re.search(
   r'__version__ = "(.+)"', (ROOT / "sora_jax/__init__.py").read_text()
 )[1]
 
+BEAM = ["apache-beam>=2.77,<3"]
+LANGUAGE = ["openai>=3,<4"]
 HEIF = ["pillow-heif>=1.0"]
+PARQUET = ["pyarrow>=18"]
+HTTP = ["aiohttp>=3.10"]
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10"]
 
 setup(
@@ -35,6 +39,7 @@ setup(
     "av>=16,<19",
     "etils[epath]>=1.9",
     "flax>=0.12,<0.13",
+    "fsspec>=2024.6",
     "grain>=0.2.18,<0.3",
     "importlib_resources>=6",  # tensorflow-datasets needs it and does not say so
     "jax>=0.10.2,<0.12",
@@ -57,6 +62,7 @@ setup(
     "tensorboardX>=2.6.4",
     "tensorflow-datasets>=4.9.10,<5",  # without TensorFlow
     "tensorstore>=0.1.80",
+    "tokenizers>=0.22",
   ],
   extras_require={
     "tpu": ["jax[tpu]", "tokamax==0.0.12"],
@@ -64,10 +70,24 @@ setup(
     # To compile for TPUs on any Linux host; not beside "tpu", which has its own libtpu.
     "plan": ["libtpu>=0.0.51", "tokamax==0.0.12"],
     "notebook": NOTEBOOK,
+    # `prepare --beam`, and TFDS's own pipelines. Not in "test", whose checks of it are
+    # left out without: it holds Pillow and PyArrow back to versions of months ago.
+    "beam": BEAM,
     "heif": HEIF,  # photographs of phones
+    "parquet": PARQUET,  # manifests
+    "remote": [
+      *HTTP,
+      "gcsfs>=2024.6",
+      "s3fs>=2024.6",
+    ],  # files of https://, gs://, s3://
+    "language": LANGUAGE,  # endpoints for captions and prompts
     "test": [
       *NOTEBOOK,
       *HEIF,
+      "hypothesis>=6.100",
+      *HTTP,
+      *LANGUAGE,
+      *PARQUET,
       "mypy>=1.13",
       "pytest>=8",
       "pytest-xdist>=3.6",

@@ -4,7 +4,11 @@ Commands: the weights, once, and then a run, on every host of a slice (see launc
   python -m sora_jax.import_weights --source=Wan2.1-T2V-1.3B-Diffusers --out=CKPT
   python -m sora_jax.main --config=configs/finetune_wan.py:lora-1.3b \
     --config.data.source=VIDEOS --config.dit.init_from=CKPT --workdir=RUN
-  python -m sora_jax.sample --checkpoint=RUN --prompt=... --size=832x480 --frames=81
+  python -m sora_jax.sample --checkpoint=RUN --prompt=...
+Wan 2.2 A14B is two models, which are trained one after the other by the variants that
+end in -high and -low, in two runs:
+  python -m sora_jax.sample --checkpoint=CKPT --lora=HIGH/dit/adapter.safetensors \\
+    --lora_low=LOW/dit/adapter.safetensors --prompt=...
 RUN/dit/adapter.safetensors is for other programs (diffusers' load_lora_weights), and
 for `sample --checkpoint=CKPT --lora=...`.
 
@@ -18,6 +22,7 @@ from ml_collections import ConfigDict
 
 from sora_jax.models import dit, vae
 from sora_jax.run import recipe
+from sora_jax.weights import pipeline_config
 
 # Variant -> (preset of the DiT, of the VAE, whether only adapters are trained).
 VARIANTS = {
@@ -26,6 +31,14 @@ VARIANTS = {
   "lora-14b": ("wan2.1-t2v-14b", "wan2.1", True),
   "full-14b": ("wan2.1-t2v-14b", "wan2.1", False),
   "lora-5b": ("wan2.2-ti2v-5b", "wan2.2", True),
+  # Of the first frame of a clip; "flf2v" of the first and the last.
+  "lora-i2v-14b": ("wan2.1-i2v-14b", "wan2.1", True),
+  "lora-flf2v-14b": ("wan2.1-flf2v-14b", "wan2.1", True),
+  # Each of two experts by itself, for the noise levels on its side of the boundary.
+  "lora-t2v-a14b-high": ("wan2.2-t2v-a14b", "wan2.1", True),
+  "lora-t2v-a14b-low": ("wan2.2-t2v-a14b", "wan2.1", True),
+  "lora-i2v-a14b-high": ("wan2.2-i2v-a14b", "wan2.1", True),
+  "lora-i2v-a14b-low": ("wan2.2-i2v-a14b", "wan2.1", True),
 }
 
 
@@ -62,6 +75,14 @@ def get_config(variant: str = "lora-1.3b") -> ConfigDict:
   c.dit.extra_prob = 0.0
   c.dit.loss = ConfigDict()
   c.dit.loss.shift = 5.0 if wan22 else 3.0
+  if dit_name.endswith("a14b"):
+    boundary = pipeline_config.usual_boundary(dit.PRESETS[dit_name])
+    c.dit.low_noise = variant.endswith("-low")
+    c.dit.loss.levels = (0.0, boundary) if c.dit.low_noise else (boundary, 1.0)
+    # Samples need the other expert, too: `sample --lora=... --lora_low=...`.
+    c.stages = ("data", "vae", "encode", "dit")
+  elif dit.PRESETS[dit_name].condition_channels:
+    c.stages = ("data", "vae", "encode", "dit")  # samples need images
   c.dit.train = ConfigDict()
   c.dit.train.steps = 1000
   c.dit.train.learning_rate = 1e-4 if adapters else 1e-5
@@ -93,6 +114,8 @@ def get_config(variant: str = "lora-1.3b") -> ConfigDict:
 
   c.sample = ConfigDict()
   c.sample.method = "unipc"
+  c.sample.schedule = "flow_unipc"
+  c.sample.negative_prompt = pipeline_config.NEGATIVE_PROMPT
   c.sample.steps = 50
   c.sample.shift = 5.0 if wan22 else 3.0
   c.sample.guidance_scale = 5.0

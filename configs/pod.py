@@ -51,6 +51,8 @@ def get_config(variant: str = "2b") -> ConfigDict:
   c.vae.train.learning_rate = 1e-4
   c.vae.train.warmup_steps = 1000
   c.vae.train.eval_every = 10_000
+  # A step takes seconds: after half an hour without one, a host or its storage hangs.
+  c.vae.train.deadline = 1800.0
   c.encode = ConfigDict()
   c.encode.frame_buckets = (1, 17, 33, 49, 65, 81)
 
@@ -72,6 +74,7 @@ def get_config(variant: str = "2b") -> ConfigDict:
   c.dit.train.b2 = 0.95
   c.dit.train.ema_decay = 0.9999
   c.dit.train.eval_every = 5000
+  c.dit.train.deadline = 1800.0
   c.mesh = ConfigDict()
 
   if variant == "wan2.1-14b":

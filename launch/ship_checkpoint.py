@@ -25,8 +25,8 @@ import numpy as np
 from absl import flags, logging
 
 from sora_jax.data.clips import read_manifest
-from sora_jax.models.meta import DiTMeta, VAEMeta
-from sora_jax.run import cli, stages
+from sora_jax.models.meta import DiTMeta, ExpanderMeta, VAEMeta
+from sora_jax.run import cli, stage_file, stages
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import checkpoint, files, portable
 from sora_jax.runtime.text import format_seconds
@@ -36,6 +36,7 @@ from sora_jax.sampling.pipeline import Sampler
 LIMIT_MB = 16.0
 _FROM = ("vae", "dit", "sample", "evaluate")  # stages that must be there
 _PROMPT = "a red circle moves right"
+_TOKENIZER = "tokenizer.model"
 
 
 class Origin(NamedTuple):
@@ -88,23 +89,18 @@ def folder_bytes(folder: pathlib.Path) -> int:
 def _check(workdir: pathlib.Path) -> None:
   """Raises ValueError unless the run is finished, and its figures are of its models."""
   for name in _FROM:
-    if not _stage(workdir, name).get("complete"):
+    if not stage_file.load(workdir / name).get("complete"):
       raise ValueError(
         f"{workdir}: stage {name} is not complete; run it first (python -m "
         f"sora_jax.{stages.STAGES[name].module})"
       )
   for name in ("vae", "dit"):
-    made_from = _stage(workdir, "evaluate")["inputs"].get(name)
+    made_from = stage_file.load(workdir / "evaluate")["inputs"].get(name)
     if made_from != stages.fingerprint(name, workdir):
       raise ValueError(
         f"{workdir}/evaluate/results.json is of another {name} than the one that is "
         "there now; run python -m sora_jax.evaluate again"
       )
-
-
-def _stage(workdir, name) -> dict:
-  path = workdir / name / "stage.json"
-  return json.loads(path.read_text()) if path.is_file() else {}
 
 
 @contextlib.contextmanager
@@ -144,8 +140,21 @@ def _write_models(workdir, folder) -> None:
     init_from=pathlib.Path(dit.init_from).name,
   )
   checkpoint.save_portable(folder / place, params, dit.to_json())
-  name = "tokenizer.model"
-  shutil.copyfile(workdir / place / name, folder / place / name)
+  shutil.copyfile(workdir / place / _TOKENIZER, folder / place / _TOKENIZER)
+  if stage_file.load(workdir / "expander").get("complete"):
+    write_expander(workdir, folder)
+
+
+def write_expander(workdir: pathlib.Path, folder: pathlib.Path) -> None:
+  """Writes the expander of a run, which may be another than that of the DiT."""
+  place = pathlib.Path("expander", "model")
+  params, values = checkpoint.load_model(workdir / place)
+  params = portable.rounded(params)
+  expander = ExpanderMeta.from_json(values, workdir / place)
+  weights = f"expander-{checkpoint.fingerprint(params)}"
+  expander = dataclasses.replace(expander, id=weights)
+  checkpoint.save_portable(folder / place, params, expander.to_json())
+  shutil.copyfile(workdir / place / _TOKENIZER, folder / place / _TOKENIZER)
 
 
 # --- the model card
@@ -160,14 +169,15 @@ def card(workdir: pathlib.Path, folder: pathlib.Path, name: str, origin: Origin)
     origin: command and hardware.
   """
   results = json.loads((workdir / "evaluate" / "results.json").read_text())
+  labels = ["VAE", "DiT", *(["Expander"] if (folder / "expander").is_dir() else [])]
   facts = {
     "Data": _data(workdir),
-    **{label: _network(workdir, folder, label.lower()) for label in ("VAE", "DiT")},
+    **{label: _network(workdir, folder, label.lower()) for label in labels},
     "Hardware": origin.hardware,
     "Params": "of the exponential moving average, bfloat16; float32 once loaded",
     "Sampled with": _sampling(sample_defaults.read(folder)),
   }
-  section = _stage(workdir, "sample")["config"]["sample"]
+  section = stage_file.load(workdir / "sample")["config"]["sample"]
   if negative := section.get("negative_prompt"):
     facts["Negative prompt"] = f"{negative} (of the figures; give it, if you want it)"
   return "\n".join([
@@ -200,7 +210,7 @@ def card(workdir: pathlib.Path, folder: pathlib.Path, name: str, origin: Origin)
 
 
 def _data(workdir) -> str:
-  config = _stage(workdir, "data").get("config", {}).get("data", {})
+  config = stage_file.load(workdir / "data").get("config", {}).get("data", {})
   data = recipes.Data(**{"workers": 0, **config})
   source = f"the folder {pathlib.Path(data.source).name}"
   if data.source == "shapes":

@@ -4,6 +4,7 @@
   python -m sora_jax.evaluate --config=configs/quickstart.py --suite=vae
   python -m sora_jax.evaluate --config=configs/quickstart.py --suite=sampling
   python -m sora_jax.evaluate --config=configs/quickstart.py --suite=prompting
+  python -m sora_jax.evaluate --config=configs/captioner.py --suite=captioner
 
 PSNR and SSIM of held-out clips through the VAE, and whether its latents are healthy.
 For the generated shapes also the share of samples whose colour, shape, ... are what the
@@ -12,7 +13,9 @@ beside chance, the ceiling that the VAE sets, and the score of the real files.
 
 The suite "vae" measures the VAE alone, before there is a DiT. The others measure the
 sampler's settings and the ways of prompting, see evaluation/sampling_suite.py and
-prompting_suite.py; they need only the models, of the run or of --checkpoint.
+prompting_suite.py; they need only the models, of the run or of --checkpoint. The suite
+"captioner" captions held-out clips, see evaluation/captioning.py; with
+config.evaluate.captioner the stage says how well samples go with their prompts.
 """
 
 import pathlib
@@ -22,7 +25,14 @@ from absl import flags, logging
 
 from sora_jax.data.clips import Clip
 from sora_jax.encoders.autoencoder import Autoencoder
-from sora_jax.evaluation import attributes, heldout, prompting_suite, sampling_suite
+from sora_jax.encoders.captioner import Captioner
+from sora_jax.evaluation import (
+  attributes,
+  captioning,
+  heldout,
+  prompting_suite,
+  sampling_suite,
+)
 from sora_jax.evaluation.reconstruction import log_figures, reconstruction
 from sora_jax.run import build, cli
 from sora_jax.run import recipe as recipes
@@ -36,19 +46,30 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     ValueError: if no held-out clip can be read.
   """
   workdir = pathlib.Path(workdir)
+  captioner = None
+  if recipe.evaluate.captioner:
+    captioner = Captioner.from_checkpoint(recipe.evaluate.captioner, dtype=recipe.dtype)
   clips = heldout.heldout_clips(recipe, workdir)
   reconstructed = _reconstruct(recipe, workdir, clips)
   results = {"vae": reconstructed.figures}
   measured = all(clip.truth for clip in clips)
   # Training has seen no combination of objects like those of held-out prompts.
   learnt = recipe.evaluate.split == "train"
-  prompts = heldout.prompts(recipe, clips) if measured or learnt else []
+  prompts = heldout.prompts(recipe, clips) if measured or learnt or captioner else []
+  if not measured and not learnt:
+    prompts = [clip for clip in prompts if clip.captions]
   sampled = attributes.sample_captions(recipe, workdir, prompts) if prompts else None
   if jax.process_index():
     return  # what is left to do is quick, and done once
   if sampled and learnt:
     results["memorised"] = attributes.likeness(clips, sampled)
     logging.info("samples beside the clips of their captions: %s", results["memorised"])
+  if sampled and captioner:
+    seeds = recipe.evaluate.seeds
+    results["similarity"] = captioning.similarity_of_samples(
+      captioner, sampled.paths, prompts, seeds
+    )
+    logging.info("similarity to prompts: %s", results["similarity"])
   if sampled and measured:
     results |= _attributes(recipe, clips, prompts, sampled, reconstructed.scores)
   else:
@@ -134,12 +155,15 @@ def _say_what_next(workdir: pathlib.Path, clips: list[Clip]) -> None:
 
 def _define_flags():
   flags.DEFINE_enum(
-    "suite", "stage", ("stage", "vae", "sampling", "prompting"), "What to evaluate."
+    "suite",
+    "stage",
+    ("stage", "vae", "sampling", "prompting", "captioner"),
+    "What to evaluate.",
   )
   flags.DEFINE_string(
     "checkpoint",
     None,
-    "For a suite: folder with vae/ and dit/; the workdir by default.",
+    "For a suite: folder with vae/ and dit/, or captioner/; the workdir by default.",
   )
   flags.DEFINE_integer("clips", 8, "Of the suite prompting: clips a mode.", 2)
   flags.DEFINE_integer("extensions", 10, "Of the suite prompting: for drift.", 1)
@@ -177,6 +201,8 @@ def _main(argv):
   with recipe.matmuls():
     if args.suite == "vae":
       return _vae_suite(recipe, workdir)
+    if args.suite == "captioner":
+      return captioning.run(recipe, checkpoint, cli.workdir())
     if args.suite == "prompting":
       return prompting_suite.run(
         recipe, checkpoint, workdir, args.clips, args.extensions

@@ -4,7 +4,8 @@
 
 Writes vae/, text_encoder/ with tokenizer/, and transformer/, as far as the checkpoint
 has them, for the `from_pretrained` of diffusers and transformers. With all of them it
-is a folder for diffusers' WanPipeline. What was imported leaves bit for bit as it came.
+is a folder for diffusers' WanPipeline; a run has the encoders of the checkpoint that it
+began with. What was imported leaves bit for bit as it came.
 """
 
 import pathlib
@@ -14,11 +15,13 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from sora_jax.models.meta import METAS, Noise
+from sora_jax.data import t5_tokenizer
+from sora_jax.encoders import image_encoder
+from sora_jax.models.meta import METAS, DiTMeta, Noise
 from sora_jax.run import cli
 from sora_jax.runtime import checkpoint, files, safetensors_io, sharding
 from sora_jax.runtime.safetensors_io import PARAM_DTYPES
-from sora_jax.weights import mapping
+from sora_jax.weights import image_processor, mapping, pipeline_config
 from sora_jax.weights.discover import NETWORKS
 from sora_jax.weights.hf_config import Published, to_json
 
@@ -26,8 +29,11 @@ from sora_jax.weights.hf_config import Published, to_json
 _PLACES = {
   "vae": ("vae", "diffusion_pytorch_model"),
   "text": ("text_encoder", "model"),
+  "image": ("image_encoder", "model"),
   "dit": ("transformer", "diffusion_pytorch_model"),
+  "dit_low": ("transformer_2", "diffusion_pytorch_model"),
 }
+_TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 SHARD_BYTES = 5 * 10**9
 
 
@@ -39,7 +45,8 @@ def run(
   Args:
     source: folder of the checkpoint, or of a run.
     out: folder for the networks' folders, which must not be there.
-    networks: only these of NETWORKS; all that the checkpoint has if empty.
+    networks: only these of NETWORKS; all that the checkpoint has if empty, and the
+      encoders that a run reads.
     dtype: of the tensors, a key of PARAM_DTYPES; as the params are saved if "".
     shard_bytes: of a file.
 
@@ -50,33 +57,61 @@ def run(
   source, out = pathlib.Path(source), pathlib.Path(out)
   found = {}
   for name in NETWORKS:
-    folder = source / name / "model"
+    folder = _folder(source, name)
     if (name in networks or not networks) and (folder / "model.json").exists():
       found[name] = (folder, *_open(name, folder))
   if missing := [name for name in networks if name not in found]:
     raise ValueError(f"{source} has no {' and no '.join(missing)}")
   if not found:
-    raise ValueError(f"{source}: no checkpoint with {', '.join(NETWORKS)}")
+    raise ValueError(f"{source}: no checkpoint with vae, text, dit")
   for name in found:
     if (out / _PLACES[name][0]).exists():
       raise ValueError(
         f"{out / _PLACES[name][0]} is there already; choose another --out"
       )
-  for name, (folder, published, leaves) in found.items():
+  for name, (folder, _, published, leaves) in found.items():
     _write(out, name, published, leaves, dtype, shard_bytes)
     if name == "text":
-      _write_tokenizer(out / "tokenizer", folder / "spiece.model")
-  if len(found) == len(NETWORKS):
-    _write_pipeline(out, *(found[name][1] for name in ("dit", "text")))
+      _write_tokenizer(out / "tokenizer", folder, published.is_clip)
+  if {"vae", "text", "dit"} <= set(found):
+    dit, text = (found[name][1] for name in ("dit", "text"))
+    image = found["image"][1] if "image" in found else None
+    whole = bool(dit.boundary) == ("dit_low" in found)
+    if whole and bool(dit.model.image_width) == bool(image):
+      _write_pipeline(out, dit, text, image)
+    else:
+      one = ", but one of two experts" if dit.boundary and not whole else ""
+      logging.info("%s has no whole pipeline%s: networks alone", source, one)
   return [out / _PLACES[name][0] for name in found]
 
 
+def _folder(source, name):
+  """Of a network's model; a run reads the encoders of the checkpoint it began with."""
+  folder, dit = source / name / "model", source / "dit" / "model"
+  if folder.exists() or name not in ("text", "image") or not dit.exists():
+    return folder
+  meta = DiTMeta.from_json(checkpoint.load_meta(dit), dit)
+  if name == "image":
+    place, wanted = image_encoder.find(source), meta.image
+  else:
+    frozen = meta.frozen_text
+    place, wanted = (frozen.folder, frozen.features) if frozen else ("", "")
+  if not wanted or not place:
+    return folder
+  other = pathlib.Path(place) / name / "model"
+  if not (other / "model.json").exists():
+    logging.warning("%s is not there: no pipeline without it", other)
+  elif checkpoint.load_meta(other).get("id") != wanted:
+    raise ValueError(f"{other} is another one than {dit} was trained with ({wanted})")
+  return other
+
+
 def _open(name, folder):
-  """What the model is as a published one, and its leaves by path."""
+  """Its meta, what it is as a published model, and its leaves by path."""
   params, values = checkpoint.stream_model(folder)
   meta = METAS[name].from_json(values, folder)
   stats = None
-  if name == "dit":
+  if name in ("dit", "dit_low"):
     _check_dit(folder, meta)
     params = params["dit"]
   if name == "vae":
@@ -92,7 +127,7 @@ def _open(name, folder):
   if wrong := [p for p in sorted(wanted | have) if wanted.get(p) != have.get(p)]:
     lines = [f"{p} has {have.get(p)} instead of {wanted.get(p)}" for p in wrong]
     raise ValueError(f"{folder}: params do not fit: {safetensors_io.listed(lines)}")
-  return published, leaves
+  return meta, published, leaves
 
 
 def _check_dit(folder, meta):
@@ -135,43 +170,59 @@ def _write(out, name, published, leaves, dtype, shard_bytes):
   )
 
 
-def _write_tokenizer(folder, model):
+def _write_tokenizer(folder, model, is_clip):
   folder.mkdir(parents=True, exist_ok=True)
-  shutil.copyfile(model, folder / "spiece.model")
+  if is_clip:
+    shutil.copyfile(model / "tokenizer.json", folder / "tokenizer.json")
+    files.write_json(
+      folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer"}
+    )
+    return
+  source = pathlib.Path(t5_tokenizer.find(model))
+  shutil.copyfile(source, folder / source.name)
+  if source.name != "tokenizer.json":
+    text = t5_tokenizer.T5Tokenizer(str(source)).to_json()
+    files.write_text(folder / "tokenizer.json", text)
+  # Of a T5Tokenizer, transformers 5 takes the pieces alone and leaves out the bytes
+  # that spell what has none.
   config = {
-    "tokenizer_class": "T5Tokenizer",
+    "tokenizer_class": _TOKENIZER_CLASS,
     "eos_token": "</s>",
     "pad_token": "<pad>",
     "unk_token": "<unk>",
-    "extra_ids": 0,
     "model_max_length": 512,
   }
   files.write_json(folder / "tokenizer_config.json", config)
 
 
-def _write_pipeline(out, dit, text):
-  wan22 = dit.config.channels == 48
-  umt5 = "UMT5" if text.config.bias_per_layer else "T5"
+def _write_pipeline(out, dit, text, image):
+  usual, _ = pipeline_config.family(dit.model, boundary=dit.boundary)
+  sampling = dit.sampling or usual
+  umt5 = "UMT5" if text.model.bias_per_layer else "T5"
+  scheduler = pipeline_config.scheduler_json(sampling)
+  transformer = ["diffusers", "WanTransformer3DModel"]
   index = {
     "_class_name": "WanPipeline",
-    "boundary_ratio": None,
-    "expand_timesteps": wan22,  # its timesteps are per token
-    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "boundary_ratio": dit.boundary or None,
+    "expand_timesteps": sampling.expand_timesteps,
+    "scheduler": ["diffusers", scheduler["_class_name"]],
     "text_encoder": ["transformers", f"{umt5}EncoderModel"],
-    "tokenizer": ["transformers", "T5TokenizerFast"],
-    "transformer": ["diffusers", "WanTransformer3DModel"],
-    "transformer_2": [None, None],
+    "tokenizer": ["transformers", _TOKENIZER_CLASS],
+    "transformer": transformer,
+    "transformer_2": transformer if dit.boundary else [None, None],
     "vae": ["diffusers", "AutoencoderKLWan"],
   }
-  files.write_json(out / "model_index.json", index)
-  scheduler = {
-    "_class_name": "UniPCMultistepScheduler",
-    "flow_shift": 5.0 if wan22 else 3.0,
-    "num_train_timesteps": 1000,
-    "prediction_type": "flow_prediction",
-    "use_flow_sigmas": True,
-  }
-  files.write_json(out / "scheduler" / "scheduler_config.json", scheduler)
+  if dit.model.condition_channels:
+    index["_class_name"] = "WanImageToVideoPipeline"
+    index["image_encoder"] = index["image_processor"] = [None, None]
+  if image:
+    index["image_encoder"] = ["transformers", "CLIPVisionModel"]
+    index["image_processor"] = ["transformers", "CLIPImageProcessor"]
+    processor = image_processor.to_json(image.model)
+    place = out / "image_processor" / image_processor.NAME
+    files.write_json(place, processor)
+  files.write_json(out / pipeline_config.INDEX, index)
+  files.write_json(out / pipeline_config.SCHEDULER, scheduler)
 
 
 # --- the command

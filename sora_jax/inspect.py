@@ -8,6 +8,7 @@ as the DiT sees them, too: decoded by the VAE from their packed tokens. Nothing 
 run is changed, and the VAE is loaded only for that.
 """
 
+import functools
 import os
 import pathlib
 import tempfile
@@ -116,7 +117,14 @@ def _packed(recipe, workdir, folder, count: int, made: Sequence[str]) -> list[st
   latents = records.read_latents_manifest(str(workdir / "encode" / "latents.jsonl"))
   texts = _texts(recipe, workdir, latents, folder)
   options = training_rows.packed_options(stage)
-  dataset = PackedDataset(latents, str(workdir / "encode"), texts, options, recipe.seed)
+  make = functools.partial(
+    PackedDataset,
+    latents,
+    str(workdir / "encode"),
+    texts,
+    vae=training_rows.vae_id(workdir),
+  )
+  dataset = training_rows.last_part(training_rows.training_rows(make, options, recipe))
   seconds = _seconds_per_step(workdir / "dit" / "metrics.jsonl")
   parts = [sections.fill(dataset, stage.tokens, stage.rows, stage.train.steps, seconds)]
   count = min(count, dataset.elements_per_epoch(0))
@@ -139,7 +147,7 @@ def _texts(recipe, workdir, latents, folder: pathlib.Path) -> CaptionTexts:
   vocabulary = workdir / "dit" / "tokenizer.model"
   if not recipe.text.folder and not vocabulary.exists():
     vocabulary = folder / "tokenizer.model"
-    training_rows.train_tokenizer(recipe.dit, latents, vocabulary)
+    training_rows.train_tokenizer(recipe.dit.text.vocab_size, latents, vocabulary)
   return training_rows.caption_texts(recipe, workdir, vocabulary)
 
 

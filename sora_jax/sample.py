@@ -12,7 +12,9 @@ A checkpoint is the folder of a run, or the name of one that comes with the pack
 Size, length, rate and the options of the solver are as its recipe has them, where no
 flag says otherwise (whatever default --help shows). The last form is the stage "sample"
 of a run: the prompts of config.sample. Beside each file its .json says how it was made:
---from=x.mp4.json makes the same again.
+--from=x.mp4.json makes the same again. --expand makes prompts as long as the captions
+that the model has seen in training; the .json keeps what they became, so that --from
+asks nobody again.
 """
 
 import dataclasses
@@ -20,9 +22,10 @@ import pathlib
 
 from absl import flags, logging
 
-from sora_jax.data import text_file
+from sora_jax.data import clips, text_file
 from sora_jax.data.video import contact_sheet, reader
 from sora_jax.diffusion.solvers import Options
+from sora_jax.language import chat, expander, expansion
 from sora_jax.run import cli, stages
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding, shipped
@@ -39,6 +42,8 @@ from sora_jax.sampling.requests import (
   sampling_mesh,
   write_samples,
 )
+from sora_jax.tasks.dit import WEIGHTS
+from sora_jax.weights import merge
 
 # Fields of a job without a flag of their own: there may be several prompts, and the
 # scale is that of the options.
@@ -50,7 +55,7 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   folder, config = pathlib.Path(workdir) / "sample", recipe.sample
   requests = requests_of(recipe, workdir)
   mesh = sampling_mesh(config, len(requests))
-  model = Sampler.from_checkpoint(workdir, mesh, recipe.dtype)
+  model = Sampler.from_checkpoint(workdir, mesh, recipe.dtype, weights=config.weights)
   videos = sample_share(model, requests, config)
   write_samples(folder, requests, videos)
   logging.info("%d samples and contact_sheet.png are in %s", len(videos), folder)
@@ -64,14 +69,41 @@ def _define_flags():
     f"the package: {', '.join(shipped.names()) or 'none'}. Its recipe says how it is "
     "sampled, where no flag does.",
   )
-  flags.DEFINE_multi_string("lora", [], "Adapters to merge in, .safetensors files.")
-  flags.DEFINE_float("lora_strength", 1.0, "How strongly; 1 is as they were trained.")
+  flags.DEFINE_multi_string(
+    "lora",
+    [],
+    "Adapters to merge in, .safetensors files, each with its own strength behind it if "
+    "it has one: a.safetensors:0.8,b.safetensors:0.5",
+  )
+  flags.DEFINE_multi_string("lora_low", [], "The same for the second of two experts.")
+  flags.DEFINE_float(
+    "lora_strength", 1.0, "Of adapters without one; 1 is as they were trained."
+  )
   flags.DEFINE_multi_string("prompt", [], "What to make; may be given several times.")
   flags.DEFINE_string("prompts_file", None, "Text file with one prompt a line.")
   flags.DEFINE_string("from", None, "A video's .json: makes the same again.")
   flags.DEFINE_string("out", "sample.mp4", "File to write: .mp4, .webm, .gif or .png.")
   flags.DEFINE_string("sheet", None, "Also write a contact sheet, a .png.")
   flags.DEFINE_integer("tile", None, "Pixels a side of what is decoded at once.")
+  flags.DEFINE_enum(
+    "weights",
+    "",
+    ["", *WEIGHTS],
+    "How the DiT's weights are held; as saved by default.",
+  )
+  flags.DEFINE_bool(
+    "low_memory", False, "Text encoder, DiT and VAE take turns on the accelerator."
+  )
+  flags.DEFINE_bool("expand", False, "Make prompts longer first, as captions are.")
+  flags.DEFINE_string(
+    "expand_endpoint",
+    None,
+    "Address of a chat API that does it, in place of the model's own expander.",
+  )
+  flags.DEFINE_string("expand_model", "", "Name of the endpoint's model.")
+  flags.DEFINE_float(
+    "expand_top_p", 0.0, "Nucleus of the own expander, by --seed; 0: likeliest words."
+  )
   job_flags.define(Job, without=_OWN)
   job_flags.define(Options)
 
@@ -124,6 +156,43 @@ def _jobs(args, described, out) -> list[Job]:
   ]
 
 
+def _expander(args, checkpoint) -> expansion.Expander | None:
+  """That of the flags; None if the model's own is to be used."""
+  if not args.expand:
+    given = [n for n in ("endpoint", "model", "top_p") if args[f"expand_{n}"].present]
+    if given:
+      raise ValueError(f"--expand_{given[0]} needs --expand")
+    return None
+  folder = shipped.find(checkpoint)
+  if not args.expand_endpoint:
+    if args.expand_top_p and expander.TrainedExpander.is_in(folder):
+      return expander.TrainedExpander(folder, args.expand_top_p)
+    return None
+  talk = chat.Chat(chat.Endpoint(args.expand_endpoint, args.expand_model))
+  manifest = folder / "data" / "manifest.jsonl"
+  examples = []
+  if manifest.is_file():
+    examples = expansion.examples_of(clips.read_manifest(manifest))
+  if not examples:
+    logging.warning("%s has no captions: the endpoint sees no examples", manifest)
+  return expansion.AtEndpoint(talk, examples)
+
+
+def _expanded(args, described, model, jobs):
+  """(jobs with longer texts, what these were): by the flags or by a sidecar."""
+  if not args.expand:
+    kept = described.get("expanded")
+    return jobs, expansion.Expansion(**kept) if kept else None
+  if described and not (args.prompt or args.prompts_file):
+    raise ValueError("--expand: --from has a prompt as it is; give one with --prompt")
+  texts = [text for job in jobs for text in expansion.texts_of(job)]
+  made = model.expand(texts, jobs[0].seed)
+  jobs = [
+    dataclasses.replace(job, **expansion.replaced(job, made.texts)) for job in jobs
+  ]
+  return jobs, made
+
+
 def _options(args, described, usual: Options) -> Options:
   """As the flags say, else as `described`, a sidecar, or without one the usual ones."""
   kept = dict(described.get("options", {}) if described else dataclasses.asdict(usual))
@@ -165,20 +234,42 @@ def _main(argv):
   usual = read_defaults(shipped.find(checkpoint))
   jobs = _jobs(args, described, out)
   # What a sidecar leaves out had the package's default.
-  jobs = [(Defaults() if described else usual).fill(job) for job in jobs]
   options = _options(args, described, usual.options)
-  loras = [(path, args.lora_strength) for path in args.lora]
-  loras = loras or described.get("loras", [])
+  filling = Defaults() if described else usual
+  jobs = [filling.fill(job, options) for job in jobs]
+  loras, loras_low = (
+    [
+      merge.with_strength(text, args.lora_strength)
+      for several in args[name].value
+      for text in several.split(",")
+    ]
+    or described.get(f"{name.replace('lora', 'loras')}", [])
+    for name in ("lora", "lora_low")
+  )
+  given = args["weights"].present
+  weights = args.weights if given else described.get("weights", "")
+  own_expander = _expander(args, checkpoint)
   # Others than texts are made one after the other.
   mesh = sharding.sampling_mesh(len(jobs) if jobs[0].is_plain else 1)
-  model = Sampler.from_checkpoint(checkpoint, mesh, loras=loras)
+  model = Sampler.from_checkpoint(
+    checkpoint,
+    mesh,
+    loras=loras,
+    loras_low=loras_low,
+    weights=weights,
+    low_memory=args.low_memory,
+  )
   if described and model.model_id != described["model"]:
     logging.warning("%s is another model than the one of %s", checkpoint, args["from"])
+  model.expander = own_expander or model.expander
+  jobs, expanded = _expanded(args, described, model, jobs)
   paths = [out]
   if len(jobs) > 1:
     paths = [out.with_name(f"{out.stem}-{i:03d}{out.suffix}") for i in range(len(jobs))]
-  source = {"checkpoint": str(checkpoint), "loras": loras, "model": model.model_id}
-  files.write_jobs(model, jobs, paths, options, source, args.tile)
+  source = {"checkpoint": str(checkpoint), "loras": loras}
+  source |= {"loras_low": loras_low} if loras_low else {}
+  source |= {"weights": weights} if weights else {}
+  files.write_jobs(model, jobs, paths, options, source, args.tile, expanded)
   if args.sheet:
     prompts = [job.prompt for job in jobs]
     contact_sheet.write(args.sheet, [reader.read(path) for path in paths], prompts)

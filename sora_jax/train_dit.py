@@ -4,6 +4,7 @@ python -m sora_jax.train_dit --config=configs/quickstart.py
 """
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 
@@ -11,20 +12,21 @@ import jax
 import numpy as np
 from absl import logging
 
-from sora_jax.data import records
+from sora_jax.data import presence, records
 from sora_jax.data.bad_clips import report_bad_clips
 from sora_jax.data.batches import Batches, first_batches
+from sora_jax.data.clips import read_manifest
 from sora_jax.data.packed_dataset import PackedDataset
 from sora_jax.encoders import autoencoder
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.models import attention, dit
-from sora_jax.models.meta import DiTMeta, FrozenText, Noise, VAEMeta
-from sora_jax.run import cli, init_from, rows
+from sora_jax.models.meta import DiTMeta, FrozenText, Noise
+from sora_jax.run import build, cli, init_from, latent_shards, rows
 from sora_jax.run import recipe as recipes
 from sora_jax.run.build import make_task
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.sampling import requests
-from sora_jax.sampling.pipeline import Sampler
+from sora_jax.sampling.pipeline import NonFiniteSample, Sampler
 from sora_jax.training import loop
 
 
@@ -37,59 +39,64 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
   folder = workdir / "dit"
   task, rules, initial = init_from.begin(recipe, *make_task(recipe), workdir, mesh)
   latents = records.read_latents_manifest(str(workdir / "encode" / "latents.jsonl"))
+  _check_clips(recipe, workdir, latents)
   vocabulary = folder / "tokenizer.model"
   if not recipe.text.folder and jax.process_index() == 0:
-    rows.train_tokenizer(stage, latents, vocabulary)
+    rows.train_tokenizer(stage.text.vocab_size, latents, vocabulary)
   sharding.sync("tokenizer")
   texts = rows.caption_texts(recipe, workdir, vocabulary)
   host, hosts = sharding.host_shard(mesh)
   shard = {"process_index": host, "process_count": hosts}
   options = rows.packed_options(stage)
   heldout = dataclasses.replace(options, caption_dropout=0.0)
-
-  def dataset(options, seed, split):
-    return PackedDataset(
-      latents,
-      str(workdir / "encode"),
-      texts,
-      options,
-      seed,
-      split=split,
-      bad_clips_folder=str(folder),
-    )
-
-  training = dataset(options, recipe.seed, "train")
+  dataset = functools.partial(
+    PackedDataset,
+    latents,
+    str(workdir / "encode"),
+    texts,
+    bad_clips_folder=str(folder),
+    leave_out=recipe.data.leave_out,
+    vae=rows.vae_id(workdir),
+  )
+  training = rows.training_rows(dataset, options, recipe)
   return loop.Setup(
     task=task,
     rules=rules,
     initial=initial,
     data=Batches(training, stage.rows, workers=recipe.data.workers, **shard),
     eval_batches=first_batches(
-      dataset(heldout, 0, "heldout"),
+      dataset(heldout, 0, split="heldout"),
       stage.rows,
       stage.eval_batches,
       **shard,
     ),
     names=[clip.id for clip in latents],
-    flops_per_step=stage.rows * _flops_per_row(training, stage),
+    max_unreadable=recipe.data.max_unreadable,
+    flops_per_step=stage.rows * _flops_per_row(rows.last_part(training), stage),
     tokens_per_step=stage.rows * stage.tokens,
     units=lambda batch: int(np.count_nonzero(batch["segment_L"])),
     captioned=any(clip.captions for clip in latents if clip.split == "train"),
   )
 
 
+def _check_clips(recipe, workdir, latents):
+  """Raises ValueError for clips to leave out that are none of the run."""
+  data = recipe.data
+  known = {clip.id for clip in latents}
+  manifest = workdir / "data" / "manifest.jsonl"
+  if not known.issuperset(data.leave_out) and manifest.exists():
+    known |= {clip.id for clip in read_manifest(manifest)}  # not encoded, maybe
+  presence.check_left_out(data.leave_out, known)
+
+
 def _meta(recipe, workdir, captioned) -> DiTMeta:
   """What the model's folder says of it; captioned: whether the clips are."""
   stage, text = recipe.dit, recipe.text
-  if stage.init_from and not captioned:
-    # A model that knows captions still does after clips without.
-    base = pathlib.Path(stage.init_from) / "dit" / "model"
-    captioned = DiTMeta.from_json(checkpoint.load_meta(base), base).conditional
+  base = init_from.base_meta(recipe)
   encoder = stage.text
   if text.folder:
     empty_text = records.read_empty_text(workdir / "encode" / records.EMPTY_TEXT)
     encoder = FrozenText(empty_text.encoder, text.pad_to, text.folder)
-  vae = workdir / "vae" / "model"
   return DiTMeta(
     model=stage.model,
     text=encoder,
@@ -98,11 +105,15 @@ def _meta(recipe, workdir, captioned) -> DiTMeta:
     text_tokens=stage.text_tokens,
     segments=stage.segments,
     reference_fps=stage.reference_fps,
-    conditional=captioned,
-    vae=VAEMeta.from_json(checkpoint.load_meta(vae), vae).id,
+    # A model that knows captions still does after clips without.
+    conditional=captioned or bool(base and base.conditional),
+    vae=rows.vae_id(workdir),
     steps=stage.train.steps,
     noise=Noise(stage.loss.process, stage.loss.target),
     init_from=stage.init_from,
+    sampling=base.sampling if base else None,
+    boundary=base.boundary if base else 0.0,
+    image=base.image if base else "",
   )
 
 
@@ -113,18 +124,24 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   """
   workdir, stage = pathlib.Path(workdir), recipe.dit
   folder, vocabulary = workdir / "dit", workdir / "dit" / "tokenizer.model"
+  latent_shards.check(workdir / "encode")
+  # Training does not need it, but whoever samples does: better known now.
+  checkpoint.check_model(workdir / "vae" / "model")
   mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
   ready = setup(recipe, workdir, mesh)
   with jax.set_mesh(mesh):
     width = stage.model.width // stage.model.heads
     logging.info("dit: attention: %s %s", *attention.backend(width, recipe.dtype))
   meta = _meta(recipe, workdir, ready.captioned)
-  preview = _Preview(recipe, workdir, meta, vocabulary, mesh)
+  if reason := _no_previews(meta):
+    logging.info("dit: no samples while it trains: %s", reason)
+  else:
+    preview = _Preview(recipe, workdir, meta, vocabulary, mesh)
 
-  def on_eval(step, ema, writer):
-    preview(step, init_from.whole(ready.task, recipe, ema), writer)
+    def on_eval(step, ema, writer):
+      preview(step, init_from.whole(ready.task, recipe, ema), writer)
 
-  ready = ready._replace(on_eval=on_eval)
+    ready = ready._replace(on_eval=on_eval)
   state = loop.train(ready, stage.train, folder, mesh, recipe.seed, recipe.profile)
   ready.data.close()
   params = state.ema
@@ -136,6 +153,13 @@ def run(recipe: recipes.Recipe, workdir) -> None:
     shutil.copyfile(vocabulary, folder / "model" / "tokenizer.model")
   report_bad_clips(folder, len(ready.names))
   logging.info("the DiT is in %s", folder / "model")
+
+
+def _no_previews(meta: DiTMeta) -> str:
+  """Why texts alone make no samples of a model that is in training; "" if they do."""
+  if meta.boundary:
+    return "it is one of two experts, and the other is needed, too"
+  return "it needs given images" if meta.model.condition_channels else ""
 
 
 class _Preview:
@@ -170,7 +194,12 @@ class _Preview:
   def __call__(self, step, params, writer) -> None:
     self._sampler = self._sampler or self._make(params)
     self._sampler.params = params
-    videos = self._sampler.sample(self._requests, self._config, rows=self._config.rows)
+    rows = self._config.rows
+    try:
+      videos = self._sampler.sample(self._requests, self._config, rows=rows)
+    except NonFiniteSample as error:  # training decides for itself when to stop
+      logging.warning("step %d: no samples: %s", step, error)
+      return
     for request, video_THWC in zip(self._requests, videos, strict=True):
       if len(video_THWC) == 1:
         writer.images(step, {request.prompt: video_THWC[0]})
@@ -178,18 +207,13 @@ class _Preview:
         writer.videos(step, {request.prompt: video_THWC}, request.fps)
 
 
-def _flops_per_row(dataset, stage, most=64) -> float:
+def _flops_per_row(dataset, stage) -> float:
   """FLOPs of the forward and backward pass of a row, on average."""
-  count, flops = min(most, dataset.elements_per_epoch()), 0.0
-  # A frozen base has no gradients of its own, only those of what goes through it.
-  passes = 2.0 if stage.lora.rank else 3.0
-  for i in range(count):
-    row = dataset[i]
-    clips = np.bincount(row["segment_L"], minlength=stage.segments + 1)[1:]
-    texts = np.bincount(row["text_segment_S"], minlength=stage.segments + 1)[1:]
+  flops = []
+  for clips, texts in rows.segment_counts(dataset, stage.segments):
     pairs = np.sum(clips * (clips + texts))
-    flops += passes * dit.num_flops(stage.model, clips.sum(), texts.sum(), pairs)
-  return flops / count
+    flops.append(dit.num_flops(stage.model, clips.sum(), texts.sum(), pairs))
+  return build.passes(stage) * sum(flops) / len(flops)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,16 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax.data import cache_filling, pixel_cache
+from sora_jax.data import mixture, presence
 from sora_jax.data.bad_clips import report_bad_clips
 from sora_jax.data.batches import Batches, first_batches
 from sora_jax.data.clip_dataset import ClipDataset
 from sora_jax.data.clips import read_manifest
-from sora_jax.data.endless import split_indices
-from sora_jax.data.intake.workers import cores
 from sora_jax.models.meta import VAEMeta
 from sora_jax.models.vae import VAE
-from sora_jax.run import cli, init_from
+from sora_jax.run import cli, clip_cache, init_from
 from sora_jax.run import recipe as recipes
-from sora_jax.runtime import checkpoint, hosts, sharding
-from sora_jax.runtime.progress import track
+from sora_jax.runtime import checkpoint, sharding
 from sora_jax.tasks import clip_pixels
 from sora_jax.tasks import vae as vae_task
 from sora_jax.training import loop
@@ -41,7 +38,11 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
 
 
 def _setup(recipe, workdir, mesh, cache) -> loop.Setup:
-  stage = recipe.vae
+  stage, clips = recipe.vae, _clips(workdir)
+  names = [clip.id for clip in clips]
+  presence.check_left_out(recipe.data.leave_out, names)
+  for split in ("train", "heldout"):
+    presence.check_media([clip for clip in clips if clip.split == split])
   return loop.Setup(
     task=vae_task.make(
       stage.model, stage.loss, recipe.dtype, _lpips_params(stage.loss, mesh)
@@ -59,7 +60,8 @@ def _setup(recipe, workdir, mesh, cache) -> loop.Setup:
       stage.eval_batches,
       **_shard(mesh),
     ),
-    names=[clip.id for clip in _clips(workdir)],
+    names=names,
+    max_unreadable=recipe.data.max_unreadable,
     flops_per_step=_flops(stage),
     units=lambda batch: int(batch["valid_3"][:, 0].sum()),
   )
@@ -87,43 +89,8 @@ def _clips(workdir):
 
 
 def _cache(recipe, workdir):
-  """Training clips at training size; what is not there is made. None = read files."""
-  clips, data, folder = _clips(workdir), recipe.data, workdir / "data" / "pixels"
-  indices = split_indices(clips, "train")
-  codec = cache_filling.choose(
-    data.cache,
-    clips,
-    indices,
-    folder,
-    visits=recipe.vae.train.steps * recipe.vae.batch_size,
-    generated=data.source == "shapes",
-  )
-  # The room on a disk that all write to is not the same for all.
-  codec = hosts.gather(codec)[0]
-  if codec is None:
-    return None
-  shards = pixel_cache.plan(clips, indices, folder, codec)
-  # Hosts may have copies of the files, or libraries, of their own.
-  if len(set(hosts.gather(pixel_cache.name_of(shards)))) > 1:
-    fault = (
-      "hosts do not share a cache of clips: times of change of their media files, or "
-      "versions of PyAV or Pillow, differ"
-    )
-    if data.cache != "auto":
-      raise ValueError(f'{fault}; config.data.cache "none" needs none')
-    logging.warning("%s; files are decoded at each visit", fault)
-    return None
-  # What is stale in a link may be what the other run reads.
-  if jax.process_index() == 0 and not folder.parent.is_symlink():
-    pixel_cache.remove_stale(shards, folder)
-  cache_filling.fill(
-    shards[jax.process_index() :: jax.process_count()],
-    folder,
-    processes=cores() if data.workers else 0,
-    watch=functools.partial(track, process=jax.process_index()),
-  )
-  sharding.sync("cache of clips")
-  return cache_filling.open_cache(shards)
+  visits = recipe.vae.train.steps * recipe.vae.batch_size
+  return clip_cache.training_cache(recipe, workdir, _clips(workdir), visits)
 
 
 def _dataset(recipe, workdir, split, cache=None):
@@ -134,6 +101,8 @@ def _dataset(recipe, workdir, split, cache=None):
     split=split,
     bad_clips_folder=workdir / "vae",
     cache=cache,
+    leave_out=recipe.data.leave_out,
+    shares=mixture.shares(recipe.data.mixture) if split == "train" else {},
   )
 
 

@@ -65,25 +65,27 @@ ROOMS = {
   "diffusion": (),
   "runtime": (),
   "models": ("packing", "runtime.fields"),
-  "data": ("packing", "runtime.files", "runtime.fields"),
-  "tasks": ("models", "diffusion"),
+  "data": ("packing", "runtime.files", "runtime.fields", "runtime.limits"),
+  "tasks": ("models", "diffusion", "packing"),
   "weights": ("models", "runtime.safetensors_io"),
   "training": ("tasks", "runtime"),
-  "encoders": ("models", "tasks", "data.tokenizer", "runtime", "packing"),
+  "encoders": ("models", "tasks", "data", "runtime", "packing"),
+  "language": ("data", "models", "tasks", "encoders", "runtime"),
   "run": BELOW_RUN,
   "sampling": (
-    "run.recipe", "encoders", "tasks", "models", "data", "diffusion", "packing",
-    "weights", "runtime",
+    "run.recipe", "language", "encoders", "tasks", "models", "data", "diffusion",
+    "packing", "weights", "runtime",
   ),
-  "evaluation": ("sampling", "run", "data", "packing", "runtime"),
+  "evaluation": ("sampling", "run", "encoders", "data", "packing", "runtime"),
   "planning": (
     "sampling", "run", "training", "encoders", "tasks", "models", "data", "runtime",
     "packing",
   ),
 }  # fmt: skip
 COMMANDS = (
-  "main", "prepare", "train_vae", "encode", "train_dit", "sample", "evaluate", "plan",
-  "inspect", "import_weights", "export_weights",
+  "main", "prepare", "train_vae", "encode", "train_captioner", "train_dit",
+  "train_expander", "sample", "evaluate", "plan", "inspect", "check", "recaption",
+  "import_weights", "export_weights",
 )  # fmt: skip
 
 
@@ -152,6 +154,8 @@ def test_networks_and_math_do_no_io(layer):
     "tokamax",
     "math",
     "bisect",
+    "contextlib",
+    "contextvars",
     "functools",
     "operator",
   ]
@@ -164,9 +168,11 @@ def test_networks_and_math_do_no_io(layer):
 # Grain starts workers that import the data modules: what they import, each pays for.
 WITHOUT_JAX = (
   "data.clips", "data.video", "data.sources", "data.shapes", "data.records",
-  "data.tokenizer", "data.batches", "data.clip_dataset", "data.packed_dataset",
-  "data.pixel_cache", "data.cache_filling", "data.stored", "data.tfds_source",
-  "packing", "runtime.files",
+  "data.tokenizer", "data.clip_tokenizer", "data.batches", "data.clip_dataset",
+  "data.packed_dataset", "data.pixel_cache", "data.pixel_records",
+  "data.cache_filling", "data.stored", "data.tfds_source", "data.presence",
+  "data.listing", "data.mixture", "data.schedule",
+  "packing", "runtime.files", "runtime.limits",
 )  # fmt: skip
 
 
@@ -188,6 +194,19 @@ def test_no_print():
     for node in ast.walk(ast.parse(path.read_text())):
       if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         assert node.func.id != "print", f"{path}:{node.lineno}"
+
+
+def test_nothing_is_unpickled_and_nothing_reaches_a_shell():
+  pickles = ["pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "torch"]
+  shells = {"os.system", "os.popen", "subprocess.getoutput", "eval", "exec"}
+  for path in FILES:
+    wrong = [i for i in IMPORTS[module_name(path)] if is_in(i, pickles)]
+    assert not wrong, f"{path} imports {wrong}"
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Call):
+        options = {keyword.arg for keyword in node.keywords}
+        assert not options & {"shell", "allow_pickle"}, f"{path}:{node.lineno}"
+        assert ast.unparse(node.func) not in shells, f"{path}:{node.lineno}"
 
 
 def test_names_say_what_is_inside():

@@ -9,8 +9,6 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 from typing import NamedTuple
 
@@ -109,15 +107,16 @@ class Run(NamedTuple):
 class Commands:
   """Runs `python -m sora_jax...` in processes of one device.
 
-  compilations: a folder that they share.
+  compilations: a folder that they share. extra: further environment.
   """
 
   folder: pathlib.Path
   compilations: pathlib.Path
+  extra: dict[str, str] = dataclasses.field(default_factory=dict)
 
-  def start(self, module: str, *flags: str) -> subprocess.Popen:
-    """Starts a command; its stderr, where the log goes, is a pipe."""
-    return self._start(["-m", f"sora_jax.{module}", *flags])
+  def start(self, module: str, *flags: str):
+    """Starts a command, a `warm.Process`; what it writes to stderr is kept."""
+    return self._start(f"sora_jax.{module}", flags)
 
   def environment(self) -> dict[str, str]:
     """Of a process whose programs are tiny: nearly all of its time is compilation."""
@@ -128,18 +127,14 @@ class Commands:
       "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
       "JAX_COMPILATION_CACHE_DIR": str(self.compilations),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      **self.extra,
     }
 
-  def _start(self, arguments) -> subprocess.Popen:
+  def _start(self, module, flags):
+    import warm  # this file is also a config, of commands that do not see tests/
+
     self.folder.mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen(
-      [sys.executable, *arguments],
-      cwd=ROOT,
-      env=self.environment(),
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
+    return warm.Process(module, flags, self.environment())
 
   def run(self, module: str, *flags: str, returncode: int = 0) -> str:
     """Runs a command to its end and returns its log."""
@@ -147,13 +142,13 @@ class Commands:
 
   def launch(self, script: str, *flags: str, returncode: int = 0) -> str:
     """Runs a script of launch/ to its end and returns its log."""
-    process = self._start([str(ROOT / "launch" / script), *flags])
+    process = self._start(ROOT / "launch" / script, flags)
     return self._finish(process, returncode)
 
-  def start_hosts(self, processes: int, workdir, *flags: str) -> subprocess.Popen:
+  def start_hosts(self, processes: int, workdir, *flags: str):
     """Starts the stages of the tiny config on several processes of one device each."""
-    launch = [f"--processes={processes}", "--grace=20", "--", *tiny_flags(workdir)]
-    return self._start([str(ROOT / "launch" / "local.py"), *launch, *flags])
+    arguments = [str(processes), *tiny_flags(workdir), *flags]
+    return self._start(ROOT / "tests" / "forked_hosts.py", arguments)
 
   def hosts(self, processes: int, workdir, *flags: str, returncode: int = 0) -> str:
     """Runs `start_hosts` to the end and returns the log of all."""

@@ -6,18 +6,44 @@ import os
 
 from absl import logging
 
+from sora_jax.runtime import limits
+
 _FILE = "bad_clips.jsonl"
 
 
 class BadClips:
   """Notes clips that could not be read, once a process, in <folder>/bad_clips.jsonl."""
 
-  def __init__(self, folder: str | os.PathLike | None):
-    self._path = None
+  def __init__(
+    self, folder: str | os.PathLike | None, total: int = 0, most: float = 1.0
+  ):
+    """Args: where the file is, None only logs; for `tried`, how many clips this process
+    is to read in all, and the share of them that may be unreadable.
+    """
+    self._path, self._total, self._most, self._tried = None, total, most, 0
     if folder is not None:
       os.makedirs(folder, exist_ok=True)
       self._path = os.path.join(os.fspath(folder), _FILE)
     self._seen: set[str] = set()
+
+  @property
+  def count(self) -> int:
+    """Clips that this process could not read."""
+    return len(self._seen)
+
+  def tried(self, count: int) -> None:
+    """Notes that so many clips, other ones than before, were read or were not.
+
+    Raises:
+      UnreadableError: if too many of them could not be read.
+    """
+    self._tried += count
+    if limits.too_many(self.count, self._tried, self._most, self._tried):
+      raise limits.UnreadableError(
+        f"{self.count} of {self._tried} clips so far, of {self._total}, cannot be "
+        f"read, more than config.data.max_unreadable {self._most:g}; {self._path} says "
+        "which. Is the disk with the files there?"
+      )
 
   def add(self, clip_id: str, reason: str) -> None:
     """Logs a clip and appends {"id", "reason"}."""

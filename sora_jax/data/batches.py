@@ -10,13 +10,16 @@ from sora_jax.data.endless import Batch, EndlessDataset
 from sora_jax.data.intake.workers import cores
 
 _MOST_WORKERS = 16
+_MOST_RESTARTS = 2  # of workers that die before they have made a single batch
+_DIED = "Worker process was terminated"  # begin of Grain's message
 
 
 class Batches:
   """Endless batches of a data set: this host's rows of each global batch.
 
   State is JSON-able, the same on all hosts, and good for any number of hosts and
-  workers: it is the global index of the next element.
+  workers: it is the global index of the next element. So when a worker dies, they are
+  all started again and go on with the same elements.
   """
 
   def __init__(
@@ -61,7 +64,29 @@ class Batches:
     return self
 
   def __next__(self) -> Batch:
-    return next(self._iterator)
+    """The next batch.
+
+    Raises:
+      ValueError: workers die at the same batch again and again.
+    """
+    for _ in range(_MOST_RESTARTS + 1):
+      try:
+        return next(self._iterator)
+      except RuntimeError as error:
+        if not str(error).startswith(_DIED):
+          raise
+        died = str(error).split(". ")[0]
+        state = self._iterator.get_state()
+        logging.warning(
+          "%s: workers begin again at element %d", died, state["global_next_index"]
+        )
+        self._iterator.set_state(state)  # ends those that are left
+    raise ValueError(
+      f"{died}, {_MOST_RESTARTS + 1} times at element {state['global_next_index']} or "
+      "soon after: memory is short, or a file kills its decoder. "
+      "config.data.workers 0 reads in this process; config.data.cache 'raw' finds such "
+      "files, and leaves them out"
+    )
 
   def get_state(self) -> dict:
     """State after the last batch that was returned."""

@@ -3,10 +3,41 @@
 import dataclasses
 import math
 
+import numpy as np
 from absl import logging
 
+from sora_jax.data import sources
 from sora_jax.data.clips import Clip
 from sora_jax.packing import time_grid
+
+
+def at_budget(
+  clips: list[Clip], max_pixels: int, max_frames: int, multiple: int, seed: int
+) -> list[Clip]:
+  """The clips as they are encoded within a budget: smaller, and parts of longer ones.
+
+  Args:
+    clips: of the manifest.
+    max_pixels, max_frames: of a clip. multiple: of heights and widths.
+    seed: draws, with its id, which part of a longer clip is taken.
+  """
+  longest = time_grid.round_down(max_frames)
+
+  def fitted(clip):
+    height, width = sources.legal_size(clip.height, clip.width, max_pixels, multiple)
+    frames, first = min(clip.frames, longest), 0
+    if frames < clip.frames:
+      rng = np.random.default_rng([seed, frames, *clip.id.encode()])
+      first = int(rng.integers(clip.frames - frames + 1))
+    return dataclasses.replace(
+      clip,
+      start=clip.start + first / clip.fps,
+      frames=frames,
+      height=height,
+      width=width,
+    )
+
+  return [fitted(clip) for clip in clips]
 
 
 def limit_sizes(clips: list[Clip], max_sizes: int) -> list[Clip]:

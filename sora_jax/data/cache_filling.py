@@ -6,20 +6,22 @@ share nothing with the process that starts them, so nothing that it has imported
 its main script, is run again.
 """
 
+import dataclasses
+import json
 import os
 import pathlib
-import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from absl import logging
 
 from sora_jax.data import pixel_cache
-from sora_jax.data.clips import Clip
+from sora_jax.data.clips import Clip, clip_of_row
 from sora_jax.data.pixel_cache import PixelCache, Shard
+from sora_jax.runtime import limits
 
 _SHARDS_AT_ONCE = 4  # of a process: starting one takes half a second
 _SHARE = 0.5  # of the free disk that "auto" takes at most
@@ -114,9 +116,19 @@ def fill(
   return len(missing)
 
 
-def open_cache(shards: Sequence[Shard]) -> PixelCache:
-  """The filled cache; logs its size and what is left out of it."""
+def open_cache(
+  shards: Sequence[Shard],
+  max_unreadable: float = 1.0,
+  leave_out: Collection[str] = (),
+) -> PixelCache:
+  """The filled cache; logs its size and what is left out of it.
+
+  Raises:
+    UnreadableError: if more than a share `max_unreadable` of its clips, without those
+      of the ids `leave_out`, could not be read.
+  """
   cache = PixelCache(shards)
+  _check_readable(cache, shards, max_unreadable, leave_out)
   logging.info(
     "%d clips at training size in %d shards (%s, %.2f GB) of %s; %d could not be read",
     sum(len(shard.clips) for shard in shards), len(shards), cache.codec,
@@ -124,6 +136,20 @@ def open_cache(shards: Sequence[Shard]) -> PixelCache:
     os.path.dirname(shards[0].path), len(cache.reasons),
   )  # fmt: skip
   return cache
+
+
+def _check_readable(cache, shards, most, leave_out):
+  rows = [row for s in shards for row in zip(s.indices, s.clips, strict=True)]
+  wanted = {index: clip.id for index, clip in rows if clip.id not in leave_out}
+  bad = [index for index in cache.reasons if index in wanted]
+  if limits.too_many(len(bad), len(wanted), most):
+    raise limits.UnreadableError(
+      f"{len(bad)} of {len(wanted)} clips to train on could not be read, more than "
+      f"config.data.max_unreadable {most:g}; the first is {wanted[bad[0]]!r}: "
+      f"{cache.reasons[bad[0]]}. Is the disk with the files there? Files that are back "
+      f"or have changed are read again, others after {os.path.dirname(shards[0].path)} "
+      "is deleted"
+    )
 
 
 def _write_apart(shards):
@@ -151,7 +177,7 @@ def _start(shards, left_out):
   paths = [_ROOT, os.environ.get("PYTHONPATH", "")]
   done = subprocess.run(
     [sys.executable, "-m", "sora_jax.data.cache_filling"],
-    input=pickle.dumps((shards, left_out)),
+    input=_packed(shards, left_out),
     stderr=subprocess.PIPE,
     env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
     check=False,
@@ -159,9 +185,24 @@ def _start(shards, left_out):
   return done.returncode, done.stderr.decode(errors="replace").strip()[-1000:]
 
 
+def _packed(shards, left_out) -> bytes:
+  return json.dumps([[dataclasses.asdict(s) for s in shards], left_out]).encode()
+
+
+def _unpacked(text: bytes) -> tuple[list[Shard], dict[str, str]]:
+  """What `_packed` was given; JSON has no tuples."""
+  rows, left_out = json.loads(text)
+  return [_shard(row) for row in rows], left_out
+
+
+def _shard(row) -> Shard:
+  clips = tuple(clip_of_row(clip) for clip in row["clips"])
+  return Shard(row["path"], row["codec"], tuple(row["indices"]), clips)
+
+
 def serve() -> None:
-  """Writes the shards that standard input holds, pickled by `_start`."""
-  shards, left_out = pickle.load(sys.stdin.buffer)
+  """Writes the shards that standard input holds, as `_start` has written them."""
+  shards, left_out = _unpacked(sys.stdin.buffer.read())
   for shard in shards:
     pixel_cache.write_shard(shard, left_out)
 

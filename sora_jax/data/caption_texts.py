@@ -12,6 +12,7 @@ import numpy as np
 
 from sora_jax.data.records import EmptyText, LatentClip
 from sora_jax.data.tokenizer import Tokenizer
+from sora_jax.packing.caption_styles import STYLES, styles_of
 
 
 class CaptionTexts(Protocol):
@@ -63,6 +64,45 @@ class CaptionIds:
     """Ids, with the end of text."""
     text = clip.captions[caption] if caption >= 0 else ""
     return np.array(self.tokenizer.encode(text, self.max_tokens), np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class StyledCaptionIds:
+  """Captions as ids behind the token of their style, for the captioner.
+
+  Attributes:
+    tokenizer: of the captions.
+    max_tokens: longest text, its style and its end included.
+    first_style: id of the first of STYLES.
+  """
+
+  tokenizer: Tokenizer
+  max_tokens: int
+  first_style: int
+  width = None
+
+  @property
+  def fingerprint(self) -> list:
+    """Where the styles' ids begin."""
+    return [["styles", self.first_style]]
+
+  def lengths(self, clips: Sequence[LatentClip]) -> np.ndarray:
+    """Encodes all captions once."""
+    captions = [caption for clip in clips for caption in clip.captions]
+    lengths = self.tokenizer.lengths([*captions, ""], self.max_tokens - 1)
+    return 1 + np.array(lengths, np.int64)
+
+  def text(self, clip: LatentClip, record: dict, caption: int) -> np.ndarray:
+    """Ids: the style, the text, its end."""
+    text, style = "", "any"
+    if caption >= 0:
+      text, style = clip.captions[caption], styles_of(clip.captions)[caption]
+    return self.encode(text, style)
+
+  def encode(self, text: str, style: str = "any") -> np.ndarray:
+    """Ids of a text in a style, at most max_tokens: int32 [S]."""
+    ids = self.tokenizer.encode(text, self.max_tokens - 1)
+    return np.array([self.first_style + STYLES.index(style), *ids], np.int32)
 
 
 @dataclasses.dataclass(frozen=True)

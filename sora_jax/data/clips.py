@@ -11,6 +11,22 @@ from sora_jax.runtime import files
 
 
 @dataclasses.dataclass(frozen=True)
+class SyntheticCaption:
+  """A caption that a model has written, and where it is from.
+
+  Attributes:
+    text: of the caption.
+    style: that was asked for, such as "descriptive".
+    by: the model. prompt: hash of the prompt that it was given; "" if it takes none.
+  """
+
+  text: str
+  style: str
+  by: str
+  prompt: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Clip:
   """A piece of one media file, with the size it will be decoded to.
 
@@ -24,13 +40,25 @@ class Clip:
   fps: float  # the rate to sample at; 1.0 for images
   height: int  # size after resize and centre crop
   width: int
-  captions: tuple[str, ...] = ()
+  captions: tuple[str, ...] = ()  # of whoever the clip is from
   split: str = "train"  # "train" or "heldout"
   truth: dict | None = None  # what was drawn, for generated clips
   # (top, left, bottom, right) shares of the upright picture that are cut off first.
   crop: tuple[float, float, float, float] | None = None
+  source: str = ""  # in a mixture, see data/mixture.py
   # What `prepare` has measured; it describes the clip and does not make it another one.
   measured: dict | None = dataclasses.field(default=None, compare=False)
+  synthetic: tuple[SyntheticCaption, ...] = ()  # of `recaption`
+
+  @property
+  def training_captions(self) -> tuple[str, ...]:
+    """All captions that training draws from: the own ones, then the synthetic ones."""
+    return (*self.captions, *(caption.text for caption in self.synthetic))
+
+
+def recaption_summary(manifest) -> pathlib.Path:
+  """The file beside a manifest that says what `recaption` has written into it."""
+  return pathlib.Path(manifest).with_name("recaption.json")
 
 
 def write_manifest(path, clips):
@@ -41,6 +69,8 @@ def write_manifest(path, clips):
   for clip in clips:
     row = dataclasses.asdict(clip)
     row["path"] = os.path.relpath(clip.path, folder)
+    if not clip.synthetic:
+      del row["synthetic"]
     lines.append(json.dumps(row, ensure_ascii=False))
   write_lines(path, lines)
 
@@ -66,17 +96,51 @@ def manifest_clips(path) -> Iterator[tuple[int, Clip]]:
   Raises:
     ValueError: as `read_manifest`, but ids may occur twice.
   """
-  path = pathlib.Path(path)
-  folder = os.path.abspath(path.parent)
+  path, folder = pathlib.Path(path), ""
   for number, row in read_rows(path):
     try:
+      folder = folder or _folder_of(path, row["path"])
       row["path"] = os.path.normpath(os.path.join(folder, row["path"]))
-      row["captions"] = tuple(row["captions"])
-      row["crop"] = tuple(row["crop"]) if row.get("crop") else None
-      clip = Clip(**row)
-    except (KeyError, TypeError) as e:
+      clip = clip_of_row(row)
+    except (KeyError, TypeError, ValueError) as e:
       raise ValueError(f"{path}:{number}: not a clip ({e})") from e
     yield number, clip
+
+
+def _folder_of(path, name) -> str:
+  """The folder that media are relative to, as one of them shows.
+
+  The manifest of a stage that is linked from another run is beside that one's media.
+  """
+  folders = [os.path.abspath(path.parent), os.path.realpath(path.parent)]
+  paths = (os.path.normpath(os.path.join(folder, name)) for folder in folders)
+  return folders[1] if [*map(os.path.exists, paths)] == [False, True] else folders[0]
+
+
+def clip_of_row(row: dict) -> Clip:
+  """The clip of a row of JSON. KeyError, TypeError or ValueError if it is none."""
+  captions, crop = row["captions"], row.get("crop")
+  written = tuple(SyntheticCaption(**caption) for caption in row.get("synthetic", ()))
+  clip = Clip(**{
+    **row,
+    "captions": tuple(captions),
+    "crop": tuple(crop) if crop else None,
+    "synthetic": written,
+  })  # fmt: skip
+  texts = (clip.id, clip.path, clip.split, *clip.training_captions)
+  sizes = (clip.frames, clip.height, clip.width)
+  numbers = (clip.start, clip.fps, *(clip.crop or ()))
+  if not isinstance(captions, (list, tuple)):
+    raise TypeError(f"captions are {captions!r}, not a list")
+  if wrong := [text for text in texts if not isinstance(text, str)]:
+    raise TypeError(f"{wrong[0]!r} is no text")
+  if wrong := [n for n in sizes if type(n) is not int or n < 1]:
+    raise ValueError(f"{wrong[0]!r} is no number of frames or pixels")
+  if wrong := [n for n in numbers if type(n) not in (int, float) or not 0 <= n < 1e9]:
+    raise ValueError(f"{wrong[0]!r} is no time, rate or share")
+  if clip.fps <= 0 or (clip.crop and len(clip.crop) != 4):
+    raise ValueError(f"fps {clip.fps!r} or crop {clip.crop!r}")
+  return clip
 
 
 def read_rows(path):
@@ -95,7 +159,7 @@ def read_rows(path):
         continue
       try:
         row = json.loads(line)
-      except ValueError as e:  # bad JSON or bad UTF-8
+      except (ValueError, RecursionError) as e:  # bad JSON or UTF-8, deep brackets
         raise ValueError(f"{path}:{number}: not JSON ({e})") from e
       if not isinstance(row, dict):
         kind = type(row).__name__

@@ -3,7 +3,7 @@
 import numpy as np
 
 # What a draw is for: keeps the random streams of one epoch apart.
-ORDER, CROP, PLAN, VISIT = range(4)
+ORDER, CROP, PLAN, VISIT, MIXTURE = range(5)
 
 GIVEN_PATTERNS = ("first", "last", "ends", "frames", "gap", "box")
 
@@ -16,6 +16,8 @@ def draw_visits(
   *,
   caption_dropout: float,
   extra_prob: float,
+  synthetic_counts: np.ndarray | None = None,
+  synthetic_share: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Draws what decides the length of every clip's visit in an epoch.
 
@@ -28,6 +30,8 @@ def draw_visits(
     extra_counts: int [N], image latents kept with each clip.
     caption_dropout: probability of the empty text.
     extra_prob: probability that a clip with image latents gets 1 or more of them.
+    synthetic_counts: int [N], how many of the captions, the last ones, a model wrote.
+    synthetic_share: probability of one of those, for a clip that has others, too.
 
   Returns:
     caption_N: index of the caption, -1 for the empty text.
@@ -35,7 +39,16 @@ def draw_visits(
   """
   rng = np.random.default_rng((seed, epoch, PLAN))
   choice, dropped, with_extra, extra = rng.random((4, len(caption_counts)))
-  caption_N = np.floor(choice * caption_counts).astype(np.int64)
+  if synthetic_counts is None or not np.any(synthetic_counts):
+    first_N, count_N = 0, caption_counts
+  else:
+    own_counts = caption_counts - synthetic_counts
+    # Drawn after all others, which stay what they are without synthetic captions.
+    written = rng.random(len(caption_counts)) < synthetic_share
+    written = (synthetic_counts > 0) & (written | (own_counts == 0))
+    first_N = np.where(written, own_counts, 0)
+    count_N = np.where(written, synthetic_counts, own_counts)
+  caption_N = first_N + np.floor(choice * count_N).astype(np.int64)
   caption_N[(caption_counts == 0) | (dropped < caption_dropout)] = -1
   extra_N = 1 + np.floor(extra * extra_counts).astype(np.int64)
   extra_N[(extra_counts == 0) | (with_extra >= extra_prob)] = 0

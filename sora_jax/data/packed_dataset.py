@@ -8,18 +8,19 @@ share a row (`_plan`), and `_load` reads their records and writes them as segmen
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
 from absl import logging
 
-from sora_jax.data import draws, records
+from sora_jax.data import draws, mixture, records
 from sora_jax.data.bad_clips import BadClips
 from sora_jax.data.caption_texts import CaptionTexts
 from sora_jax.data.endless import EndlessDataset, split_indices
+from sora_jax.data.mixture import NO_SHARES
 from sora_jax.packing import packed_row, patches, planner
-from sora_jax.packing.packed_row import PackedRow, Segment
+from sora_jax.packing.packed_row import Field, PackedRow, Segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,11 @@ class PackedOptions:
     caption_dropout: share of visits with the empty text.
     given_prob: share of videos with given tokens.
     extra_prob: share of videos with image latents appended, where there are any.
+    synthetic_captions: share of visits with a caption that a model wrote, of clips that
+      have such and others.
     latent_mean, latent_std: of each channel, or one number.
+    condition_width, image: of a model that reads given frames beside the noise, see
+      `packed_row.RowSize`.
   """
 
   budget: planner.Budget
@@ -42,8 +47,11 @@ class PackedOptions:
   caption_dropout: float = 0.1
   given_prob: float = 0.5
   extra_prob: float = 0.25
+  synthetic_captions: float = 0.95
   latent_mean: np.ndarray | float = 0.0
   latent_std: np.ndarray | float = 1.0
+  condition_width: int = 0
+  image: tuple[int, int] | None = None
 
   def normalize(self, latent: np.ndarray) -> np.ndarray:
     """Latents [..., C] of a record as the DiT has them."""
@@ -51,11 +59,26 @@ class PackedOptions:
     return (latent - mean) / np.asarray(self.latent_std, np.float32)
 
 
+class TrainingRow(PackedRow, total=False):
+  """A row, and which of the clips that it was planned with are missing in it."""
+
+  # Their indices, -1 for none. It stays on the host.
+  clip_unreadable_N: Annotated[Any, Field(np.int32, -1)]
+
+
+class Reader(Protocol):
+  """What reads the records of clips; it can be pickled to workers."""
+
+  def read(self, clip: records.LatentClip) -> dict:
+    """`latent_THWC` and `extras_NHWC`, float32; RecordError if it cannot be read."""
+
+
 class PackedDataset(EndlessDataset):
-  """Rows of packed latent patches and texts; element i is one `PackedRow`.
+  """Rows of packed latent patches and texts; element i is one `TrainingRow`.
 
   Segments are visits of clips: their latent, then the chosen images. `clip_N` indexes
-  `clips`. A record that cannot be read takes no segment: its tokens are padding.
+  `clips`. A record that cannot be read, or whose clip is left out, takes no segment:
+  its tokens are padding, and the other clips of the row are what they are without it.
   """
 
   def __init__(
@@ -68,6 +91,12 @@ class PackedDataset(EndlessDataset):
     *,
     split: str = "train",
     bad_clips_folder: str | None = None,
+    leave_out: Collection[str] = (),
+    vae: str = "",
+    shares: Mapping[str, float] = NO_SHARES,
+    image_share: float | None = None,
+    size: int = -1,
+    reader: Reader | None = None,
   ):
     """Reads no record, but encodes all captions once to know their lengths.
 
@@ -79,19 +108,28 @@ class PackedDataset(EndlessDataset):
       seed: of the run.
       split: "train" or "heldout".
       bad_clips_folder: where bad_clips.jsonl is written; None only logs.
+      leave_out: ids of clips that are not read.
+      vae: fingerprint of the VAE that must have made the latents; "" takes any.
+      shares: of visits, by source, of a mixture; an epoch is then a round of it.
+      image_share: of visits, see `mixture.of_clips`.
+      size: index of the budget that latents are taken of, where clips are encoded at
+        several; -1 is the last.
+      reader: of what is packed; the latents in the folder by default.
 
     Raises:
       ValueError: if the split is empty, a latent does not divide into patches, a clip
         is longer than the budget, or has no features; names the clip.
     """
     self._clips = list(clips)
-    self._indices = split_indices(clips, split)
-    self._reader = records.LatentReader(folder)
+    self._indices = _chosen(clips, split, size)
+    self._reader: Reader = reader or records.LatentReader(folder, vae)
     self._read_lock = threading.Lock()
     self._texts, self._options, self._seed = texts, options, seed
     self._bad_clips = BadClips(bad_clips_folder)
+    self._leave_out = frozenset(leave_out)
     chosen = [self._clips[i] for i in self._indices]
     self._lengths = _measure(chosen, texts, options)
+    self._visits = mixture.of_clips(chosen, shares, image_share, seed)
     budget = options.budget
     super().__init__(
       [
@@ -106,6 +144,8 @@ class PackedDataset(EndlessDataset):
           texts.max_tokens,
         ],
         *texts.fingerprint,
+        *self._visits.fingerprint,
+        *_synthetic_fingerprint(chosen, options),
       ]
     )
 
@@ -116,45 +156,60 @@ class PackedDataset(EndlessDataset):
 
   def _plan(self, epoch):
     lengths, budget = self._lengths, self._options.budget
-    caption_N, extra_N = draws.draw_visits(
+    clip_V, epoch_V = self._visits.of_round(epoch)
+    caption_V, extra_V = draws.draw_visits(
       self._seed,
       epoch,
-      lengths.caption_count_N,
-      lengths.extra_count_N,
+      lengths.caption_count_N[clip_V],
+      lengths.extra_count_N[clip_V],
       caption_dropout=self._options.caption_dropout,
       extra_prob=self._options.extra_prob,
+      synthetic_counts=lengths.synthetic_count_N[clip_V],
+      synthetic_share=self._options.synthetic_captions,
     )
-    length_N2 = lengths.of_visits(caption_N, extra_N)
-    rows = planner.plan(length_N2, budget, self._seed, epoch)
-    fill = planner.fill(length_N2, rows, budget)
+    length_V2 = lengths.of_visits(clip_V, caption_V, extra_V)
+    rows = planner.plan(length_V2, budget, self._seed, epoch)
+    fill = planner.fill(length_V2, rows, budget)
     logging.info(
       "epoch %d: %d clips in %d rows, %.1f %% full",
       epoch,
-      len(length_N2),
+      len(length_V2),
       len(rows),
       100 * fill,
     )
-    return _Rows(rows, caption_N, extra_N, fill)
+    return _Rows(rows, np.stack([clip_V, epoch_V, caption_V, extra_V], 1), fill)
 
-  def _load(self, epoch, entry) -> PackedRow:
-    segments = list(self._segments(epoch, entry))
+  def _load(self, epoch, entry) -> TrainingRow:
+    del epoch  # each visit has that of its clip
+    unreadable: list[int] = []
+    segments = list(self._segments(entry, unreadable))
     width = segments[0].patch_LP.shape[1] if segments else self._patch_width
-    size = packed_row.RowSize(self._options.budget, width, self._texts.width)
-    packed = packed_row.empty(PackedRow, size)
+    size = packed_row.RowSize(
+      self._options.budget,
+      width,
+      self._texts.width,
+      condition_width=self._options.condition_width,
+      image=self._options.image,
+    )
+    packed = packed_row.empty(TrainingRow, size)
+    packed["clip_unreadable_N"][: len(unreadable)] = unreadable
     writer = packed_row.RowWriter(packed)
     for segment in segments:
       writer.add(segment)
     return packed
 
-  def _segments(self, epoch, entry) -> Iterator[Segment]:
-    """The visits of a row, without clips that cannot be read."""
-    for n, caption, extra_count in entry:
+  def _segments(self, entry, unreadable) -> Iterator[Segment]:
+    """The visits of a row; appends the clips that cannot be read to `unreadable`."""
+    for n, epoch, caption, extra_count in entry:
       index = int(self._indices[n])
       clip = self._clips[index]
+      if clip.id in self._leave_out:
+        continue
       try:
         record = self._read(clip)
       except records.RecordError as e:
         self._bad_clips.add(clip.id, str(e))
+        unreadable.append(index)
         continue
       rng = np.random.default_rng((self._seed, epoch, draws.VISIT, index))
       text = self._texts.text(clip, record, caption)
@@ -224,7 +279,30 @@ def segment_of(
     patch_LP = np.concatenate([patch_LP, extra_LP])
     given_L = np.concatenate([given_L, np.ones(len(extra_LP), bool)])
   position_L3 = patches.clip_positions(grid, options.patch_size[0] * scale, times)
-  return Segment(patch_LP, position_L3, given_L, [text])
+  segment = Segment(patch_LP, position_L3, given_L, [text])
+  return segment._replace(**_beside(clip, record, options))
+
+
+def _beside(clip, record, options) -> dict[str, Any]:
+  """What a model reads of given frames beside the noise.
+
+  Raises:
+    ValueError: if the record was made for a model that reads none.
+  """
+  found = {}
+  if options.condition_width:
+    names = ["condition_THWC", *(["image_JV"] if options.image else [])]
+    if missing := [name for name in names if name not in record]:
+      raise ValueError(
+        f"{clip.shard}: {clip.id} has no {missing[0]}, which this model reads: delete "
+        "the folder encode/ to make it again"
+      )
+    found["condition_LQ"] = patches.patchify(
+      record["condition_THWC"], options.patch_size
+    )
+  if options.image:
+    found["image_JV"] = record["image_JV"]
+  return found
 
 
 class _Lengths(NamedTuple):
@@ -233,6 +311,7 @@ class _Lengths(NamedTuple):
   Attributes:
     token_N, frame_token_N: tokens of the clip, and of one image of its size.
     extra_count_N, caption_count_N: images and captions that a visit can choose from.
+    synthetic_count_N: how many of the captions, the last ones, a model wrote.
     caption_length: text tokens of all captions in one array, and last of the empty
       text, which index -1 reaches.
   """
@@ -241,14 +320,26 @@ class _Lengths(NamedTuple):
   frame_token_N: np.ndarray
   extra_count_N: np.ndarray
   caption_count_N: np.ndarray
+  synthetic_count_N: np.ndarray
   caption_length: np.ndarray
 
-  def of_visits(self, caption_N, extra_N) -> np.ndarray:
-    """(tokens, text tokens) of visits with these captions and images: int [N, 2]."""
+  def of_visits(self, clip_V, caption_V, extra_V) -> np.ndarray:
+    """(tokens, text tokens) of visits with these captions and images: int [V, 2]."""
     start_N = np.cumsum(self.caption_count_N) - self.caption_count_N
-    place_N = np.where(caption_N < 0, -1, start_N + caption_N)
-    token_N = self.token_N + extra_N * self.frame_token_N
-    return np.stack([token_N, self.caption_length[place_N]], axis=1)
+    place_V = np.where(caption_V < 0, -1, start_N[clip_V] + caption_V)
+    token_V = self.token_N[clip_V] + extra_V * self.frame_token_N[clip_V]
+    return np.stack([token_V, self.caption_length[place_V]], axis=1)
+
+
+def _chosen(clips, split, size) -> np.ndarray:
+  """Indices of the clips of a split, encoded at the budget of index `size`."""
+  indices = split_indices(clips, split)
+  size_N = np.array([clips[i].budget for i in indices])
+  wanted = int(size_N.max()) if size < 0 else size
+  indices = indices[size_N == wanted]
+  if not len(indices):
+    raise ValueError(f"no clip of split {split!r} is encoded at budget {wanted}")
+  return indices
 
 
 def _measure(clips, texts, options) -> _Lengths:
@@ -283,21 +374,29 @@ def _measure(clips, texts, options) -> _Lengths:
     frame_token_N=np.array(frame_tokens, np.int64),
     extra_count_N=np.array(extra_counts, np.int64),
     caption_count_N=np.array([len(clip.captions) for clip in clips], np.int64),
+    synthetic_count_N=np.array([clip.synthetic for clip in clips], np.int64),
     caption_length=np.asarray(texts.lengths(clips), np.int64),
   )
 
 
-class _Rows:
-  """Plan of one epoch: row i is a list of (clip, caption index, number of extras)."""
+def _synthetic_fingerprint(clips, options) -> list:
+  """What tells draws with synthetic captions apart; without such there is nothing."""
+  counts = [[clip.synthetic, len(clip.captions)] for clip in clips]
+  if not any(synthetic for synthetic, _ in counts):
+    return []
+  return [["synthetic", options.synthetic_captions, counts]]
 
-  def __init__(self, rows, caption_N, extra_N, fill):
+
+class _Rows:
+  """Plan of one epoch: row i is a list of (clip, its epoch, caption, extras)."""
+
+  def __init__(self, rows, visit_V4, fill):
     self._rows = rows
-    self._caption_N = caption_N
-    self._extra_N = extra_N
+    self._visit_V4 = visit_V4
     self.fill = fill
 
   def __len__(self):
     return len(self._rows)
 
   def __getitem__(self, i):
-    return [(n, int(self._caption_N[n]), int(self._extra_N[n])) for n in self._rows[i]]
+    return self._visit_V4[self._rows[i]].tolist()

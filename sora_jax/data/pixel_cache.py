@@ -38,7 +38,9 @@ BLOCK = 8  # frames of a record
 SHARD_BYTES = 64 << 20  # of raw frames in a shard: a few seconds of work for a core
 _SUFFIX = ".array_record"
 # Fields of a clip that its pixels do not depend on; the file is told by its stamp.
-_NO_PIXELS = ("path", "captions", "split", "truth", "measured")
+_NO_PIXELS = (
+  "path", "captions", "synthetic", "split", "truth", "measured", "source",
+)  # fmt: skip
 _OPEN_SHARDS = 64  # of a process; a limit of 1024 open files is common
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
@@ -109,10 +111,9 @@ def _describe(clip, stamps):
 def _stamp(path):
   """Name, size and time of change of a file, or why there are none."""
   try:
-    status = os.stat(stored.holder(path))
+    return [os.path.basename(path), *stored.stamp(path)[:2]]
   except OSError as e:
     return [os.path.basename(path), e.strerror]
-  return [os.path.basename(path), status.st_size, status.st_mtime_ns]
 
 
 def _code() -> list[str]:

@@ -48,16 +48,20 @@ class LatentClip:
   width: int
   truth: dict | None = None
   text_lengths: tuple[int, ...] = ()  # of each caption's features; () = none are kept
+  source: str = ""  # in a mixture, see data/mixture.py
+  budget: int = 0  # index of the size that it is encoded at, see data/schedule.py
+  synthetic: int = 0  # how many of the captions, the last ones, a model has written
 
 
-def write_shard(path: str, records: Iterable[dict]) -> list[LatentClip]:
+def write_shard(path: str, records: Iterable[dict], vae: str = "") -> list[LatentClip]:
   """Writes a shard: all of it, or nothing.
 
   Args:
     path: of the shard; its folder is created.
     records: dicts of `latent_THWC` and `extras_NHWC` (arrays), `extras` (their times),
-      `texts` (features [S, E] of each caption; optional) and the fields of `LatentClip`
-      but `shard`, `index`, `shape` and `text_lengths`.
+      `texts` (features [S, E] of each caption; optional), `synthetic` (optional, too)
+      and the fields of `LatentClip` but `shard`, `index`, `shape` and `text_lengths`.
+    vae: fingerprint of the arrays that made the latents; each record says it.
 
   Returns:
     The manifest rows of the clips written, in order.
@@ -72,27 +76,60 @@ def write_shard(path: str, records: Iterable[dict]) -> list[LatentClip]:
     try:
       for index, record in enumerate(records):
         clip = _latent_clip(record, os.path.basename(path), index)
-        writer.write(_pack_record(record, clip))
+        writer.write(_pack_record(record, clip, vae))
         clips.append(clip)
     finally:
       writer.close()
   return clips
 
 
-def read_shard_clips(path: str) -> list[LatentClip]:
+class OtherVAEError(ValueError):
+  """Latents of another VAE than the one of the run: no damage, but no latents of it."""
+
+
+def read_shard_clips(path: str, vae: str = "") -> list[LatentClip]:
   """Rebuilds the manifest rows of a complete shard from its records.
+
+  vae: fingerprint of the VAE that must have made them; "" takes any.
 
   Raises:
     RecordError: if the shard or one of its records cannot be read.
+    OtherVAEError: another VAE made them.
   """
   reader = open_shard(path)
   try:
-    return [
-      _clip_from_row(_unpack_record(reader, path, index)["clip"])
-      for index in range(reader.num_records())
-    ]
+    return [_read_clip(reader, path, i, vae) for i in range(reader.num_records())]
   finally:
     reader.close()
+
+
+def _read_clip(reader, path, index, vae):
+  record = _unpack_record(reader, path, index)
+  _check_vae(record, vae, path)
+  try:
+    return _clip_from_row(record["clip"])
+  except (KeyError, TypeError, ValueError) as e:
+    raise RecordError(f"{path}: record {index}: not a latent ({e!r})") from e
+
+
+def check_shard_vae(path: str, vae: str) -> None:
+  """Raises OtherVAEError for a shard, which may have no records, of another VAE."""
+  reader = open_shard(path)
+  try:
+    if reader.num_records():
+      _check_vae(_unpack_record(reader, path, 0), vae, path)
+  finally:
+    reader.close()
+
+
+def _check_vae(record, vae, path):
+  # Shards of before there were fingerprints say none.
+  made_by = record.get("vae", "")
+  if vae and made_by and made_by != vae:
+    raise OtherVAEError(
+      f"{path}: latents of another VAE ({made_by}) than this run's ({vae}); delete "
+      f"{os.path.dirname(path)} and encode again"
+    )
 
 
 class LatentReader:
@@ -102,16 +139,20 @@ class LatentReader:
   be pickled. Not for more than one thread at a time.
   """
 
-  def __init__(self, folder: str):
-    self._folder = os.fspath(folder)
+  def __init__(self, folder: str, vae: str = ""):
+    """vae: fingerprint of the VAE that must have made the latents; "" takes any."""
+    self._folder, self._vae = os.fspath(folder), vae
     self._readers: dict = {}
 
   def read(self, clip: LatentClip) -> dict[str, np.ndarray]:
     """Returns `latent_THWC` and `extras_NHWC`, float32, and the list `texts`, bfloat16.
 
+    Also `condition_THWC` and `image_JV`, float32, where the record has them.
+
     Raises:
       RecordError: if the shard or the record is missing or damaged, or does not hold
         what the manifest says; names shard and index.
+      OtherVAEError: another VAE made it.
     """
     path = os.path.join(self._folder, clip.shard)
     reader = self._readers.get(path)
@@ -122,14 +163,22 @@ class LatentReader:
         raise RecordError(f"{path}: record {clip.index}: {e}") from e
       self._readers[path] = reader
     record = _unpack_record(reader, path, clip.index)
-    latent_THWC, extras_NHWC = _array(record["latent"]), _array(record["extras"])
-    if record["clip"]["id"] != clip.id or latent_THWC.shape[:3] != tuple(clip.shape):
+    _check_vae(record, self._vae, path)
+    try:
+      latent_THWC, extras_NHWC = _array(record["latent"]), _array(record["extras"])
+      texts = [_features(packed) for packed in record.get("texts", ())]
+      beside = {name: _array(record[name]) for name in _BESIDE if name in record}
+      found = record["clip"]["id"]
+    # Fields that are missing or of another type, and sizes that do not fit the bytes.
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+      raise RecordError(f"{path}: record {clip.index}: not a latent ({e!r})") from e
+    if found != clip.id or latent_THWC.shape[:3] != tuple(clip.shape):
       raise RecordError(
-        f"{path}: record {clip.index}: holds {record['clip']['id']!r} of "
-        f"{latent_THWC.shape[:3]}, the manifest says {clip.id!r} of {clip.shape}"
+        f"{path}: record {clip.index}: holds {found!r} of {latent_THWC.shape[:3]}, the "
+        f"manifest says {clip.id!r} of {clip.shape}"
       )
-    texts = [_features(packed) for packed in record.get("texts", ())]
-    return {"latent_THWC": latent_THWC, "extras_NHWC": extras_NHWC, "texts": texts}
+    made = {"latent_THWC": latent_THWC, "extras_NHWC": extras_NHWC, "texts": texts}
+    return made | beside
 
   def close(self):
     for reader in self._readers.values():
@@ -137,12 +186,12 @@ class LatentReader:
     self._readers: dict = {}
 
   def __getstate__(self):
-    return {"_folder": self._folder, "_readers": {}}
+    return {**self.__dict__, "_readers": {}}
 
 
 def write_latents_manifest(path: str, clips: Iterable[LatentClip]) -> None:
   """Writes one JSON object a line; the file is replaced only when complete."""
-  rows = (json.dumps(dataclasses.asdict(c), ensure_ascii=False) for c in clips)
+  rows = (json.dumps(_row(clip), ensure_ascii=False) for clip in clips)
   write_lines(path, rows)
 
 
@@ -156,9 +205,13 @@ def read_latents_manifest(path: str) -> list[LatentClip]:
   for number, row in read_rows(path):
     try:
       clips.append(_clip_from_row(row))
-    except (TypeError, KeyError) as e:
+    except (TypeError, KeyError, ValueError) as e:
       raise ValueError(f"{path}:{number}: not a latent clip ({e})") from e
   return clips
+
+
+# Of given frames, for models that read them beside the noise; other records have none.
+_BESIDE = ("condition_THWC", "image_JV")
 
 
 class EmptyText(NamedTuple):
@@ -181,7 +234,7 @@ def read_empty_text(path: str) -> EmptyText:
     with open(path, "rb") as f:
       stored = msgpack.unpackb(f.read())
     return EmptyText(_features(stored["features"]), stored["encoder"])
-  except (OSError, ValueError, KeyError, TypeError) as e:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
     raise ValueError(f"{path}: no features of the empty caption ({e})") from e
 
 
@@ -201,6 +254,9 @@ def _latent_clip(record, shard, index):
     width=int(record["width"]),
     truth=record.get("truth"),
     text_lengths=tuple(len(features_SE) for features_SE in record.get("texts", ())),
+    source=record.get("source", ""),
+    budget=int(record.get("budget", 0)),
+    synthetic=int(record.get("synthetic", 0)),
   )
   if len(shape) != 4:
     raise ValueError(f"{clip.id}: a latent has 4 axes (THWC), got shape {shape}")
@@ -212,25 +268,41 @@ def _latent_clip(record, shard, index):
   return clip
 
 
+def _row(clip):
+  """A clip for JSON and msgpack; without what only clips of `recaption` have."""
+  row = dataclasses.asdict(clip)
+  if not clip.synthetic:
+    del row["synthetic"]
+  return row
+
+
 def _clip_from_row(row):
-  return LatentClip(
-    **{
-      **row,
-      "shape": tuple(row["shape"]),
-      "captions": tuple(row["captions"]),
-      "extras": tuple(row["extras"]),
-      "text_lengths": tuple(row.get("text_lengths", ())),
-    }
-  )
+  """LatentClip of a row. KeyError, TypeError or ValueError if it is none."""
+  row = {
+    **row,
+    "shape": tuple(row["shape"]),
+    "captions": tuple(row["captions"]),
+    "extras": tuple(row["extras"]),
+    "text_lengths": tuple(row.get("text_lengths", ())),
+  }
+  if os.path.basename(row["shard"]) != row["shard"]:
+    raise ValueError(f"shard {row['shard']!r} is outside of the manifest's folder")
+  if len(row["shape"]) != 3 or not all(type(n) is int and n > 0 for n in row["shape"]):
+    raise ValueError(f"shape {row['shape']} is no (t, h, w)")
+  return LatentClip(**row)
 
 
-def _pack_record(record, clip):
+def _pack_record(record, clip, vae):
   return msgpack.packb(
     {
       "latent": _packed_array(record["latent_THWC"], clip.id),
       "extras": _packed_array(record["extras_NHWC"], clip.id),
-      "clip": dataclasses.asdict(clip),
+      "clip": _row(clip),
+      "vae": vae,
       "texts": [_packed_features(text, clip.id) for text in record.get("texts", ())],
+      **{
+        name: _packed_array(record[name], clip.id) for name in _BESIDE if name in record
+      },
     }
   )
 
@@ -289,9 +361,13 @@ def _unpack_record(reader, path, index):
   try:
     if not 0 <= index < reader.num_records():
       raise RecordError(f"the shard has {reader.num_records()} records")
-    return msgpack.unpackb(reader.read([index])[0])
-  # A damaged chunk is a RuntimeError; damaged msgpack one of many ValueErrors.
-  except (RuntimeError, ValueError, IndexError) as e:
+    record = msgpack.unpackb(reader.read([index])[0])
+    if not isinstance(record, dict):
+      raise RecordError("not a latent")
+    return record
+  # A damaged chunk is a RuntimeError; damaged msgpack one of many ValueErrors, or a
+  # TypeError for keys that cannot be any.
+  except (RuntimeError, ValueError, IndexError, TypeError) as e:
     raise RecordError(f"{path}: record {index}: {e}") from e
 
 

@@ -11,19 +11,18 @@ from typing import Any
 
 from absl import logging
 
-from sora_jax.data import shapes
+from sora_jax.data import listing
 from sora_jax.data.clips import Clip
-from sora_jax.data.intake import captions, copies, filters, find, measuring, split
+from sora_jax.data.intake import copies, filters, find, measuring, split
 from sora_jax.data.intake import windows as cutting
-from sora_jax.data.intake.captions import MANIFEST, LeftOut
+from sora_jax.data.intake.captions import LeftOut
 from sora_jax.data.intake.filters import Filter
 from sora_jax.data.intake.ledger import Ledger, version
 from sora_jax.data.intake.measuring import Measuring
 from sora_jax.data.intake.windows import Windows
+from sora_jax.data.listing import Listing
 from sora_jax.data.video import media, probe
 
-# Of the framework itself: neither clips nor left out.
-_OWN = (MANIFEST, shapes.MARKER)
 _LIMITS, _HOW = Filter(), Measuring()
 
 
@@ -76,15 +75,15 @@ def scan(
   limits: Filter = _LIMITS,
   how: Measuring = _HOW,
   allow_outside: bool = False,
-  rows: dict[str, dict] | None = None,
+  listed: Listing | None = None,
   watch: Callable = lambda items, *_: items,
 ) -> tuple[list[Clip], list[tuple[str, str]]]:
   """Finds, measures, cuts and filters the media files under a folder.
 
-  Captions and splits come from `manifest.jsonl` in the folder (rows with "path",
-  "caption" or "captions", and optionally "split" and "truth"), which then also says
-  which files to use; else from a .txt beside each file, one caption a line. Files
-  without captions are used without.
+  Captions and splits come from `manifest.jsonl` or `manifest.parquet` in the folder
+  (rows with "path", "caption" or "captions", and optionally "split" and "truth"), which
+  then also says which files to use; else from a .txt beside each file, one caption a
+  line. Files without captions are used without.
 
   Args:
     folder: searched with its subfolders, see `intake.find`; suffixes may have any case.
@@ -99,8 +98,8 @@ def scan(
     heldout_share, heldout_min: see `intake.split`; where a manifest does not say.
     limits: what is left out. how: files are measured.
     allow_outside: captions and files of a manifest may be outside of the folder.
-    rows: files of the folder and what a manifest would say of each, with "captions";
-      None looks for them.
+    listed: the media of another source, in place of the folder's; `folder` is then
+      what messages call it.
     watch: (items, what is done to each, what they are) -> the same items, as
       `runtime.progress.track`; shows nothing by default.
 
@@ -110,15 +109,18 @@ def scan(
   Raises:
     ValueError: missing or empty folder, a wrong manifest, nothing usable.
   """
-  folder = pathlib.Path(folder).absolute()
   windows = Windows(max_frames, fps, min_frames, cut_threshold, crop_borders)
-  found_files = _files(folder, allow_outside) if rows is None else (rows, [], 0)
-  rows, left_out, texts = found_files
-  ids, found, seconds = _ids(rows), [], 0.0
+  if listed is None:
+    folder = pathlib.Path(folder).absolute()
+    listed = listing.of_folder(folder, allow_outside)
+  source, folder = folder, listed.folder
+  rows, left_out = listed.rows, list(listed.left_out)
+  ids, found, seconds = _ids(listed), [], 0.0
   with Ledger(how.ledger, version()) as ledger:
     for name, result in measuring.measure_files(folder, rows, how, ledger, watch):
       try:
-        clip = Clip(ids[name], str(folder / name), 0.0, 0, 0.0, 0, 0)
+        clip = Clip(ids[name], str(folder / name), 0.0, 0, 0.0, 0, 0,
+                    source=listed.sources.get(name, ""))  # fmt: skip
         clip = _described(clip, rows[name], limits)
         pieces = _clips(clip, result, windows, max_pixels, size_multiple)
       except (media.ClipError, LeftOut) as e:
@@ -129,7 +131,7 @@ def scan(
     found = copies.without(found, limits.copies, left_out)
     if how.score_fn:
       found = _scored(found, how, ledger, watch, limits, left_out)
-  _report(folder, rows, texts, found, left_out)
+  _report(source, rows, listed.texts, found, left_out)
   used = sum(clip.frames / clip.fps for clip in found if clip.frames > 1)
   logging.info(
     "%.1f of %.1f s of video are in clips; others are left out, or ends of scenes with "
@@ -138,57 +140,18 @@ def scan(
   return _with_split(found, rows, folder, heldout_share, heldout_min), left_out
 
 
-def _files(folder, allow_outside):
-  """({relative path: row}, [(path, reason)] of all others, number of caption files).
-
-  ValueError if there are no media files.
-  """
-  if not folder.is_dir():
-    raise ValueError(f"{find.shown(str(folder))}: no such folder")
-  if fault := find.name_fault(str(folder)):
-    raise ValueError(f"{find.shown(str(folder))}: {fault}, which no manifest can hold")
-  found = find.find(folder)
-  left_out = [row for row in found.left_out if row[0] != str(folder / MANIFEST)]
-  if (folder / MANIFEST).is_file():
-    rows, others = captions.read_manifest(folder, allow_outside)
-    taken = set(_OWN)
-  else:
-    rows, others, taken = _with_sidecars(folder, found, allow_outside)
-  known = {*rows, *taken, *(os.path.relpath(path, folder) for path, _ in others)}
-  why = "not in the manifest" if MANIFEST in taken else "captions of no file beside it"
-  for name in sorted({*found.media, *found.texts} - known):
-    left_out.append((str(folder / name), why))
-  if not rows and not others:
-    wanted = " ".join(media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES)
-    raise ValueError(f"{folder}: no media files in it; looked for {wanted}")
-  return dict(sorted(rows.items())), left_out + others, len(taken & found.texts)
-
-
-def _with_sidecars(folder, found, allow_outside):
-  """(rows of media, [(path, reason)] of those left out, names of captions' files)."""
-  rows, left_out, taken = {}, [], set()
-  for name in found.media:
-    try:
-      text, texts = captions.sidecar(folder, name, found, allow_outside)
-      rows[name] = {"captions": texts}
-    except LeftOut as e:
-      left_out.append((str(folder / name), str(e)))
-      text = os.path.splitext(name)[0] + ".txt"
-    taken.add(text)
-  return rows, left_out, taken
-
-
-def _ids(names) -> dict[str, str]:
-  """Id of each file: its path without the suffix, but with it where that is no one's.
+def _ids(listed: Listing) -> dict[str, str]:
+  """Id of each file: its name without the suffix, but with it where that is no one's.
 
   Clips of a file are numbered id#0, id#1, so no file has an id that ends like that.
   """
-  stems = collections.Counter(os.path.splitext(name)[0] for name in names)
-  ids = {}
-  for name in names:
+  names = {path: listed.names.get(path, path) for path in listed.rows}
+  stems = collections.Counter(os.path.splitext(name)[0] for name in names.values())
+  taken, ids = set(names.values()), {}
+  for path, name in names.items():
     stem = os.path.splitext(name)[0]
-    alone = stems[stem] == 1 and stem not in names and not re.search(r"#\d+$", stem)
-    ids[name] = stem if alone else name
+    alone = stems[stem] == 1 and stem not in taken and not re.search(r"#\d+$", stem)
+    ids[path] = stem if alone else name
   return ids
 
 
@@ -263,11 +226,16 @@ def _scored(clips, how, ledger, watch, limits, left_out) -> list[Clip]:
 def _with_split(clips, rows, folder, share, least) -> list[Clip]:
   """The clips with the split that the manifest says, or one by content."""
   said = {str(folder / name): row.get("split") for name, row in rows.items()}
-  open_ones = [i for i, clip in enumerate(clips) if not said[clip.path]]
-  free = [clips[i] for i in open_ones]
-  if len(free) < len(clips):
+  marks = [said[clip.path] for clip in clips]
+  if any(marks):
     least = 0  # the manifest holds out what it wants to
-  clips = list(clips)
+    marks = split.follow(clips, marks, copies.leaders(clips))
+  open_ones = [i for i, mark in enumerate(marks) if not mark]
+  free = [clips[i] for i in open_ones]
+  clips = [
+    dataclasses.replace(clip, split=mark) if mark else clip
+    for clip, mark in zip(clips, marks, strict=True)
+  ]
   for i, clip in zip(open_ones, split.hold_out(free, copies.groups(free), share, least),
                      strict=True):  # fmt: skip
     clips[i] = clip

@@ -9,6 +9,10 @@ that it is trained at, without loss, so that `data.source = "tfds:sora_clips"` g
 batches of the manifest it was made of; `crf` 12 or so takes a tenth of the space and
 loses little. It needs no TensorFlow, and neither do those who read it; only the command
 `tfds` itself imports it.
+
+Clips are encoded one after the other, or by Apache Beam where its options are given:
+`tfds build ... --beam_pipeline_options=direct_num_workers=8,...`, or a `beam_runner` or
+`beam_options` of `tfds.download.DownloadConfig`.
 """
 
 import pathlib
@@ -68,28 +72,39 @@ class SoraClips(tfds.core.GeneratorBasedBuilder):
       for split in splits
     }
 
-  def _generate_examples(
-    self, clips: list[tuple[int, Clip]]
-  ) -> Iterator[tuple[int, dict[str, Any]]]:
-    for row, clip in clips:
-      try:
-        video_THWC = read_clip(clip)
-      except media.ClipError as e:
-        logging.warning("left out clip %s: %s", clip.id, e)
-        continue
-      yield (
-        row,
-        {
-          "id": clip.id,
-          "row": row,
-          "video": encode(video_THWC, clip.fps, self._crf),
-          "captions": list(clip.captions),
-          "frames": clip.frames,
-          "fps": clip.fps,
-          "height": clip.height,
-          "width": clip.width,
-        },
-      )
+  def _generate_splits(self, dl_manager, download_config):
+    """As TFDS has it; by Beam where Beam's runner or options are given."""
+    self._beam = bool(download_config.beam_runner or download_config.beam_options)
+    return super()._generate_splits(dl_manager, download_config)
+
+  def _generate_examples(self, clips: list[tuple[int, Clip]]) -> Any:
+    """The examples, or the part of a Beam pipeline that makes them."""
+    if not self._beam:
+      return (found for row in clips for found in _examples(row, self._crf))
+    import apache_beam as beam  # which those who give its options have
+
+    return beam.Create(clips) | beam.Reshuffle() | beam.FlatMap(_examples, self._crf)
+
+
+def _examples(row: tuple[int, Clip], crf: int) -> Iterator[tuple[int, dict[str, Any]]]:
+  """The example of a clip and its row in the manifest; none if it cannot be read."""
+  number, clip = row
+  try:
+    video_THWC = read_clip(clip)
+  except media.ClipError as e:
+    logging.warning("left out clip %s: %s", clip.id, e)
+    return
+  example = {
+    "id": clip.id,
+    "row": number,
+    "video": encode(video_THWC, clip.fps, crf),
+    "captions": list(clip.captions),
+    "frames": clip.frames,
+    "fps": clip.fps,
+    "height": clip.height,
+    "width": clip.width,
+  }
+  yield number, example
 
 
 def encode(video_THWC: np.ndarray, fps: float, crf: int = _CRF) -> bytes:

@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from sora_jax.diffusion import noise_process
+from sora_jax.diffusion.schedules import SCHEDULES
 
 METHODS = ("euler", "heun", "ddpm", "ddim", "dpmpp_2m", "unipc")
 
@@ -32,8 +33,11 @@ class Options:
     steps: of the solver.
     method: one of METHODS.
     eta: noise of the method ddim; 0 = none, 1 = about as much as ddpm.
+    schedule: of the noise levels, one of SCHEDULES, see `diffusion.schedules`.
     shift, shift_tokens: of the levels, see `noise_process.resolution_shift`.
     guidance_scale: of classifier-free guidance (arXiv:2207.12598); 1 = none.
+    guidance_scale_2: that of the second expert of a model which has two, for the lower
+      noise levels; 0 = the same.
     guidance_interval: (low, high) noise levels where it acts (arXiv:2404.07724).
     guidance_rescale: share of the guided prediction brought back to the standard
       deviation of the conditional one (arXiv:2305.08891, section 3.4).
@@ -47,11 +51,15 @@ class Options:
   steps: int = _field(32, "Steps of the solver.", least=1)
   method: str = _field("euler", "Solver.", choices=METHODS)
   eta: float = _field(0.0, "Noise of ddim, 0 to 1.")
+  schedule: str = _field("uniform", "Noise levels of the steps.", choices=SCHEDULES)
   shift: float = _field(1.0, "Above 1: more steps at much noise.")
   shift_tokens: int = _field(
     0, "Tokens that `shift` is for; others get more or less. 0 = all."
   )
   guidance_scale: float = _field(3.0, "Classifier-free guidance; 1 = none.")
+  guidance_scale_2: float = _field(
+    0.0, "That of the second expert, of models with two; 0 = the same."
+  )
   guidance_interval: tuple[float, float] = _field(
     (0.0, 1.0), "LOW,HIGH: noise levels where it acts.", form="LOW,HIGH"
   )
@@ -68,8 +76,10 @@ class Options:
       ("steps", self.steps >= 1, "at least 1"),
       ("method", self.method in METHODS, f"one of {METHODS}"),
       ("eta", 0 <= self.eta <= 1, "between 0 and 1"),
+      ("schedule", self.schedule in SCHEDULES, f"one of {SCHEDULES}"),
       ("shift", self.shift > 0, "above 0"),
       ("shift_tokens", self.shift_tokens >= 0, "at least 0"),
+      ("guidance_scale_2", self.guidance_scale_2 >= 0, "at least 0"),
       ("guidance_interval", 0 <= low <= high <= 1, "two rising numbers from 0 to 1"),
       ("guidance_rescale", 0 <= self.guidance_rescale <= 1, "between 0 and 1"),
       ("zero_steps", self.zero_steps >= 0, "at least 0"),
@@ -101,6 +111,8 @@ class Options:
       ):
         if not idle:
           raise ValueError(f"{name} does nothing without guidance: guidance_scale is 1")
+    if process != "flow" and self.schedule != "uniform":
+      raise ValueError(f"schedule {self.schedule!r} is for a flow, not for {process}")
     if process == "flow" and target == "eps":
       raise ValueError(
         "a flow starts from noise alone, where a prediction of eps says nothing about "
@@ -116,7 +128,8 @@ class Table(NamedTuple):
   """Coefficients of a method; R calls of the network, then any axes of the levels.
 
   Attributes:
-    level [R, ...]: noise level that the network is asked at.
+    level [R, ...]: noise level of the state that the network is asked about.
+    time [R, ...]: level that the network is told, which may be a rounded one.
     correct [R, 5, ...]: of (state, state before, data now, one ago, two ago) in the
       state after the call.
     predict [R, 3, ...]: of (that state, data now, one ago) in the next state.
@@ -124,25 +137,15 @@ class Table(NamedTuple):
   """
 
   level: np.ndarray
+  time: np.ndarray
   correct: np.ndarray
   predict: np.ndarray
   noise: np.ndarray
 
 
-def schedule(steps: int, shift=1.0, start=1.0) -> np.ndarray:
-  """Noise levels from `start` to 0, float64 [steps + 1, ...], shifted towards noise.
-
-  shift and start, above 0, may differ from clip to clip: [...].
-  """
-  shift, start = np.broadcast_arrays(np.asarray(shift, np.float64), start)
-  levels = np.linspace(1.0, 0.0, steps + 1).reshape(-1, *np.ones(shift.ndim, int))
-  # The level before the shift that the shift takes to `start`.
-  return noise_process.shift_timesteps(
-    levels * start / (shift - (shift - 1) * start), shift
-  )
-
-
-def make_table(method: str, levels, process: str = "flow", eta: float = 0.0) -> Table:
+def make_table(
+  method: str, levels, process: str = "flow", eta: float = 0.0, times=None
+) -> Table:
   """Coefficients of a solver from levels[0] to levels[-1] = 0.
 
   Args:
@@ -154,6 +157,7 @@ def make_table(method: str, levels, process: str = "flow", eta: float = 0.0) -> 
     levels: decreasing noise levels [steps + 1, ...].
     process: one of noise_process.PROCESSES.
     eta: of ddim.
+    times: that the network is told in place of levels[:-1].
 
   Raises:
     ValueError: for an unknown method.
@@ -161,6 +165,7 @@ def make_table(method: str, levels, process: str = "flow", eta: float = 0.0) -> 
   if method not in METHODS:
     raise ValueError(f"sampling method {method!r} is not one of {METHODS}")
   levels = np.asarray(levels, np.float64)
+  times = levels if times is None else np.asarray(times, np.float64)
   alpha, sigma = noise_process.alpha_sigma(process, levels, np)
   # The ends may have no logarithm: their steps are of first order.
   with np.errstate(divide="ignore", invalid="ignore"):
@@ -173,9 +178,10 @@ def make_table(method: str, levels, process: str = "flow", eta: float = 0.0) -> 
     elif method == "heun":
       predict = _euler(alpha, sigma, i)
       if i + 1 < steps:
-        rows.append((levels[i], correct, predict, noise))
+        rows.append((levels[i], times[i], correct, predict, noise))
         stay = np.stack([1.0 + noise, noise, noise])
-        rows.append((levels[i + 1], _trapezoid(alpha, sigma, i), stay, noise))
+        here = levels[i + 1], times[i + 1]
+        rows.append((*here, _trapezoid(alpha, sigma, i), stay, noise))
         continue
     elif method == "ddpm":
       predict, noise = _posterior(alpha, sigma, i)
@@ -186,7 +192,7 @@ def make_table(method: str, levels, process: str = "flow", eta: float = 0.0) -> 
       predict = _multistep(alpha, sigma, log_snr, i, order)
       if method == "unipc" and i > 0:
         correct = _unipc_correct(alpha, sigma, log_snr, i, 1 if i == 1 else 2)
-    rows.append((levels[i], correct, predict, noise))
+    rows.append((levels[i], times[i], correct, predict, noise))
   columns = (np.stack(c).astype(np.float32) for c in zip(*rows, strict=True))
   return Table(*columns)
 

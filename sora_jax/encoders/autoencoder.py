@@ -13,8 +13,39 @@ from sora_jax.encoders import tiling
 from sora_jax.models.meta import VAEMeta
 from sora_jax.models.vae import VAE, VAEConfig
 from sora_jax.models.vae_stream import decode_chunk, encode_chunk
+from sora_jax.packing import time_grid
 from sora_jax.runtime import checkpoint, sharding, shipped
+from sora_jax.runtime.residency import Residency
 from sora_jax.tasks import clip_pixels
+
+# Frames that the encoder is given at once: one size, for few compilations.
+_CHUNK = 32
+
+
+class NonFiniteError(ValueError):
+  """Decoded pixels are NaN or infinite, which as uint8 would be black."""
+
+
+class Frames:
+  """Decoded uint8 video [B, T, H, W, 3], which may still be under way.
+
+  np.asarray waits for it, and raises NonFiniteError for pixels that are no numbers.
+  """
+
+  def __init__(self, video_BTHWC: Array, finite: Array):
+    self._video_BTHWC, self._finite = video_BTHWC, finite
+    self.shape, self.dtype = video_BTHWC.shape, video_BTHWC.dtype
+
+  def __len__(self):
+    return self.shape[0]
+
+  def __array__(self, dtype=None, copy=None):
+    if not self._finite:
+      raise NonFiniteError(
+        "the VAE has decoded pixels that are NaN or infinite: its model is damaged, or "
+        "the latents are far from any that it was trained on"
+      )
+    return np.asarray(self._video_BTHWC, dtype)
 
 
 class Autoencoder:
@@ -27,7 +58,13 @@ class Autoencoder:
   channel, with the statistics that are stored with the model.
   """
 
-  def __init__(self, folder, mesh: jax.sharding.Mesh | None = None, dtype=jnp.float32):
+  def __init__(
+    self,
+    folder,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype=jnp.float32,
+    residency: Residency | None = None,
+  ):
     """Loads a VAE.
 
     Args:
@@ -35,6 +72,7 @@ class Autoencoder:
         checkpoint that comes with the package.
       mesh: that clips lie on; all local devices share a clip if None.
       dtype: of the computation.
+      residency: that says when the params are on the devices; always without it.
 
     Raises:
       ValueError: if the folder holds no complete VAE.
@@ -44,9 +82,14 @@ class Autoencoder:
     folder = inside if inside.is_dir() else folder
     mesh = mesh or sharding.sampling_mesh(1)
     meta = VAEMeta.from_json(checkpoint.load_meta(folder), folder)
-    params, _ = checkpoint.load_model(folder)
     self.config, self.mesh, self.meta = meta.model, mesh, meta
-    self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    self.residency = residency or Residency()
+
+    def load():
+      params, _ = checkpoint.load_model(folder)
+      return jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+
+    self.residency.put("vae", load)
     mean = np.asarray(meta.latent_mean, np.float32)
     std = np.asarray(meta.latent_std, np.float32)
     self._encode, self._decode = programs(self.config, mean, std, mesh, dtype)
@@ -59,8 +102,24 @@ class Autoencoder:
     return np.asarray(self._apply(self._encode, video_BTHWC)[0])
 
   def decode(self, latent_BTHWC: np.ndarray) -> np.ndarray:
-    """Normalised latents -> uint8 video; B must divide by the mesh."""
-    return np.asarray(self._apply(self._decode, latent_BTHWC)[0])
+    """Normalised latents -> uint8 video; B must divide by the mesh.
+
+    Raises:
+      NonFiniteError: for pixels that are NaN or infinite.
+    """
+    return np.asarray(Frames(*self._apply(self._decode, latent_BTHWC)[0]))
+
+  def encode_video(self, video_THWC: np.ndarray) -> np.ndarray:
+    """One video of 1 + 4k frames -> latents [t, h, w, C], chunk by chunk."""
+    frames = len(video_THWC)
+    if frames > 1:
+      # Padding is exact, as the encoder is causal, and saves compilations.
+      over = -(frames - 1) % _CHUNK
+      video_THWC = np.pad(video_THWC, ((0, over), (0, 0), (0, 0), (0, 0)), mode="edge")
+    copies_BTHWC = np.repeat(video_THWC[None], self.batch_size(1), axis=0)
+    chunks = self.encode_stream(in_chunks(copies_BTHWC, _CHUNK))
+    latent_THWC = np.concatenate([np.asarray(chunk)[0] for chunk in chunks])
+    return latent_THWC[: time_grid.latent_frames(frames)]
 
   def encode_stream(
     self, chunks: Iterable[np.ndarray], tile: int | None = None
@@ -84,15 +143,17 @@ class Autoencoder:
 
   def decode_stream(
     self, chunks: Iterable[np.ndarray], tile: int | None = None
-  ) -> Iterator[Array]:
+  ) -> Iterator[Frames | np.ndarray]:
     """uint8 video of latents that come in chunks of any sizes; see `encode_stream`."""
     return map(self.decoder(tile), chunks)
 
-  def decoder(self, tile: int | None = None) -> Callable[[np.ndarray], Array]:
+  def decoder(
+    self, tile: int | None = None
+  ) -> Callable[[np.ndarray], Frames | np.ndarray]:
     """A function of the latents of one video, part by part -> uint8 video of each.
 
     It keeps what the causal decoder needs of the parts before; `tile` as in
-    `encode_stream`. Its result may still be under way: np.asarray waits.
+    `encode_stream`. Its result may still be under way: np.asarray waits, see `Frames`.
     """
     return self._by_parts(self._decode, tile, 1, self.config.space_factor)
 
@@ -113,7 +174,7 @@ class Autoencoder:
       outs = []
       for i, cut in enumerate(tiles.cut(part, scale_in)):
         out, caches[i] = self._apply(step, cut, caches[i], keep=True)
-        outs.append(out)
+        outs.append(Frames(*out) if isinstance(out, tuple) else out)
       if len(outs) == 1:
         return outs[0]
       return tiles.blend([np.asarray(out) for out in outs], scale_out)
@@ -132,12 +193,13 @@ class Autoencoder:
   def _apply(self, step, x, cache=None, keep=False):
     with jax.set_mesh(self.mesh):
       x = sharding.shard_alike({"x": x}, self.mesh)["x"]
-      return step(self._params, x, cache, keep)
+      return step(self.residency.get("vae"), x, cache, keep)
 
 
 def programs(config: VAEConfig, mean, std, mesh, dtype=jnp.float32):
   """Jitted (encode, decode), each (params, x, cache=None, keep=False) -> (y, cache).
 
+  y: latents; of decode a uint8 video, and whether all its pixels were finite before.
   mean, std: of the latents, by channel. keep: return what the next chunk needs.
   """
   vae = VAE(config, dtype)
@@ -177,7 +239,8 @@ def programs(config: VAEConfig, mean, std, mesh, dtype=jnp.float32):
       video, cache = decode_chunk(vae, params, latent_BTHWC, cache)
     else:
       video = vae.apply({"params": params}, latent_BTHWC, method=VAE.decode)
-    return clip_pixels.to_uint8(video), jax.tree.map(shard_evenly, cache)
+    shown = clip_pixels.to_uint8(video), jnp.isfinite(video).all()
+    return shown, jax.tree.map(shard_evenly, cache)
 
   return encode, decode
 

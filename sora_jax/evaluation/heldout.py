@@ -9,7 +9,6 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
-from absl import logging
 
 from sora_jax.data import shape_worlds, shapes, sources
 from sora_jax.data.buckets import limit_sizes
@@ -17,15 +16,27 @@ from sora_jax.data.clips import Clip, read_manifest
 from sora_jax.packing import time_grid
 from sora_jax.run import recipe as recipes
 
-# Of drawn clips: height and width, and the frames that a prompt is given of each.
-SIZE, FRAMES = (64, 64), 17
-# With as many new ones behind them, it is known how the given ones go on.
-_WHOLE = 2 * FRAMES - 1
-_SEARCHED = 400  # descriptions for each clip that is drawn
+SIZE = (64, 64)  # height and width of drawn clips
+_LONGEST_SAMPLE = 17  # frames
+_SEARCHED = 2000  # descriptions for each clip that is drawn
+
+
+class Lengths(NamedTuple):
+  """Frames of the clips that a world of shapes prompts with.
+
+  Attributes:
+    whole: of a clip, the longest that the world has.
+    given: of it, where a video is given: half, so that it is known how it goes on.
+    sampled: of a video of text or images: no longer than clips are, nor than 17.
+  """
+
+  whole: int
+  given: int
+  sampled: int
 
 
 class DrawnClip(NamedTuple):
-  """A held-out clip in memory: video_THWC is uint8, of FRAMES frames or more."""
+  """A held-out clip in memory: video_THWC is uint8, of `lengths.whole` frames."""
 
   caption: str
   fps: float
@@ -100,14 +111,19 @@ def described_prompts(recipe: recipes.Recipe) -> list[Clip]:
   return [described(recipe, i) for i in range(recipe.evaluate.clips)]
 
 
+def lengths(recipe: recipes.Recipe) -> Lengths:
+  """Returns how long the clips are that a world prompts with."""
+  whole = max(shape_worlds.WORLDS[recipe.data.world].frames)
+  return Lengths(whole, whole // 2 + 1, min(whole, _LONGEST_SAMPLE))
+
+
 def drawn_clips(
   recipe: recipes.Recipe, count: int, motions: Collection[str] = shapes.MOTIONS
 ) -> list[DrawnClip]:
   """Returns held-out clips to prompt with, drawn in memory.
 
-  They are SIZE large, and nothing is hidden in them. They have 33 frames, so that the
-  way in which the first 17 go on is known; only if there are too few of these, the last
-  ones have 17.
+  They are SIZE large and as long as the world's clips get, and nothing is hidden in
+  them.
 
   motions: what objects may do.
 
@@ -115,37 +131,23 @@ def drawn_clips(
     ValueError: if the config is not for generated shapes, or too few are like that.
   """
   check_generated(recipe)
-  found: dict[int, list[dict]] = {_WHOLE: [], FRAMES: []}
+  wanted = (*SIZE, False, lengths(recipe).whole)
+  found: list[DrawnClip] = []
   for index in range(_SEARCHED * count):
-    if len(found[_WHOLE]) >= count:
-      break
     row = _describe(recipe, index)
     truth = row["truth"]
-    kind = (truth["height"], truth["width"], truth["occluder"])
-    known = all(item["motion"] in motions for item in truth["objects"])
-    if kind == (*SIZE, False) and known and truth["frames"] in found:
-      found[truth["frames"]].append(row)
-  rows = (found[_WHOLE] + found[FRAMES])[:count]
-  if len(found[_WHOLE]) < count:
-    logging.warning(
-      "the world has %d clips of %d frames where %d are wanted: clips of %d take their "
-      "place, of which nobody knows how they go on",
-      *(len(found[_WHOLE]), _WHOLE, count, FRAMES),
-    )
-  if len(rows) < count:
-    raise ValueError(
-      f"of {_SEARCHED * count} held-out clips {len(rows)} are {SIZE[1]}x{SIZE[0]} with "
-      f"{FRAMES} or {_WHOLE} frames and {sorted(motions)}, and {count} are needed"
-    )
-  return [
-    DrawnClip(
-      row["captions"][0],
-      float(row["truth"]["fps"]),
-      row["truth"],
-      shapes.draw(row["truth"]),
-    )
-    for row in rows
-  ]
+    kind = tuple(truth[key] for key in ("height", "width", "occluder", "frames"))
+    if kind == wanted and all(item["motion"] in motions for item in truth["objects"]):
+      video_THWC = shapes.draw(truth)
+      found.append(
+        DrawnClip(row["captions"][0], float(truth["fps"]), truth, video_THWC)
+      )
+    if len(found) == count:
+      return found
+  raise ValueError(
+    f"of {_SEARCHED * count} held-out clips {len(found)} are {SIZE[1]}x{SIZE[0]} with "
+    f"{wanted[-1]} frames and {sorted(motions)}, and {count} are needed"
+  )
 
 
 def _describe(recipe: recipes.Recipe, index: int) -> dict:

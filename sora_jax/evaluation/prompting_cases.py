@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sora_jax.evaluation.continuity import motions_of
-from sora_jax.evaluation.heldout import FRAMES, SIZE, DrawnClip
+from sora_jax.evaluation.heldout import SIZE, DrawnClip, Lengths
 from sora_jax.evaluation.shape_attributes import find_objects
 from sora_jax.packing import time_grid
 from sora_jax.sampling.job import Job
@@ -72,10 +72,11 @@ class _Held(NamedTuple):
     job: the clip's prompt, seed, size and frame rate -> a Job with other fields.
     fps: frames a second.
     truth: what the clip shows. motions: the same, by colour.
-    whole: its frames.
-    own, end, second: its first and last FRAMES frames, and the first of another clip.
-    rebuilt, rebuilt_end, rebuilt_second: what the VAE makes of them, the most that can
-      be kept.
+    lengths: in frames.
+    whole: its frames. sample: as many as a sample has, its first ones.
+    own, end, second: its first and last given frames, and the first of another clip.
+    rebuilt, rebuilt_sample, rebuilt_end, rebuilt_second: what the VAE makes of them,
+      the most that can be kept.
     first_image, last_image: what the VAE makes of single frames, as images.
   """
 
@@ -83,11 +84,15 @@ class _Held(NamedTuple):
   fps: float
   truth: dict
   motions: dict[str, str]
+  lengths: Lengths
   whole: np.ndarray
+  sample: np.ndarray
+  other: np.ndarray
   own: np.ndarray
   end: np.ndarray
   second: np.ndarray
   rebuilt: np.ndarray
+  rebuilt_sample: np.ndarray
   rebuilt_end: np.ndarray
   rebuilt_second: np.ndarray
   first_image: np.ndarray
@@ -95,29 +100,34 @@ class _Held(NamedTuple):
 
   @property
   def seconds(self) -> float:
-    """The duration of FRAMES, in whole latent frames."""
-    return time_grid.frame_at(time_grid.latent_frames(FRAMES) - 1) / self.fps
+    """The duration of what is given, in whole latent frames."""
+    return (self.lengths.given - 1) / self.fps
+
+  @property
+  def gap_seconds(self) -> float:
+    """That, or as much more as each half of a gap needs to show a motion."""
+    return max(self.seconds, 3 * time_grid.TIME_FACTOR / self.fps)
 
   @property
   def gap(self) -> int:
     """Frames that are sampled where two videos are connected by so many seconds."""
-    gap = max(2, round(time_grid.time_of(self.seconds * self.fps + 1)))
-    return time_grid.frame_at(gap) - 1
+    return round(self.gap_seconds * self.fps) - 1
 
   @property
   def after_gap(self) -> int:
     """Where what comes after the gap begins: with the still of its first frame."""
-    return FRAMES + self.gap - 3
+    return self.lengths.given + self.gap - 3
 
   @property
   def at_start(self):
     """The clip is kept at the beginning of the result."""
-    return ((slice(0, FRAMES), self.rebuilt),)
+    return ((slice(0, self.lengths.given), self.rebuilt),)
 
 
-def _hold(model, clip, other, seed) -> _Held:
-  whole, second = clip.video_THWC, other.video_THWC[:FRAMES]
-  own, end = whole[:FRAMES], whole[-FRAMES:]
+def _hold(model, clip, other, seed, lengths) -> _Held:
+  whole, given = clip.video_THWC, lengths.given
+  own, end, second = whole[:given], whole[-given:], other.video_THWC[:given]
+  sample = whole[: lengths.sampled]
   copies = model.autoencoder.batch_size(1)
 
   def rebuild(video_THWC):
@@ -129,20 +139,21 @@ def _hold(model, clip, other, seed) -> _Held:
     clip.fps,
     clip.truth,
     motions_of(clip.truth),
-    *(whole, own, end, second),
-    *(rebuild(v) for v in (own, end, second, own[:1], own[-1:])),
+    lengths,
+    *(whole, sample, other.video_THWC[: lengths.sampled], own, end, second),
+    *(rebuild(v) for v in (own, sample, end, second, sample[:1], sample[-1:])),
   )
 
 
 def cases_of(
-  model: Sampler, clip: DrawnClip, other: DrawnClip, seed: int
+  model: Sampler, clip: DrawnClip, other: DrawnClip, seed: int, lengths: Lengths
 ) -> dict[str, Case]:
   """Returns all modes on a clip, and another one where a mode takes two.
 
   Frames are counted as latents hold them: 1 + 4k frames, so that what is new after
-  FRAMES of a video begins at FRAMES, and what is new before k latents ends at 4k - 3.
+  n of a video begins at n, and what is new before k latents ends at 4k - 3.
   """
-  held = _hold(model, clip, other, seed)
+  held = _hold(model, clip, other, seed, lengths)
   return {
     **_cases_of_text(held),
     **_cases_of_images(held),
@@ -155,30 +166,31 @@ def cases_of(
 def _cases_of_text(held: _Held) -> dict[str, Case]:
   """Returns the clip itself, as what is perfect, and what a prompt alone gives."""
   job, truth = functools.partial(held.job, size=SIZE), held.truth
-  preview = held.job(size=(96, 96), frames=FRAMES, preview=0.6)
-  later = (Part(held.own, slice(FRAMES, None), 1, held.motions),)
+  frames, given = held.lengths.sampled, held.lengths.given
+  preview = held.job(size=(96, 96), frames=frames, preview=0.6)
+  later = Part(held.own, slice(given, None), 1, held.motions)
   return {
     "real": Case(
       job(video=held.whole, strength=0.0),
       truth,
       held.at_start,
       seams=(5,),
-      parts=later if len(held.whole) > FRAMES else (),
+      parts=(later,),
     ),
-    "text": Case(job(frames=FRAMES), truth),
-    "text, as a loop": Case(job(frames=FRAMES), truth, seams=(0,), place=1),
+    "text": Case(job(frames=frames), truth),
+    "text, as a loop": Case(job(frames=frames), truth, seams=(0,), place=1),
     "preview 0.6": Case(preview, truth),
   }
 
 
 def _cases_of_images(held: _Held) -> dict[str, Case]:
   """Returns the modes that are given the first or the last image, or both."""
-  job = functools.partial(held.job, size=SIZE, frames=FRAMES)
-  first, last = held.own[:1], held.own[-1:]
+  job = functools.partial(held.job, size=SIZE, frames=held.lengths.sampled)
+  first, last = held.sample[:1], held.sample[-1:]
   start = ((slice(0, 1), held.first_image),)
   end = ((slice(-1, None), held.last_image),)
   # The last image has a latent, which shows it four times.
-  before_end = FRAMES - 4
+  before_end = held.lengths.sampled - 4
   between = slice(1, before_end)
   return {
     "first image": Case(
@@ -211,33 +223,35 @@ def _cases_of_images(held: _Held) -> dict[str, Case]:
 def _cases_of_time(held: _Held) -> dict[str, Case]:
   """Returns the modes that sample what comes after, before or between videos."""
   job = functools.partial(held.job, size=SIZE)
-  at_end = slice(-FRAMES, None)
-  # Where the last latent frame before the video begins.
-  before_video = time_grid.frame_at(time_grid.latent_frames(FRAMES) - 2) + 1
-  middle = (FRAMES + held.after_gap) // 2
+  given = held.lengths.given
+  at_end = slice(-given, None)
+  # Latent frames, of which the last one shows four times the video's first frame.
+  before = max(2, time_grid.latent_frames(given) - 1)
+  before_video = time_grid.frame_at(before - 1) + 1
+  middle = (given + held.after_gap) // 2
   return {
     "extend after": Case(
       job(video=held.own, extend_after=held.seconds),
       held.truth,
       held.at_start,
-      seams=(FRAMES,),
-      parts=(Part(held.own, slice(FRAMES, None), 1, held.motions),),
+      seams=(given,),
+      parts=(Part(held.own, slice(given, None), 1, held.motions),),
     ),
     "extend before": Case(
-      job(video=held.end, extend_before=held.seconds),
+      job(video=held.end, extend_before=time_grid.frame_at(before) / held.fps),
       held.truth,
       ((at_end, held.rebuilt_end),),
       seams=(before_video,),
       parts=(Part(held.end, slice(0, before_video), -1, held.motions),),
     ),
     "connect": Case(
-      job(video=held.own, connect=held.second, gap=held.seconds),
+      job(video=held.own, connect=held.second, gap=held.gap_seconds),
       None,  # two clips have no truth in common
       (*held.at_start, (at_end, held.rebuilt_second)),
-      seams=(FRAMES, held.after_gap),
+      seams=(given, held.after_gap),
       # Half of the gap is the first clip's, and half the second's.
       parts=(
-        Part(held.own, slice(FRAMES, middle)),
+        Part(held.own, slice(given, middle)),
         Part(held.second, slice(middle, held.after_gap), -1),
       ),
     ),
@@ -247,24 +261,27 @@ def _cases_of_time(held: _Held) -> dict[str, Case]:
 def _cases_of_parts(held: _Held) -> dict[str, Case]:
   """Returns the modes that sample a part of a video's frames, pixels or noise."""
   job = functools.partial(held.job, size=SIZE)
-  first, last = 5, 8  # frames that are sampled, one latent frame
+  sample, rebuilt = held.sample, held.rebuilt_sample
+  # One latent frame is sampled, the one in the middle.
+  middle = time_grid.latent_frames(len(sample)) // 2
+  first, last = time_grid.frame_at(middle - 1) + 1, time_grid.frame_at(middle)
   new = slice(first, last + 1)
   return {
     "infill frames": Case(
-      job(video=held.own, infill=(first / held.fps, last / held.fps)),
+      job(video=sample, infill=(first / held.fps, last / held.fps)),
       held.truth,
       (
-        (slice(0, first), held.rebuilt[:first]),
-        (slice(last + 1, None), held.rebuilt[last + 1 :]),
+        (slice(0, first), rebuilt[:first]),
+        (slice(last + 1, None), rebuilt[last + 1 :]),
       ),
       seams=(first, last + 1),
       parts=(
-        Part(held.own[:first], new, 1, held.motions),
-        Part(held.own[last + 1 :], new, -1, held.motions),
+        Part(sample[:first], new, 1, held.motions),
+        Part(sample[last + 1 :], new, -1, held.motions),
       ),
     ),
     "infill region": _case_of_region(held),
-    "edit 0.6": Case(job(video=held.second, strength=0.6), held.truth),
+    "edit 0.6": Case(job(video=held.other, strength=0.6), held.truth),
     "interpolate": Case(
       job(video=held.own, interpolate=2),
       held.truth,
@@ -320,19 +337,22 @@ def _is_before(video_THWC: np.ndarray, border: int, dim: int) -> np.ndarray:
 def _cases_of_loops(held: _Held) -> dict[str, Case]:
   """Returns the modes whose last frame goes on with the first one."""
   job = functools.partial(held.job, size=SIZE, loop=True)
-  gap = slice(FRAMES, held.after_gap)
+  of_gap = functools.partial(job, video=held.own, gap=held.gap_seconds)
+  given = held.lengths.given
+  gap = slice(given, held.after_gap)
   of_video = functools.partial(
     Case,
     truth=held.truth,
     kept=held.at_start,
-    seams=(FRAMES, held.after_gap, 0),
+    seams=(given, held.after_gap, 0),
     parts=(Part(held.own, gap), Part(held.own, gap, -1)),
   )
-  half = 8  # frames of a loop of text, of whose halves each goes on with the other
+  # Of a loop of text, which has whole latent frames, each half goes on with the other.
+  half = held.lengths.sampled // 2
   halves = (Part(slice(0, half), slice(half, None)),
             Part(slice(0, half), slice(half, None), -1))  # fmt: skip
   return {
-    "loop of video": of_video(job(video=held.own)),
-    "loop, gap anew": of_video(job(video=held.own, gap_strength=1.0)),
+    "loop of video": of_video(of_gap()),
+    "loop, gap anew": of_video(of_gap(gap_strength=1.0)),
     "loop of text": Case(job(frames=2 * half), held.truth, seams=(0,), parts=halves),
   }

@@ -38,7 +38,7 @@ from absl import logging
 
 from sora_jax.data.video import contact_sheet
 from sora_jax.evaluation import continuity, shape_attributes
-from sora_jax.evaluation.heldout import FRAMES, SIZE, DrawnClip, drawn_clips
+from sora_jax.evaluation.heldout import SIZE, DrawnClip, Lengths, drawn_clips, lengths
 from sora_jax.evaluation.prompting_cases import Case, cases_of
 from sora_jax.evaluation.quality import psnr
 from sora_jax.evaluation.shares import Share, percent, share_of
@@ -63,8 +63,6 @@ _DRIFT = {
 }  # fmt: skip
 # An object that moves on leaves the frame, one that grows fills it.
 _ENDLESS = ("bounce", "turn", "still")
-# Frames of a row of the drift: what a window of 33 frames makes, with 9 of them given.
-_WINDOW = 24
 # A still video has no differences at all: smaller medians than this many levels of
 # brightness count as this one.
 _LEAST_DIFFERENCE = 0.25
@@ -110,7 +108,8 @@ def run(
   clips = drawn_clips(recipe, count)
   endless = drawn_clips(recipe, max(2, count // 2), _ENDLESS)
   model = Sampler.from_checkpoint(checkpoint, dtype=recipe.dtype)
-  results = evaluate(model, clips, endless, recipe.sample, extensions)
+  long = lengths(recipe)
+  results = evaluate(model, clips, endless, long, recipe.sample, extensions)
   folder = workdir / "evaluate"
   folder.mkdir(parents=True, exist_ok=True)
   buckets = model.denoiser.integrate._cache_size()
@@ -140,19 +139,21 @@ def evaluate(
   model: Sampler,
   clips: Sequence[DrawnClip],
   endless: Sequence[DrawnClip],
+  long: Lengths,
   options: recipes.Sample,
   extensions: int,
 ) -> Results:
   """Measures all modes on clips, and drift on those that can go on for ever."""
   cases = collections.defaultdict(list)
   for i, clip in enumerate(clips):
-    for name, case in cases_of(model, clip, clips[(i + 1) % len(clips)], i).items():
+    other = clips[(i + 1) % len(clips)]
+    for name, case in cases_of(model, clip, other, i, long).items():
       cases[name].append(case)
   modes, shown = {}, {}
   for name, group in track(list(cases.items()), "measured", "modes"):
     modes[name], shown[name] = measure(model, group, options)
   drift = {
-    noise: measure_drift(model, endless, options, extensions, noise)
+    noise: measure_drift(model, endless, long, options, extensions, noise)
     for noise in (0.0, 0.1)
   }
   return Results(modes, drift, shown)
@@ -211,8 +212,8 @@ def measures_of(case: Case, video_THWC: np.ndarray) -> dict[str, list]:
     )
   for at in case.seams:
     values["seam"].append(seam_ratio(video_THWC, at))
-    others = alike(len(video_THWC), case.place or at, case.seams)
-    values["step"].append(seam_ratio(video_THWC, at, others))
+    if others := alike(len(video_THWC), case.place or at, case.seams):
+      values["step"].append(seam_ratio(video_THWC, at, others))
   if case.truth:
     analysis = shape_attributes.analyse_video(video_THWC)
     for name, right in shape_attributes.score(analysis, case.truth).items():
@@ -261,11 +262,14 @@ def histogram_distance(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
 def measure_drift(
   model: Sampler,
   clips: Sequence[DrawnClip],
+  long: Lengths,
   options: recipes.Sample,
   extensions: int,
   noise: float,
 ) -> list[dict]:
   """Measures how far from its clip each of `extensions` windows after it is.
+
+  A window is as many new frames as an extension of what is given by its own length has.
 
   Returns:
     A row for each window: histogram, color, shape, identity as means over the clips,
@@ -273,21 +277,21 @@ def measure_drift(
   """
   rows: list[dict] = [collections.defaultdict(list) for _ in range(extensions)]
   for seed, clip in enumerate(clips):
-    own = clip.video_THWC[:FRAMES]
+    own, window = clip.video_THWC[: long.given], long.given - 1
     job = Job(
       clip.caption,
       fps=clip.fps,
       seed=seed,
       size=SIZE,
       video=own,
-      extend_after=_WINDOW * extensions / clip.fps,
+      extend_after=window * extensions / clip.fps,
       given_noise=noise,
     )
     video_THWC = np.concatenate(list(model.stream(job, options)))
     for i, row in enumerate(rows):
-      part = video_THWC[FRAMES + _WINDOW * i : FRAMES + _WINDOW * (i + 1)]
+      part = video_THWC[len(own) + window * i : len(own) + window * (i + 1)]
       right = shape_attributes.score(shape_attributes.analyse_video(part), clip.truth)
-      row["histogram"].append(histogram_distance(part, video_THWC[:FRAMES]))
+      row["histogram"].append(histogram_distance(part, video_THWC[: len(own)]))
       row["color"].append(right["color"])
       row["shape"].append(right["shape"])
       row["identity"].append(continuity.judge(own, part, side=0)["identity"])

@@ -25,11 +25,15 @@ _COLORS = {
   "magenta": (220, 65, 200),
   "white": (240, 240, 240),
 }
-# Rotational symmetry, and how strongly it shows in the radius around the centre: the
-# size of that Fourier coefficient over the mean radius.
-_SHAPES = {"circle": (None, 0.0), "triangle": (3, 0.13), "square": (4, 0.065),
-           "star": (5, 0.135)}  # fmt: skip
-_MIN_SYMMETRY = 0.3  # of the typical strength; below it, it is a circle
+# Rotational symmetry, and the typical size of the Fourier coefficients of the radius
+# around the centre over its mean, of orders 2 to 7; below 2 they say size and place.
+# A sharp star has 0.15, but its points are the first that blur and roughness take.
+_SHAPES = {
+  "circle": (None, (0, 0, 0, 0, 0, 0)),
+  "triangle": (3, (0, 0.137, 0, 0, 0.05, 0)),
+  "square": (4, (0, 0, 0.07, 0, 0, 0)),
+  "star": (5, (0, 0, 0, 0.12, 0, 0)),
+}
 
 _MIN_CHROMA = 64  # largest minus smallest channel of an object's pixels
 _MIN_WHITE = 165  # or all channels above this
@@ -328,17 +332,15 @@ def _color(track):
 
 
 def _shape(track):
-  """The symmetry that shows best beside its typical strength, else a circle."""
+  """The shape whose typical outline is nearest.
+
+  Nearest in all orders at once: an outline that is merely rough has a little of each,
+  which is more of a square's than a square needs, and less than a star has of its own.
+  """
   spots = sorted(_best(track), key=lambda spot: spot.area)
   spots = spots[len(spots) // 2 :]  # the larger half shows more
-  strength = np.median([np.abs(spot.harmonics) for spot in spots], axis=0)
-  relative = {
-    name: strength[order] / typical
-    for name, (order, typical) in _SHAPES.items()
-    if order
-  }
-  name = max(relative, key=relative.get)
-  return name if relative[name] > _MIN_SYMMETRY else "circle"
+  strength = np.median([np.abs(spot.harmonics[2:]) for spot in spots], axis=0)
+  return min(_SHAPES, key=lambda name: np.linalg.norm(strength - _SHAPES[name][1]))
 
 
 def _motion(track, shape, shorter):

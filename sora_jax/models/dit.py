@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from sora_jax.models import layers, partition
+from sora_jax.models import image_embed, layers, partition
 from sora_jax.models.attention import attention
 from sora_jax.models.dit_cache import Reuse, run_or_reuse
 from sora_jax.packing.packed_row import PackedBatch
@@ -66,6 +66,12 @@ class DiTConfig:
       on its left.
     rope_theta: base of the rotary frequencies, see `layers.rope_angles`. Wan's 10,000
       is for grids of a hundred tokens; on those of a few, most channels hardly turn.
+    condition_channels: of what the first layer reads of given frames beside the noise,
+      0 = none; see `packing.conditions`.
+    image_width, image_tokens: of the features of given images that the blocks attend
+      to beside the text, and how many of a clip; 0 = none.
+    image_positions: whether those tokens have learned positions, as where they are of
+      two images.
     remat: a key of REMAT_POLICIES.
   """
 
@@ -80,6 +86,10 @@ class DiTConfig:
   pooled_text: bool = False
   absolute_positions: int = 0
   rope_theta: float = 1e4
+  condition_channels: int = 0
+  image_width: int = 0
+  image_tokens: int = 0
+  image_positions: bool = False
   remat: str = fields.free("none")
 
   def __post_init__(self):
@@ -92,12 +102,24 @@ class DiTConfig:
         f"dit absolute_positions {self.absolute_positions} is negative, or rope_theta "
         f"{self.rope_theta} is not positive"
       )
+    if min(self.condition_channels, self.image_width, self.image_tokens) < 0 or bool(
+      self.image_width
+    ) != bool(self.image_tokens):
+      raise ValueError(
+        f"dit condition_channels {self.condition_channels}, image_width "
+        f"{self.image_width} or image_tokens {self.image_tokens} is negative, or one "
+        "of the last two is 0 and the other is not"
+      )
     if self.remat not in REMAT_POLICIES:
       raise ValueError(f"dit remat {self.remat!r} is not one of {list(REMAT_POLICIES)}")
 
   @property
   def patch_width(self) -> int:
     return math.prod(self.patch_size) * self.channels
+
+  @property
+  def condition_width(self) -> int:
+    return math.prod(self.patch_size) * self.condition_channels
 
 
 def _preset(width, depth, heads, mlp_width=None, **kwargs):
@@ -118,6 +140,19 @@ PRESETS = {
   "wan2.1-t2v-14b": _preset(5120, 40, 40, 13824, text_width=4096),
   "wan2.2-ti2v-5b": _preset(3072, 30, 24, 14336, text_width=4096, channels=48),
 }
+_WAN = PRESETS["wan2.1-t2v-14b"]
+# With an image: a mask of 4 frames and the latents of it, and CLIP ViT-H's features.
+_WAN_I2V = dataclasses.replace(_WAN, condition_channels=4 + 16)
+_CLIP = {"image_width": 1280, "image_tokens": 257}
+PRESETS |= {
+  "wan2.1-i2v-14b": dataclasses.replace(_WAN_I2V, **_CLIP),
+  "wan2.1-flf2v-14b": dataclasses.replace(
+    _WAN_I2V, image_width=1280, image_tokens=2 * 257, image_positions=True
+  ),
+  # Of either expert.
+  "wan2.2-t2v-a14b": _WAN,
+  "wan2.2-i2v-a14b": _WAN_I2V,
+}
 
 
 class Context(NamedTuple):
@@ -134,6 +169,8 @@ class Context(NamedTuple):
       call computes them.
     absolute_BL3: position_BL3 for `absolute_positions`, where the others are turned to
       close a loop; None: they are the same.
+    condition_BLQ: patches of the condition's channels.
+    image_BNJV: features of each slot's images.
   """
 
   group_BL: Array
@@ -141,8 +178,10 @@ class Context(NamedTuple):
   position_BL3: Array
   text_BSE: Array
   text_segment_BS: Array
-  text_states: tuple[Array, Array] | None = None
+  text_states: tuple[Array, ...] | None = None
   absolute_BL3: Array | None = None
+  condition_BLQ: Array | None = None
+  image_BNJV: Array | None = None
 
   @classmethod
   def of_batch(cls, batch: PackedBatch, text_BSE: Array) -> "Context":
@@ -153,6 +192,8 @@ class Context(NamedTuple):
       batch["position_L3"],
       text_BSE,
       batch["text_segment_S"],
+      condition_BLQ=batch.get("condition_LQ"),
+      image_BNJV=batch.get("image_NJV"),
     )
 
 
@@ -182,11 +223,16 @@ class DiT(nn.Module):
     position_BL3: Array,
     text_BSE: Array,
     text_segment_BS: Array,
-    text_states: tuple[Array, Array] | None = None,
+    text_states: tuple[Array, ...] | None = None,
     absolute_BL3: Array | None = None,
+    condition_BLQ: Array | None = None,
+    image_BNJV: Array | None = None,
     reuse: Reuse | None = None,
   ) -> Array | tuple[Array, Reuse]:
     c = self.config
+    if c.condition_channels:
+      assert condition_BLQ is not None, "a model of given frames needs them"
+      x_BLP = _beside(c, x_BLP, condition_BLQ)
     x_BLP = partition.constrain(x_BLP, partition.ROWS, partition.TOKENS)
     x_BLD = _shard(self._dense(c.width, "patch_embed")(x_BLP.astype(self.dtype)))
     if c.absolute_positions:
@@ -195,14 +241,23 @@ class DiT(nn.Module):
       x_BLD += self._dense(c.width, "position_embed")(features.astype(self.dtype))
     text_BSE = partition.constrain(text_BSE, partition.ROWS, "context")
     text_BSD = self._embed_text(text_BSE) if text_states is None else None
+    image_BKD = image_segment_BK = None
+    if c.image_width:
+      assert image_BNJV is not None, "a model of images needs their features"
+      image_segment_BK = image_embed.segments(image_BNJV)
+      if text_states is None:
+        embed = image_embed.ImageEmbed(
+          c.width, c.image_positions, self.dtype, name="image_embed"
+        )
+        image_BKD = embed(image_BNJV)
 
     t_BGD = self._embed_time(t_BG, text_BSE, text_segment_BS)
     modulation_BG6D = self._modulation(t_BGD)
     dims = layers.video_rope_dims(c.width // c.heads)
     rope = layers.rope_angles(position_BL3, dims, c.rope_theta)
     text_BL = jnp.where(segment_BL > 0, group_BL // 2 + 1, 0)
-    segments = (segment_BL, text_BL, text_segment_BS)
-    context = (modulation_BG6D, group_BL, segments, rope, text_BSD)
+    segments = (segment_BL, text_BL, text_segment_BS, image_segment_BK)
+    context = (modulation_BG6D, group_BL, segments, rope, text_BSD, image_BKD)
 
     def blocks(module, x_BLD):
       return module._blocks(x_BLD, context, text_states)
@@ -285,8 +340,8 @@ class _Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD, context, text_states):
-    modulation_BG6D, group_BL, segments, rope, text_BSD = context
-    segment_BL, text_BL, text_segment_BS = segments
+    modulation_BG6D, group_BL, segments, rope, text_BSD, image_BKD = context
+    segment_BL, text_BL, text_segment_BS, image_segment_BK = segments
     c, dtype = self.config, x_BLD.dtype
     x_BLD = checkpoint_name(x_BLD, "block")
 
@@ -327,9 +382,17 @@ class _Block(nn.Module):
       k_BSD = dense(c.width, "cross_key")(text_BSD)
       k_BSD = layers.RMSNorm(name="cross_key_norm")(k_BSD)
       v_BSD = dense(c.width, "cross_value")(text_BSD)
+      states = (k_BSD, v_BSD)
+      if c.image_width:
+        k_BKD = dense(c.width, "image_key")(image_BKD)
+        k_BKD = layers.RMSNorm(name="image_key_norm")(k_BKD)
+        states += (k_BKD, dense(c.width, "image_value")(image_BKD))
     else:
-      k_BSD, v_BSD = text_states
-    h_BLNK = attention(q_BLNK, heads(k_BSD), heads(v_BSD), text_BL, text_segment_BS)
+      states = text_states
+    k, v, *images = map(heads, states)
+    h_BLNK = attention(q_BLNK, k, v, text_BL, text_segment_BS)
+    if images:
+      h_BLNK += attention(q_BLNK, *images, text_BL, image_segment_BK)
     h_BLD = h_BLNK.reshape(x_BLD.shape)
     x_BLD = x_BLD + _shard(dense(c.width, "cross_out")(h_BLD))
 
@@ -338,6 +401,16 @@ class _Block(nn.Module):
     h_BLD = checkpoint_name(_shard(dense(c.width, "mlp_down")(h_BLD)), "mlp")
     x_BLD = x_BLD + gate2 * h_BLD
     return x_BLD, None
+
+
+def _beside(config: DiTConfig, x_BLP: Array, condition_BLQ: Array) -> Array:
+  """Patches with the channels of the condition behind those of the noise."""
+  cells = math.prod(config.patch_size)
+  parts = (
+    x.astype(x_BLP.dtype).reshape(*x.shape[:2], cells, -1)
+    for x in (x_BLP, condition_BLQ)
+  )
+  return jnp.concatenate(list(parts), axis=-1).reshape(*x_BLP.shape[:2], -1)
 
 
 def _few_on_cpu(config: DiTConfig) -> bool:
@@ -383,7 +456,8 @@ def num_flops(
     pairs: sum over clips of tokens * (tokens + text tokens).
   """
   D, F = config.width, config.mlp_width
-  per_token = config.depth * (6 * D * D + 2 * D * F) + 2 * D * config.patch_width
+  per_token = config.depth * (6 * D * D + 2 * D * F)
+  per_token += D * (2 * config.patch_width + config.condition_width)
   per_text = config.depth * 2 * D * D + config.text_width * D + D * D
   return 2.0 * (tokens * per_token + text_tokens * per_text) + (
     4.0 * config.depth * D * pairs

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sora_jax.models import layers, partition
+from sora_jax.models import image_embed, layers, partition
 
 
 class Reuse(NamedTuple):
@@ -69,9 +69,15 @@ def run_or_reuse(
 
 
 def text_states(
-  width: int, params, text_BSE: Array, dtype=jnp.float32
-) -> tuple[Array, Array]:
+  width: int,
+  params,
+  text_BSE: Array,
+  dtype=jnp.float32,
+  image_BNJV: Array | None = None,
+) -> tuple[Array, ...]:
   """Keys and values of the text in all blocks [depth, B, S, D]; steps share them.
+
+  With features of images, their keys and values follow.
 
   width, params: of the DiT.
   """
@@ -83,11 +89,22 @@ def text_states(
   def of_block(block):
     k_BSD = dense(block, "cross_key", text_BSD)
     k_BSD = layers.RMSNorm().apply({"params": block["cross_key_norm"]}, k_BSD)
-    return k_BSD, dense(block, "cross_value", text_BSD)
+    states = (k_BSD, dense(block, "cross_value", text_BSD))
+    if image_BKD is None:
+      return states
+    k_BKD = dense(block, "image_key", image_BKD)
+    k_BKD = layers.RMSNorm().apply({"params": block["image_key_norm"]}, k_BKD)
+    return *states, k_BKD, dense(block, "image_value", image_BKD)
 
   text_BSE = partition.constrain(text_BSE, partition.ROWS, "context")
   text_BSD = dense(params, "text_embed_1", text_BSE.astype(dtype))
   text_BSD = dense(params, "text_embed_2", nn.gelu(text_BSD))
-  names = ("cross_key", "cross_key_norm", "cross_value")
+  names = ["cross_key", "cross_key_norm", "cross_value"]
+  image_BKD = None
+  if image_BNJV is not None:
+    own = params["image_embed"]
+    embed = image_embed.ImageEmbed(width, "positions" in own, dtype)
+    image_BKD = embed.apply({"params": own}, image_BNJV)
+    names += ["image_key", "image_key_norm", "image_value"]
   # Block by block, as their params are gathered.
   return jax.lax.map(of_block, {name: params["blocks"][name] for name in names})

@@ -13,7 +13,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from sora_jax.models.caption_encoder import TextEncoderConfig
+from sora_jax.models.captioner import CaptionerConfig
+from sora_jax.models.clip_text import CLIPTextConfig
+from sora_jax.models.clip_vision import CLIPVisionConfig
 from sora_jax.models.dit import DiTConfig
+from sora_jax.models.expander import ExpanderConfig
 from sora_jax.models.t5 import T5Config
 from sora_jax.models.vae_config import VAEConfig
 
@@ -32,11 +36,11 @@ class _Meta:
   def facts(self) -> dict[str, Any]:
     """The fields for JSON, without what belongs to the format of the file.
 
-    Optional texts are left out where they are empty.
+    Optional texts are left out where they are empty, and what may be None where it is.
     """
     facts = dataclasses.asdict(self)
-    empty = [f.name for f in dataclasses.fields(self) if f.default == ""]
-    return {k: v for k, v in facts.items() if v != "" or k not in empty}
+    optional = [f.name for f in dataclasses.fields(self) if f.default in ("", None)]
+    return {k: v for k, v in facts.items() if v not in ("", None) or k not in optional}
 
   def to_json(self) -> dict[str, Any]:
     """The JSON-able dict that `runtime.checkpoint.save_model` takes as meta."""
@@ -93,9 +97,14 @@ def _dataclass(cls, values, where):
 
 def _value(kind, value, where):
   """A value of a field that is annotated with `kind`."""
+  if kind == Sampling | None:
+    kind = Sampling
   if kind == TextEncoderConfig | FrozenText:
     frozen = isinstance(value, dict) and "features" in value
     kind = FrozenText if frozen else TextEncoderConfig
+  if kind == T5Config | CLIPTextConfig:
+    is_clip = isinstance(value, dict) and "positions" in value
+    kind = CLIPTextConfig if is_clip else T5Config
   if dataclasses.is_dataclass(kind):
     return _dataclass(kind, value, where)
   expected = {int: int, float: (int, float), str: str, bool: bool}.get(
@@ -151,7 +160,7 @@ class TextMeta(_Meta):
     id: of the weights; records and models made with its features keep it.
   """
 
-  model: T5Config
+  model: T5Config | CLIPTextConfig
   id: str
 
   network: ClassVar[str] = "text"
@@ -161,6 +170,26 @@ class TextMeta(_Meta):
   def _is_one(values):
     model = values.get("model")
     return isinstance(model, dict) and "bias_per_layer" in model
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageMeta(_Meta):
+  """What image/model says, the folder of a frozen image encoder.
+
+  Attributes:
+    model: sizes.
+    id: of the weights; models that read its features keep it.
+  """
+
+  model: CLIPVisionConfig
+  id: str
+
+  network: ClassVar[str] = "image"
+  noun: ClassVar[str] = "an image encoder"
+
+  @staticmethod
+  def _is_one(values):
+    return False  # there was none before there were versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +216,33 @@ class Noise:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How a published model is sampled where a user does not say.
+
+  Attributes:
+    method, schedule, shift, steps, guidance_scale, guidance_scale_2: of
+      `diffusion.solvers.Options`; the first three are those of the scheduler that was
+      published with it.
+    negative_prompt: what guidance leads away from.
+    size: (width, height) in pixels of a video, and frames: of it; its rate is the
+      `reference_fps`.
+    expand_timesteps: whether its pipeline tells it a noise level for each token, which
+      is how given images enter. Kept for those who export it.
+  """
+
+  method: str
+  schedule: str
+  shift: float
+  steps: int
+  guidance_scale: float
+  negative_prompt: str
+  size: tuple[int, int]
+  frames: int
+  expand_timesteps: bool = False
+  guidance_scale_2: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class DiTMeta(_Meta):
   """What dit/model says.
 
@@ -203,6 +259,12 @@ class DiTMeta(_Meta):
     steps: of its training; 0 if it was imported.
     init_from: folder of the checkpoint that its training began with.
     id: of the weights.
+    boundary: noise level below which the second expert makes the video, of a model that
+      has two (Wan 2.2 A14B); 0 = one network for all levels.
+    image: id of the image encoder whose features it reads; "" for most, and while an
+      imported checkpoint has none.
+    sampling: of a published model; None for one that was trained from nothing here,
+      whose recipe says it.
   """
 
   model: DiTConfig
@@ -218,6 +280,9 @@ class DiTMeta(_Meta):
   noise: Noise = Noise()
   init_from: str = ""
   id: str = ""
+  boundary: float = 0.0
+  image: str = ""
+  sampling: Sampling | None = None
 
   network: ClassVar[str] = "dit"
   noun: ClassVar[str] = "a DiT"
@@ -225,6 +290,11 @@ class DiTMeta(_Meta):
   @staticmethod
   def _is_one(values):
     return isinstance(values.get("text"), dict)
+
+  def facts(self):
+    """As of the others; models of one network say nothing of a boundary."""
+    facts = super().facts()
+    return facts if self.boundary else {k: facts[k] for k in facts if k != "boundary"}
 
   @property
   def frozen_text(self) -> FrozenText | None:
@@ -237,5 +307,92 @@ class DiTMeta(_Meta):
     return self.text if isinstance(self.text, TextEncoderConfig) else None
 
 
-# Network -> its class.
-METAS = {kind.network: kind for kind in (VAEMeta, TextMeta, DiTMeta)}
+@dataclasses.dataclass(frozen=True)
+class LowNoiseDiTMeta(DiTMeta):
+  """What dit_low/model says, the expert for noise levels below the boundary."""
+
+  network: ClassVar[str] = "dit_low"
+  noun: ClassVar[str] = "an expert for low noise"
+
+  @staticmethod
+  def _is_one(values):
+    return False  # there was none before there were versions
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionerMeta(_Meta):
+  """What captioner/model says.
+
+  Attributes:
+    model: sizes.
+    input: "pixels" or "latents", which it reads patches of.
+    patch_size: (t, h, w) of one token in those.
+    styles: of its training captions, "any" among them.
+    max_text_tokens: longest caption, its style and its end included.
+    tokens, segments: of a packed row in training.
+    reference_fps: frames a second at which latent frames are one apart in time.
+    max_frames, max_pixels, size_multiple: of the clips it was trained on.
+    vae: id of the VAE whose latents it reads; "" for pixels.
+    steps: of its training.
+    id: of the weights.
+  """
+
+  model: CaptionerConfig
+  input: str
+  patch_size: tuple[int, int, int]
+  styles: tuple[str, ...]
+  max_text_tokens: int
+  tokens: int
+  segments: int
+  reference_fps: float
+  max_frames: int
+  max_pixels: int
+  size_multiple: int
+  vae: str = ""
+  steps: int = 0
+  id: str = ""
+
+  network: ClassVar[str] = "captioner"
+  noun: ClassVar[str] = "a captioner"
+
+  @staticmethod
+  def _is_one(values):
+    return False  # there was none before there were versions
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpanderMeta(_Meta):
+  """What expander/model says.
+
+  Attributes:
+    model: sizes.
+    max_tokens: of a short and a long caption, with both ends.
+    steps: of its training.
+    id: of the weights.
+  """
+
+  model: ExpanderConfig
+  max_tokens: int
+  steps: int
+  id: str
+
+  network: ClassVar[str] = "expander"
+  noun: ClassVar[str] = "an expander of prompts"
+
+  @staticmethod
+  def _is_one(values):
+    return False  # there was none before there were versions
+
+
+# Network -> its class; an expander is read by its own file alone.
+METAS = {
+  kind.network: kind
+  for kind in (
+    VAEMeta,
+    TextMeta,
+    ImageMeta,
+    DiTMeta,
+    LowNoiseDiTMeta,
+    CaptionerMeta,
+  )
+}

@@ -8,7 +8,8 @@ belongs to segment n + 1; while sampling, a clip whose text changes with time ha
 
 Rows are dicts of arrays, because Grain stacks and jit takes those; the types below say
 what is in them. A field's name ends in its shape: L tokens, S text tokens, N segments
-or slots, P numbers of a patch, E features of a text token. In a batch every array has a
+or slots, P numbers of a patch, E features of a text token, Q numbers of a patch of the
+condition, J tokens of a clip's images with V features. In a batch every array has a
 leading axis of rows, under the same name.
 """
 
@@ -43,7 +44,7 @@ class PackedText(TypedDict, total=False):
   # Ids for the encoder that is trained with the DiT, and the index of each in its text.
   text_S: Int32
   text_position_S: Int32
-  # Or the features themselves.
+  # Or the features themselves, of the dtype that `RowSize` says.
   text_SE: Annotated[Any, Field(ml_dtypes.bfloat16)]
 
 
@@ -59,6 +60,10 @@ class PackedRow(PackedText, total=False):
   position_L3: Float32
   # 2 * slot + given; 0 for padding.
   group_L: Int32
+  # Of models that read given frames beside the noise: patches of the condition.
+  condition_LQ: Float32
+  # Of models that read whole images: features of each slot's.
+  image_NJV: Float32
   # Index of each segment's clip in its list, -1 for none. It stays on the host.
   clip_N: Annotated[Any, Field(np.int32, -1)]
 
@@ -78,11 +83,17 @@ class RowSize(NamedTuple):
     budget: tokens, text tokens and segments.
     patch_width: P, numbers of one token.
     text_width: E of a frozen encoder's features; None: the texts are ids.
+    text_dtype: of those features; records hold bfloat16.
+    condition_width: Q of the condition's patches; 0: there are none.
+    image: (J, V) of a clip's images, their tokens and features; None: there are none.
   """
 
   budget: Budget
   patch_width: int
   text_width: int | None = None
+  text_dtype: Any = ml_dtypes.bfloat16
+  condition_width: int = 0
+  image: tuple[int, int] | None = None
 
 
 def empty(kind: type[Row], size: RowSize, *rows: int) -> Row:
@@ -93,13 +104,18 @@ def empty(kind: type[Row], size: RowSize, *rows: int) -> Row:
   """
   L, S, N = dataclasses.astuple(size.budget)
   lengths = {"L": L, "S": S, "N": N, "P": size.patch_width, "E": size.text_width}
-  left_out = _FEATURES if size.text_width is None else _IDS
+  lengths |= {"Q": size.condition_width}
+  lengths |= dict(zip("JV", size.image or (0, 0), strict=True))
+  left_out = [*(_FEATURES if size.text_width is None else _IDS)]
+  left_out += [] if size.condition_width else ["condition_LQ"]
+  left_out += [] if size.image else ["image_NJV"]
   arrays: dict[str, np.ndarray] = {}
   for name, hint in typing.get_type_hints(kind, include_extras=True).items():
     if name not in left_out:
       (field,), dims = hint.__metadata__, name.rpartition("_")[2]
       shape = (lengths[d] if d in lengths else int(d) for d in dims)
-      arrays[name] = np.full((*rows, *shape), field.padding, field.dtype)
+      dtype = size.text_dtype if name in _FEATURES else field.dtype
+      arrays[name] = np.full((*rows, *shape), field.padding, dtype)
   return cast(Row, arrays)
 
 
@@ -118,6 +134,8 @@ class Segment(NamedTuple):
     texts: ids [S] or features [S, E] of each of its texts.
     text_L: index of the text that each token sees.
     clip: what `clip_N` says of it.
+    condition_LQ, image_JV: of models that read such, as in `PackedRow`; all of the
+      clip's texts are of the same images.
   """
 
   patch_LP: np.ndarray
@@ -126,6 +144,8 @@ class Segment(NamedTuple):
   texts: Sequence[np.ndarray]
   text_L: np.ndarray | int = 0
   clip: int = -1
+  condition_LQ: np.ndarray | None = None
+  image_JV: np.ndarray | None = None
 
 
 class Place(NamedTuple):
@@ -173,6 +193,10 @@ class RowWriter:
     row["segment_L"][here] = n + 1
     row["group_L"][here] = 2 * (slots.start + segment.text_L) + segment.given_L
     row["clip_N"][n] = segment.clip
+    if segment.condition_LQ is not None:
+      row["condition_LQ"][here] = segment.condition_LQ
+    if segment.image_JV is not None:
+      row["image_NJV"][slots.start : slots.stop] = segment.image_JV
     for slot, text in zip(slots, segment.texts, strict=True):
       self._texts.add(text, slot)
     self._segments, self._tokens, self._slots = n + 1, here.stop, slots.stop

@@ -1,9 +1,10 @@
 """Spacetime patches: pure reshapes between a latent grid and a sequence of tokens.
 
-Every function takes numpy and jax arrays alike. A grid of (t, h, w) patches is laid
-out as L = t * h * w tokens, w fastest; a patch is laid out as (pt, ph, pw, c), c
-fastest. This is the order of `Conv3d(kernel=stride=patch)` weights read as a matrix,
-and the one that NaViT (arXiv:2307.06304) packing and Wan share.
+Functions take numpy and jax arrays alike, but for `fold_time` and positions: numpy. A
+grid of (t, h, w) patches is laid out as L = t * h * w tokens, w fastest; a patch is
+laid out as (pt, ph, pw, c), c fastest. This is the order of
+`Conv3d(kernel=stride=patch)` weights read as a matrix, and the one that NaViT
+(arXiv:2307.06304) packing and Wan share.
 """
 
 import math
@@ -54,6 +55,23 @@ def unpatchify(patch_LP, grid, patch_size):
   n = len(lead)
   x = x.transpose(*range(n), n, n + 3, n + 1, n + 4, n + 2, n + 5, n + 6)
   return x.reshape(*lead, t * pt, h * ph, w * pw, C)
+
+
+def fold_time(video_THWC, factor):
+  """Folds frames into channels: [1 + factor * k, H, W, C] -> [1 + k, H, W, factor * C].
+
+  Frame 0 fills the first place alone, `factor` times, and each other place holds the
+  next `factor` frames: the grid of time that the causal VAE's latents have.
+
+  Raises:
+    ValueError: if there are not 1 + factor * k frames.
+  """
+  T, H, W, C = video_THWC.shape
+  if (T - 1) % factor:
+    raise ValueError(f"a video of {T} frames does not have 1 + {factor}k")
+  x = np.concatenate([np.repeat(video_THWC[:1], factor - 1, axis=0), video_THWC])
+  x = x.reshape(-1, factor, H, W, C).transpose(0, 2, 3, 1, 4)
+  return x.reshape(-1, H, W, factor * C)
 
 
 def grid_positions(grid):

@@ -92,8 +92,12 @@ class Topology:
     return first, second, third
 
   def one_host(self) -> "Topology":
-    """Returns the chips of one host, on which VAE and sampler run: 4, or 8 GPUs."""
-    shape = {0: (8,), 2: (2, 2), 3: (2, 2, 1)}[self.chip.axes]
+    """Returns the chips of one host, on which VAE and sampler run: 4, or 8 GPUs.
+
+    They are fewer where there are no more, as on a v5e:1x1.
+    """
+    whole = {0: (8,), 2: (2, 2), 3: (2, 2, 1)}[self.chip.axes]
+    shape = tuple(min(sizes) for sizes in zip(whole, self.shape, strict=True))
     return Topology(self.chip, shape)
 
 

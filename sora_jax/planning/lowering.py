@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax.data import buckets
 from sora_jax.encoders import autoencoder
-from sora_jax.packing import packed_row
 from sora_jax.planning import gpu_target
 from sora_jax.planning.hardware import Topology
-from sora_jax.run import build
+from sora_jax.run import build, init_from
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding
 from sora_jax.sampling import integrate, sample_batch
+from sora_jax.tasks import dit as dit_task
 from sora_jax.tasks import vae as vae_task
 from sora_jax.training import loop
 
@@ -201,10 +201,16 @@ def dit_batch(recipe: recipes.Recipe, mesh) -> dict:
   return _batch(build.empty_row(recipe), recipe.dit.rows, mesh)
 
 
-def dit_state(recipe: recipes.Recipe, mesh) -> loop.Built:
-  """Returns the stage's functions, and the shapes and shardings of its state."""
+def dit_state(recipe: recipes.Recipe, mesh) -> tuple[loop.Built, Any]:
+  """Returns the stage's functions with the shapes and shardings of its state, and of
+  what is frozen: the model that adapters are trained beside, None without them.
+  """
   task, rules = build.make_task(recipe)
-  return loop.build(task, recipe.dit.train, mesh, rules, recipe.seed)
+  if recipe.dit.lora.rank:
+    base = init_from.frozen_shapes(recipe, task, rules, mesh)
+    task, rules = init_from.adapt(recipe.dit.lora, task, rules, base)
+  built = loop.build(task, recipe.dit.train, mesh, rules, recipe.seed)
+  return built, task.frozen
 
 
 def dit_step(recipe: recipes.Recipe, mesh):
@@ -214,10 +220,10 @@ def dit_step(recipe: recipes.Recipe, mesh):
     ValueError: if its sizes do not divide by the mesh.
   """
   build.check_dit(recipe.dit, mesh)
-  built = dit_state(recipe, mesh)
+  built, frozen = dit_state(recipe, mesh)
   batch = dit_batch(recipe, mesh)
   with jax.set_mesh(mesh):
-    return built.update.lower(built.abstract, batch)
+    return built.update.lower(built.abstract, batch, frozen)
 
 
 def vae_encode(recipe: recipes.Recipe, mesh):
@@ -252,11 +258,13 @@ def sampling(recipe: recipes.Recipe, mesh):
   frozen = bool(recipe.text.folder)
   text = None if frozen else stage.text
   task, rules = build.make_task(recipe)
-  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  shapes = jax.eval_shape(
+    lambda key: dit_task.stored(task.init(key), options.weights), jax.random.key(0)
+  )
   params = _placed(shapes, sharding.param_shardings(shapes, rules, mesh))
   rows = sharding.whole_batch(options.rows, mesh)
   text_width = recipe.text.width if frozen else None
-  size = packed_row.RowSize(build.budget(stage), stage.model.patch_width, text_width)
+  size = build.row_size(stage, text_width)
   batch = sample_batch.empty_batch(1, size).row(0)
   batch = sample_batch.SampleBatch(*(_batch(part, rows, mesh) for part in batch))
   shape = (rows, stage.segments)

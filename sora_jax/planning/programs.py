@@ -91,9 +91,12 @@ def _header(recipe, topology, load):
 
 
 def model_flops(recipe: recipes.Recipe, load: cost_model.Load) -> float:
-  """Returns the FLOPs that one step needs: those of real tokens, and nothing twice."""
+  """Returns the FLOPs that one step needs: those of real tokens, and nothing twice.
+
+  Those of adapters are few, and are not counted.
+  """
   forward = dit.num_flops(recipe.dit.model, load.tokens, load.text_tokens, load.pairs)
-  return 3.0 * recipe.dit.rows * forward
+  return build.passes(recipe.dit) * recipe.dit.rows * forward
 
 
 def executed_flops(recipe: recipes.Recipe) -> float:
@@ -109,7 +112,7 @@ def executed_flops(recipe: recipes.Recipe) -> float:
   again = 0.0 if model.remat in ("none", "matmuls_saved") else blocks
   if model.remat == "attention_mlp_saved":
     again -= 2.0 * stage.tokens * model.depth * model.width * model.mlp_width
-  return stage.rows * (3.0 * (ends + blocks) + again)
+  return stage.rows * (build.passes(stage) * (ends + blocks) + again)
 
 
 def measure(program: lowering.Program, recipe, topology, mesh, load) -> dict:
@@ -211,8 +214,12 @@ def gpu_plan(recipe: recipes.Recipe, topology: hardware.Topology, load) -> dict:
 
 
 def state_size(recipe: recipes.Recipe, mesh) -> tuple[int, int]:
-  """Returns (bytes of the train state, number of params) on one device of a mesh."""
-  state = lowering.dit_state(recipe, mesh).abstract
+  """Returns (bytes of the train state, trained params) on one device of a mesh.
+
+  The frozen model of a run of adapters counts to the bytes.
+  """
+  built, frozen = lowering.dit_state(recipe, mesh)
+  state = built.abstract
 
   def shards(tree):
     return [
@@ -220,5 +227,5 @@ def state_size(recipe: recipes.Recipe, mesh) -> tuple[int, int]:
       for leaf in jax.tree.leaves(tree)
     ]
 
-  size = sum(count * width for count, width in shards(state))
+  size = sum(count * width for count, width in shards((state, frozen)))
   return size, sum(count for count, _ in shards(state.params))

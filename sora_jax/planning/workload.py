@@ -66,8 +66,10 @@ def _lengths(recipe, path):
   rows = next(clips.read_rows(path), (0, {}))[1]
   found = []
   if "shape" in rows:
-    for clip in records.read_latents_manifest(path):
-      if clip.split == "train":
+    latents = records.read_latents_manifest(path)
+    last = max((clip.budget for clip in latents), default=0)
+    for clip in latents:
+      if clip.split == "train" and clip.budget == last:
         grid = patches.grid_shape(clip.shape, patch_size)
         longest = max([recipe.text.pad_to, *clip.text_lengths])
         found.append((int(np.prod(grid)), longest if clip.text_lengths else text))

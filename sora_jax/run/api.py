@@ -57,7 +57,8 @@ def run_stages(
 
   Raises:
     ValueError: if a stage on disk was made with a config that it cannot go on with.
-    loop.Preempted: a SystemExit, if SIGTERM or SIGINT came; the state is saved.
+    loop.Preempted: a SystemExit, if SIGTERM, SIGINT or SIGUSR1 came; the state is
+      saved.
   """
   names = recipe.stages if stages is None else stages
   if unknown := set(names) - set(recipes.STAGES):

@@ -13,7 +13,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from sora_jax.run import recipe as recipes
-from sora_jax.runtime import checkpoint, fields, hosts
+from sora_jax.runtime import fields, hosts, train_checkpoints
 
 # Keys of a DiT that its weights fit to; see `init_from.check`.
 _OF_THE_WEIGHTS = (
@@ -89,7 +89,7 @@ def refuse(
     f"{key} is {after!r}, but stage {name} in {folder} was made with {before!r}{more}. "
     f"Put it back, choose another --workdir, or delete {folder} to make the stage again"
   )
-  if name in ("vae", "dit"):
+  if name in ("vae", "captioner", "dit", "expander"):
     message += f"; to train what is there longer, raise config.{name}.train.steps alone"
   if name == "dit" and complete:
     if any(change.key.startswith(_OF_THE_WEIGHTS) for change in changes):
@@ -131,7 +131,7 @@ def check_steps(
     not run again by themselves.
   """
   key, before, after = change
-  trained = checkpoint.steps_in(workdir / name / "checkpoints")
+  trained = train_checkpoints.steps_in(workdir / name / "checkpoints")
   most = max([*trained, before if complete else 0])
   if after < most:
     raise ValueError(
@@ -148,10 +148,11 @@ def check_steps(
       f"choose another --workdir, or delete {others} to make them again"
     )
   if not trained:
+    begin = {"vae": "config.vae.folder", "dit": "config.dit.init_from"}.get(name)
+    other = f"another run with its model ({begin})" if begin else "another run"
     raise ValueError(
       f"{key} is {after}, but {workdir / name} has no checkpoint to go on from: "
-      f"put {before} back, or begin another run with its model "
-      f"(config.{'vae.folder' if name == 'vae' else 'dit.init_from'})"
+      f"put {before} back, or begin {other}"
     )
 
 

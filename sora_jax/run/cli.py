@@ -5,6 +5,7 @@ imports sora_jax has its own flags to itself.
 """
 
 import dataclasses
+import errno
 import os
 import pathlib
 import sys
@@ -16,10 +17,16 @@ from ml_collections import config_flags
 
 import sora_jax
 from sora_jax.run import recipe as recipes
-from sora_jax.run import stages
-from sora_jax.runtime import hosts
+from sora_jax.run import replay, stages
+from sora_jax.runtime import hosts, quiet
 from sora_jax.training import loop
 from sora_jax.weights.discover import NETWORKS
+
+# Errors of a disk, which say all that a user needs: it is full, or may not be written.
+_OF_THE_DISK = (
+  errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO,
+  errno.ESTALE,
+)  # fmt: skip
 
 # The flags belong to the command that calls, so that its --help shows them.
 flags.disclaim_key_flags()
@@ -33,6 +40,14 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "workdir", None, "Folder of the run; runs/<name of the config> by default."
   )
+  define_host_flags()
+  flags.DEFINE_integer(
+    "preempted_code", 0, "Exit code once a signal came and the state is saved."
+  )
+
+
+def define_host_flags() -> None:
+  """Defines the flags of a command that may run on several hosts at once."""
   flags.DEFINE_bool(
     "distributed", False, "Run on several hosts: this command on each of them."
   )
@@ -40,13 +55,11 @@ def define_flags() -> None:
   flags.DEFINE_string("coordinator", None, "Address:port of process 0.")
   flags.DEFINE_integer("processes", None, "Number of processes.", 1)
   flags.DEFINE_integer("process", None, "Which of them this is, from 0.", 0)
-  flags.DEFINE_integer(
-    "preempted_code", 0, "Exit code once a signal came and the state is saved."
-  )
 
 
 def start_logging() -> None:
   """Shows our own lines at level INFO, and only warnings of the libraries."""
+  quiet.install()
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   own = (os.path.dirname(sora_jax.__file__), os.path.abspath(sys.argv[0]))
   logging.get_absl_logger().addFilter(
@@ -73,6 +86,8 @@ def run_stages(argv: list[str], *names: str) -> None:
     hosts.start(args.coordinator, args.processes, args.process)
   recipe = recipes.read(args.config)
   hosts.check_alike({**dataclasses.asdict(recipe), "workdir": workdir()})
+  if recipe.replay:
+    return replay.run(names or recipe.stages, recipe, workdir())
   stages.run(names or recipe.stages, recipe, workdir())
 
 
@@ -112,8 +127,10 @@ def run_app(main: Callable) -> None:
       return main(argv)
     except loop.Preempted:
       sys.exit(flags.FLAGS.preempted_code)
-    except ValueError as error:
-      if logging.level_debug():
+    except (ValueError, OSError) as error:
+      if logging.level_debug() or (
+        isinstance(error, OSError) and error.errno not in _OF_THE_DISK
+      ):
         raise
       logging.error("%s (--verbosity=1 shows where)", error)
       sys.exit(1)

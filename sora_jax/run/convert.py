@@ -12,29 +12,46 @@ from ml_collections import ConfigDict
 
 
 def fill_in(
-  cls: type, config: ConfigDict, where: str, without: Mapping[str, Any]
+  cls: type,
+  config: ConfigDict,
+  where: str,
+  without: Mapping[str, Any],
+  default: Any = None,
 ) -> None:
   """Adds to a section every key that it leaves out and that has a default.
 
   Args:
     cls: the section's dataclass. where: its key, such as config.dit.
     without: key of a section -> its names that follow from others and are no keys.
+    default: of the whole section, where there is one.
   """
   hints = typing.get_type_hints(cls)
   for field in dataclasses.fields(cls):
-    kind, missing = hints[field.name], field.default is dataclasses.MISSING
+    kind, value = hints[field.name], _default(field, default)
     if field.name in without.get(where, ()):
       continue
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
       if field.name not in config:
         config[field.name] = ConfigDict()
-      fill_in(kind, config[field.name], f"{where}.{field.name}", without)
-    elif field.name not in config and not missing:
-      config[field.name] = field.default
+      inner = value if dataclasses.is_dataclass(value) else None
+      fill_in(kind, config[field.name], f"{where}.{field.name}", without, inner)
+    elif field.name not in config and value is not dataclasses.MISSING:
+      config[field.name] = value
 
 
-def to_dataclass(cls: type, values: Any, where: str) -> Any:
+def _default(field: dataclasses.Field, section: Any) -> Any:
+  """The field's value in the section's default, else its own; or MISSING."""
+  return field.default if section is None else getattr(section, field.name)
+
+
+def to_dataclass(cls: type, values: Any, where: str, default: Any = None) -> Any:
   """An object of a dataclass from nested dicts.
+
+  Args:
+    cls: the dataclass.
+    values: some or all of its fields.
+    where: its key, such as config.dit.
+    default: of the whole section, where there is one.
 
   Raises:
     ValueError: naming the key, for an unknown or missing one, or a wrong type.
@@ -50,8 +67,12 @@ def to_dataclass(cls: type, values: Any, where: str) -> Any:
   hints = typing.get_type_hints(cls)
   read = {}
   for name, field in fields.items():
+    value = _default(field, default)
+    inner = value if dataclasses.is_dataclass(value) else None
     if name in values:
-      read[name] = _convert(hints[name], values[name], f"{where}.{name}")
+      read[name] = _convert(hints[name], values[name], f"{where}.{name}", inner)
+    elif default is not None:
+      read[name] = value
     elif (
       field.default is dataclasses.MISSING
       and field.default_factory is dataclasses.MISSING
@@ -70,9 +91,9 @@ def naming(where: str) -> Iterator[None]:
     raise ValueError(f"{where}: {error}") from error
 
 
-def _convert(kind, value, where):
+def _convert(kind, value, where, default=None):
   if dataclasses.is_dataclass(kind):
-    return to_dataclass(kind, value, where)
+    return to_dataclass(kind, value, where, default)
   origin, args = typing.get_origin(kind), typing.get_args(kind)
   if origin in (typing.Union, types.UnionType):
     return value

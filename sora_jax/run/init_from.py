@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sora_jax.encoders import image_encoder
 from sora_jax.models import lora
-from sora_jax.models.meta import DiTMeta, TextMeta, VAEMeta
+from sora_jax.models.meta import DiTMeta, ImageMeta, LowNoiseDiTMeta, TextMeta, VAEMeta
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import checkpoint, fields, sharding
 from sora_jax.tasks import Task
@@ -48,8 +49,8 @@ def check(recipe: recipes.Recipe, trained=None) -> None:
 
 def _check_dit(recipe, trained):
   stage = recipe.dit
-  folder = pathlib.Path(stage.init_from) / "dit" / "model"
-  meta = _meta(DiTMeta, folder, "config.dit.init_from")
+  folder = _base(stage)
+  meta = _meta(_kind(stage), folder, "config.dit.init_from")
   if bool(meta.frozen_text) != bool(recipe.text.folder):
     raise ValueError(
       f"{folder} was trained "
@@ -69,10 +70,20 @@ def _check_dit(recipe, trained):
     _equal("config.text.pad_to", recipe.text.pad_to, meta.frozen_text.pad_to, folder)
   else:
     _compare("config.dit.text", stage.text, meta.text_encoder, folder)
+  if meta.model.image_width:
+    place = image_encoder.find(stage.init_from) / "image" / "model"
+    images = _meta(ImageMeta, place, "config.dit.init_from")
+    _equal(f"image encoder {place}", images.id, meta.image, folder)
   for key in ("process", "target"):
     ours, saved = getattr(stage.loss, key), getattr(meta.noise, key)
     _equal(f"config.dit.loss.{key}", ours, saved, folder)
   _equal("config.dit.reference_fps", stage.reference_fps, meta.reference_fps, folder)
+  levels = (0.0, meta.boundary) if stage.low_noise else (meta.boundary, 1.0)
+  if meta.boundary and tuple(stage.loss.levels) != levels:
+    raise ValueError(
+      f"{folder} is one of two experts: set config.dit.loss.levels to its own, "
+      f"{levels}, not {tuple(stage.loss.levels)}"
+    )
   _check_latents(recipe, meta.vae, trained)
   if stage.lora.rank:
     names = lora.picked(_shapes(recipe), stage.lora)
@@ -106,13 +117,29 @@ def _check_latents(recipe, wanted: str, trained):
   )
 
 
-def _vae_id(folder) -> str | None:
-  """Id of the VAE in a folder; None if there is no complete one."""
-  place = pathlib.Path(folder) / "vae" / "model"
-  try:
-    return VAEMeta.from_json(checkpoint.load_meta(place), place).id
-  except ValueError:
+def base_meta(recipe: recipes.Recipe) -> DiTMeta | None:
+  """What the model that the DiT begins with says of itself; None without one."""
+  stage = recipe.dit
+  if not stage.init_from:
     return None
+  return _meta(_kind(stage), _base(stage), "config.dit.init_from")
+
+
+def _kind(stage) -> type[DiTMeta]:
+  return LowNoiseDiTMeta if stage.low_noise else DiTMeta
+
+
+def _base(stage) -> pathlib.Path:
+  """Folder of the model that training begins with."""
+  return pathlib.Path(stage.init_from) / _kind(stage).network / "model"
+
+
+def _vae_id(folder) -> str | None:
+  """Id of the VAE in a folder; None if there is none. ValueError if it is damaged."""
+  place = pathlib.Path(folder) / "vae" / "model"
+  if not (place / "model.json").exists():
+    return None
+  return VAEMeta.from_json(checkpoint.load_meta(place), place).id
 
 
 def _meta(kind, folder, key):
@@ -166,10 +193,10 @@ def begin(
   stage = recipe.dit
   if not stage.init_from:
     return task, rules, None
-  folder = pathlib.Path(stage.init_from) / "dit" / "model"
+  folder = _base(stage)
   place = pathlib.Path(workdir) / "vae" / "model"
   vae = VAEMeta.from_json(checkpoint.load_meta(place), place).id
-  meta = DiTMeta.from_json(checkpoint.load_meta(folder), folder)
+  meta = _kind(stage).from_json(checkpoint.load_meta(folder), folder)
   _equal(f"VAE of {workdir}", vae, meta.vae, folder)
   vocabulary = pathlib.Path(workdir) / "dit" / "tokenizer.model"
   if not recipe.text.folder and jax.process_index() == 0 and not vocabulary.exists():
@@ -182,9 +209,10 @@ def begin(
       rules,
       lambda places: checkpoint.load_model(folder, places, jnp.float32)[0],
     )
-  shapes = jax.eval_shape(task.init, jax.random.key(0))
-  places = sharding.param_shardings(shapes, rules, mesh)
-  base, _ = checkpoint.load_model(folder, places, _base_dtypes(shapes, recipe.dtype))
+  shapes = frozen_shapes(recipe, task, rules, mesh)
+  places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+  dtypes = jax.tree.map(lambda leaf: leaf.dtype, shapes)
+  base, _ = checkpoint.load_model(folder, places, dtypes)
   return *adapt(stage.lora, task, rules, base), None
 
 
@@ -195,17 +223,22 @@ def adapt(
   return lora_task.make(task, config, base), lora.sharding_rules(base, rules, config)
 
 
-def _base_dtypes(shapes, dtype) -> dict:
-  """Dtypes of a frozen base: its blocks' kernels are kept in that of the computation.
+def frozen_shapes(recipe: recipes.Recipe, task: Task, rules: sharding.Rules, mesh):
+  """Shapes, dtypes and places of a base that adapters are trained beside.
 
-  To which each step would round them anyway, and they are nearly all of the bytes.
+  Its blocks' kernels are kept in the dtype of the computation, to which each step would
+  round them anyway, and they are nearly all of the bytes.
   """
-  return lora.nest(
-    {
-      path: dtype if "blocks" in path and path.endswith("kernel") else jnp.float32
-      for path in lora.flatten(shapes)
-    }
-  )
+  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  places = lora.flatten(sharding.param_shardings(shapes, rules, mesh))
+
+  def described(path, leaf):
+    is_kernel = "blocks" in path and path.endswith("kernel")
+    dtype = recipe.dtype if is_kernel else jnp.float32
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=places[path])
+
+  flat = lora.flatten(shapes)
+  return lora.nest({path: described(path, leaf) for path, leaf in flat.items()})
 
 
 def whole(task: Task, recipe: recipes.Recipe, params):
@@ -233,7 +266,7 @@ def finish(recipe: recipes.Recipe, adapters, folder, rules: sharding.Rules, mesh
     lora_files.write(folder / ADAPTER, pairs, recipe.dit.model, config.alpha)
     logging.info("the adapter is in %s", folder / ADAPTER)
   base, _ = checkpoint.load_model(
-    pathlib.Path(recipe.dit.init_from) / "dit" / "model",
+    _base(recipe.dit),
     lambda shapes: sharding.param_shardings(shapes, rules, mesh),
     jnp.float32,
   )

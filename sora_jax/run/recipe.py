@@ -6,34 +6,37 @@ key, a wrong type or sizes that do not go together fail before any work is done.
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from sora_jax.data import pixel_cache
-from sora_jax.data.intake.filters import LEAST_RATIO, Filter
+from sora_jax.data.intake.filters import Filter
 from sora_jax.diffusion import solvers
+from sora_jax.models import rounded_matmul
 from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.lora import LoRAConfig
 from sora_jax.models.vae import VAEConfig
-from sora_jax.packing import time_grid
-from sora_jax.packing.time_grid import TIME_FACTOR
-from sora_jax.run import convert
+from sora_jax.run import convert, recipe_checks
+from sora_jax.run.captioner_stage import CaptionerStage
+from sora_jax.run.expander_stage import ExpanderStage
+from sora_jax.run.recipe_checks import DEFAULT_STAGES as DEFAULT_STAGES
+from sora_jax.run.recipe_checks import STAGES as STAGES
+from sora_jax.run.recipe_checks import check_captioner as check_captioner
+from sora_jax.run.recipe_checks import longest_clip as longest_clip
+from sora_jax.run.recipe_checks import longest_text as longest_text
+from sora_jax.runtime import cpu
 from sora_jax.runtime.fields import extends, free
 from sora_jax.tasks.dit import DiTLossConfig
 from sora_jax.tasks.vae import VAELossConfig
-from sora_jax.training import optim
 from sora_jax.training.config import TrainConfig
 from sora_jax.training.profiling import Profile
 
 # Keys of the DiT that are the VAE's and the text encoder's to decide.
 _DERIVED = {"channels", "text_width"}
-CACHES = ("auto", "none", *pixel_cache.CODECS)
-STAGES = ("data", "vae", "encode", "dit", "sample", "evaluate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +53,11 @@ class Mesh:
 class Data:
   """Where clips come from and what size they get.
 
-  source: "shapes" (generated), a folder of videos and images, or "tfds:NAME", a
-    TFDS data set that is prepared, see data/tfds_source.py.
+  source: "shapes" (generated), a folder of videos and images, a manifest, tar files,
+    "tfds:NAME", any of these at gs://, s3:// or https://, see data/listing.py, or
+    "mixture".
+  mixture: (source, share of visits) of each, if the source is "mixture", see
+    data/mixture.py.
   world: what generated clips can show, "whole" or "simple", see data/shapes.py.
   train_clips, heldout_clips: number of generated clips.
   max_frames, max_pixels: of a clip; longer videos are cut, larger ones made smaller.
@@ -65,15 +71,25 @@ class Data:
   cut_threshold: a frame that differs from the one before this many times as much as
     its neighbours do begins a scene, and no clip goes on into it; 0 cuts nowhere.
   crop_borders: cut off black bars that are on all frames. score_fn: "module:function"
-    that scores clips, see data/intake/score.py. filter: see data/intake/filters.py.
+    that scores clips, or "module:maker:argument", see data/intake/score.py. filter:
+    see data/intake/filters.py.
   allow_outside: captions and entries of a manifest may be outside of the folder.
+  leave_out: ids of clips that no stage reads any more; their place in the order of the
+    data stays, so that a run under way goes on with all others as they were.
+  max_unreadable: share of the clips that may be unreadable; above it a stage ends
+    before it saves anything more. Less than 8 clips, and chance, are no reason.
+  copy_remote: keep copies of remote files in data/remote; else they are read over the
+    network at each visit.
   workers: processes that read batches; 0 = a thread, -1 = what the machine has.
   cache: "raw" or "h264" keep clips at training size on disk for the VAE's training, see
     data/pixel_cache.py; "none" decodes files at each visit. "auto" is raw where clips
     of files are visited more than once and half of the free disk holds them.
+  beam: flags of an Apache Beam pipeline that measures files in place of this host's
+    cores, as those behind `prepare --beam --`, see data/intake/beam_pipeline.py.
   """
 
   source: str = "shapes"
+  mixture: tuple[tuple[str, float], ...] = ()
   world: str = "whole"
   train_clips: int = 1000
   heldout_clips: int = 100
@@ -89,8 +105,12 @@ class Data:
   score_fn: str = extends("")
   filter: Filter = Filter()
   allow_outside: bool = False
+  leave_out: tuple[str, ...] = free(())
+  max_unreadable: float = free(0.05)
+  copy_remote: bool = True
   workers: int = free(-1)
   cache: str = free("auto")
+  beam: tuple[str, ...] = free(())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +138,10 @@ class Encode:
   clip may be larger than one of them holds; also when the VAE is evaluated. extras:
   single frames also kept as images, for key frames. max_sizes: most frame sizes to
   compile for; clips of rarer sizes are fitted to the nearest. frame_buckets: lengths
-  (1 + 4k) to compile for, clips are padded to the next; () = powers of two.
+  (1 + 4k) to compile for, clips are padded to the next; () = powers of two. budgets:
+  (max_pixels, max_frames) of each size that all clips are encoded at, for
+  config.dit.schedule; () = as they are. stream_frames: clips of more frames are read
+  and encoded by parts of so many, so that memory does not grow with their length.
   """
 
   batch_size: int = free(8)
@@ -127,6 +150,8 @@ class Encode:
   extras: int = 2
   max_sizes: int = 32
   frame_buckets: tuple[int, ...] = free(())
+  budgets: tuple[tuple[int, int], ...] = ()
+  stream_frames: int = free(128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,15 +175,21 @@ class DiTStage:
   """rows: packed rows of a batch, each of `tokens`, `text_tokens` and `segments`.
 
   init_from: folder whose dit/model training begins with; "" = from nothing. It needs
-  the VAE that this was trained on: config.vae.folder. lora: train only adapters of it.
+  the VAE that this was trained on: config.vae.folder. low_noise: with dit_low/model
+  instead, the second of two experts. lora: train only adapters of it.
   text, max_text_tokens: the small text encoder and its longest caption; neither has an
   effect with config.text.folder. reference_fps: frame rate at which one latent frame
   is one step of the time position. caption_dropout, given_prob, extra_prob: shares of
-  visits without caption, with given tokens, with extra image tokens.
+  visits without caption, with given tokens, with extra image tokens. schedule: first
+  step of each of config.encode.budgets, see data/schedule.py; () = only the last one.
+  image_share: share of visits that are images, of each part of the schedule; () = what
+  there is. synthetic_captions: share of visits with a caption of `recaption`, where a
+  clip has captions of its own, too (DALL-E 3: 0.95).
   """
 
   train: TrainConfig
   init_from: str = ""
+  low_noise: bool = False
   lora: LoRAConfig = LoRAConfig()
   model: DiTConfig = DiTConfig()
   text: TextEncoderConfig = TextEncoderConfig()
@@ -172,6 +203,9 @@ class DiTStage:
   caption_dropout: float = 0.1
   given_prob: float = 0.3
   extra_prob: float = 0.2
+  schedule: tuple[int, ...] = ()
+  image_share: tuple[float, ...] = ()
+  synthetic_captions: float = 0.95
   eval_batches: int = free(4)
 
 
@@ -181,10 +215,13 @@ class Sample(solvers.Options):
 
   prompts: (text, (width, height), frames, fps) each; fps 0 = reference_fps.
   negative_prompt: what guidance leads away from. rows: packed rows computed at once.
+  weights: how the DiT's kernels are held: "" as they were saved, "bfloat16", which is
+  the same for a computation in bfloat16, or "float8".
   """
 
   prompts: tuple[tuple[str, tuple[int, int], int, float], ...] = extends(())
   negative_prompt: str = ""
+  weights: str = ""
   rows: int = free(4)
 
 
@@ -193,12 +230,14 @@ class Evaluate:
   """clips: held-out clips reconstructed, and prompts of them sampled.
 
   Of generated shapes there may be more prompts than held-out clips. seeds: samples of
-  each prompt. split: "heldout", or "train" to see what has been memorised.
+  each prompt. split: "heldout", or "train" to see what has been memorised. captioner:
+  folder of one, which says how well samples and real clips go with their captions.
   """
 
   clips: int = extends(64)
   seeds: int = extends(1)
   split: str = extends("heldout")
+  captioner: str = extends("")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +246,9 @@ class Recipe:
 
   matmul_precision: of float32 matmuls, a name that `jax.default_matmul_precision`
   takes; "" is the device's own. "BF16_BF16_F32" is what TPUs do by default; CPUs with
-  AMX (Xeons since 2023) then train up to 1.5 times as fast.
+  AMX (Xeons since 2023) then train up to 1.5 times as fast, and those without bfloat16
+  multiply the same rounded values in float32. replay: a step of train_vae or train_dit
+  that is repeated instead of training, see training/replay.py; 0 = none.
 
   What a change of a field means for a run that has begun is said with the field, see
   `runtime.fields`; of those of a section that is free, all are.
@@ -220,18 +261,28 @@ class Recipe:
   text: Text = Text()
   sample: Sample = Sample()
   evaluate: Evaluate = Evaluate()
+  captioner: CaptionerStage = CaptionerStage()
+  expander: ExpanderStage = ExpanderStage()
   mesh: Mesh = free(Mesh())
   profile: Profile = free(Profile())
-  stages: tuple[str, ...] = free(STAGES)
+  stages: tuple[str, ...] = free(DEFAULT_STAGES)
   seed: int = 0
   precision: str = free("auto")
   matmul_precision: str = free("")
+  replay: int = free(0)
 
-  def matmuls(self):
+  @contextlib.contextmanager
+  def matmuls(self) -> Iterator[None]:
     """A context in which float32 matmuls have the precision of the config."""
     if not self.matmul_precision:
-      return contextlib.nullcontext()
-    return jax.default_matmul_precision(self.matmul_precision)
+      yield
+      return
+    native = jax.default_backend() != "cpu" or cpu.multiplies_bfloat16()
+    with (
+      rounded_matmul.native(native),
+      jax.default_matmul_precision(self.matmul_precision),
+    ):
+      yield
 
   @property
   def dtype(self):
@@ -261,7 +312,7 @@ def read(config) -> Recipe:
     text_width=recipe.text.width if recipe.text.folder else recipe.dit.text.width,
   )
   recipe = dataclasses.replace(recipe, dit=dataclasses.replace(recipe.dit, model=model))
-  _check(recipe)
+  recipe_checks.check(recipe)
   return recipe
 
 
@@ -284,191 +335,3 @@ def preset(presets: Mapping[str, Any], name: str) -> ConfigDict:
     raise ValueError(f"there is no preset {name!r}, only {', '.join(presets)}")
   sizes = dataclasses.asdict(presets[name])
   return ConfigDict({key: sizes[key] for key in sizes if key not in _DERIVED})
-
-
-def _check(recipe: Recipe) -> None:
-  """Raises ValueError, naming the key, for what does not go together."""
-  _check_run(recipe)
-  _check_sizes(recipe)
-  _check_training(recipe)
-  _check_texts(recipe)
-  _check_data(recipe)
-  _check_counts(recipe)
-
-
-def _check_run(recipe):
-  if recipe.evaluate.split not in ("heldout", "train"):
-    raise ValueError(
-      f"config.evaluate.split {recipe.evaluate.split!r} is not heldout or train"
-    )
-  if unknown := set(recipe.stages) - set(STAGES):
-    raise ValueError(f"config.stages: {sorted(unknown)} are none of {STAGES}")
-  _check_reading(recipe.data)
-  if recipe.matmul_precision:
-    _check_matmuls(recipe)
-  if recipe.precision not in ("auto", "float32", "bfloat16"):
-    raise ValueError(
-      f"config.precision {recipe.precision!r} is not auto, float32 or bfloat16"
-    )
-
-
-def _check_reading(data):
-  if data.workers < -1:
-    raise ValueError(
-      f"config.data.workers {data.workers} must be at least -1, which is what the "
-      "machine has"
-    )
-  if data.cache not in CACHES:
-    raise ValueError(f"config.data.cache {data.cache!r} is none of {CACHES}")
-
-
-def _check_matmuls(recipe):
-  """Raises ValueError for a precision that jax, or this device, does not have."""
-  x = jax.ShapeDtypeStruct((2, 2), jnp.float32)
-  try:
-    with recipe.matmuls():
-      jax.jit(jnp.dot).lower(x, x)
-  except (ValueError, NotImplementedError) as error:
-    raise ValueError(
-      f"config.matmul_precision {recipe.matmul_precision!r}: {error}"
-    ) from error
-
-
-def _check_sizes(recipe):
-  """Clips, the VAE's grid, the DiT's patches and its rows fit into each other."""
-  data, vae, dit = recipe.data, recipe.vae.model, recipe.dit
-  pt, ph, pw = dit.model.patch_size
-  if pt != 1 or ph != pw:
-    # An image is one latent frame, and sizes have one size_multiple.
-    raise ValueError(
-      f"config.dit.model.patch_size {dit.model.patch_size} must be (1, n, n)"
-    )
-  multiple = vae.space_factor * ph
-  if data.size_multiple % multiple:
-    raise ValueError(
-      f"config.data.size_multiple {data.size_multiple} must be a multiple of "
-      f"{multiple}: the VAE's space factor {vae.space_factor} x the DiT's patch {ph}"
-    )
-  if vae.time_factor != TIME_FACTOR:
-    raise ValueError(
-      f"config.vae.model compresses time {vae.time_factor} times, not {TIME_FACTOR}"
-    )
-  if data.max_pixels < data.size_multiple**2:
-    raise ValueError(
-      f"config.data.max_pixels {data.max_pixels} is less than one square of "
-      f"size_multiple {data.size_multiple}"
-    )
-  with convert.naming("config.vae.crop"):
-    vae.latent_shape(*recipe.vae.crop)
-  for frames in recipe.encode.frame_buckets:
-    if not time_grid.is_on_grid(frames):
-      raise ValueError(f"config.encode.frame_buckets: {frames} is not 1 + 4k")
-  most = longest_clip(recipe)
-  if most > dit.tokens:
-    raise ValueError(
-      f"config.dit.tokens {dit.tokens}: a clip of config.data.max_frames "
-      f"{data.max_frames} and max_pixels {data.max_pixels} can have {most} tokens"
-    )
-
-
-def _check_training(recipe):
-  """Schedules, adapters, the sampler; what a later stage would find after hours."""
-  dit, vae = recipe.dit, recipe.vae
-  for name in ("dit",) if vae.folder else ("vae", "dit"):
-    with convert.naming(f"config.{name}.train"):
-      optim.make_schedule(getattr(recipe, name).train, 1.0)
-  if dit.lora.rank and not dit.init_from:
-    raise ValueError(
-      f"config.dit.lora.rank {dit.lora.rank} needs a model that the adapters are of: "
-      "config.dit.init_from"
-    )
-  with convert.naming("config.sample"):
-    recipe.sample.check(
-      dit.loss.process, dit.loss.target, recipe.sample.negative_prompt
-    )
-  regexes = [regex for regex, _ in vae.train.learning_rates]
-  if vae.loss.gan_weight > 0 and not any("discriminator" in r for r in regexes):
-    raise ValueError(
-      "config.vae.loss.gan_weight needs an optimizer of its own for the discriminator: "
-      'config.vae.train.learning_rates = (("discriminator/.*", 1e-4),)'
-    )
-
-
-def _check_texts(recipe):
-  """Captions fit into a row."""
-  text, dit, key = recipe.text, recipe.dit, "config.dit.max_text_tokens"
-  if text.folder:
-    if min(text.max_tokens, text.width) < 1:
-      raise ValueError("config.text.max_tokens and width must be at least 1")
-    if 0 < text.pad_to < text.max_tokens or text.pad_to < 0:
-      raise ValueError(
-        f"config.text.pad_to {text.pad_to} must be 0, or at least config.text."
-        f"max_tokens {text.max_tokens}"
-      )
-    key = "config.text.pad_to" if text.pad_to else "config.text.max_tokens"
-  if longest_text(recipe) > dit.text_tokens:
-    raise ValueError(
-      f"{key} {longest_text(recipe)} is more than a row has: config.dit.text_tokens "
-      f"{dit.text_tokens}"
-    )
-  if dit.text.vocab_size < 261:
-    raise ValueError(
-      f"config.dit.text.vocab_size {dit.text.vocab_size} is less than 261: 256 bytes, "
-      "3 special pieces and a few characters"
-    )
-
-
-def _check_data(recipe):
-  """What is asked of clips can be known."""
-  data = recipe.data
-  if not 0 <= data.heldout_share < 1 or data.heldout_min < 1:
-    raise ValueError(
-      f"config.data.heldout_share {data.heldout_share:g} must be from 0 to 1, and "
-      f"heldout_min {data.heldout_min} at least 1"
-    )
-  if data.cut_threshold and data.cut_threshold < LEAST_RATIO:
-    raise ValueError(
-      f"config.data.cut_threshold {data.cut_threshold:g} must be 0, or at least "
-      f"{LEAST_RATIO:g}: of lesser changes nothing is kept"
-    )
-  if data.filter.scores and not data.score_fn:
-    raise ValueError("config.data.filter.scores needs config.data.score_fn")
-  asked = data.crop_borders or data.filter.measures()
-  if data.source == "shapes" and (asked or data.score_fn):
-    raise ValueError(
-      'config.data.source "shapes": generated clips are not measured, so that '
-      "crop_borders, score_fn and limits of config.data.filter, but for captions, are "
-      "for other sources"
-    )
-  if not data.measure and asked:
-    raise ValueError(
-      "config.data.measure=False measures nothing that crop_borders, filter and scores "
-      "could go by"
-    )
-
-
-def _check_counts(recipe):
-  for key, value in (
-    ("config.vae.eval_batches", recipe.vae.eval_batches),
-    ("config.dit.eval_batches", recipe.dit.eval_batches),
-    ("config.evaluate.clips", recipe.evaluate.clips),
-    ("config.evaluate.seeds", recipe.evaluate.seeds),
-  ):
-    if value < 1:
-      raise ValueError(f"{key} must be at least 1, not {value}")
-
-
-def longest_clip(recipe: Recipe) -> int:
-  """Most tokens that a clip can have."""
-  data, vae = recipe.data, recipe.vae.model
-  edge = vae.space_factor * recipe.dit.model.patch_size[1]
-  # Rounding sizes to the grid keeps their area below max_pixels.
-  frames = time_grid.whole_latent_frames(data.max_frames)
-  return frames * (data.max_pixels // edge**2)
-
-
-def longest_text(recipe: Recipe) -> int:
-  """Most tokens that a caption can take of a row."""
-  if not recipe.text.folder:
-    return recipe.dit.max_text_tokens
-  return max(recipe.text.pad_to, recipe.text.max_tokens)

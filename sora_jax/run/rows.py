@@ -1,13 +1,19 @@
 """What the packed rows of a recipe are made of: their options, texts and tokenizer."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from sora_jax.data import records, tokenizer
+import numpy as np
+
+from sora_jax.data import mixture, records, tokenizer
 from sora_jax.data.caption_texts import CaptionFeatures, CaptionIds, CaptionTexts
-from sora_jax.data.packed_dataset import PackedOptions
+from sora_jax.data.packed_dataset import PackedDataset, PackedOptions
+from sora_jax.data.schedule import Scheduled
+from sora_jax.models.meta import VAEMeta
+from sora_jax.run import build
 from sora_jax.run import recipe as recipes
 from sora_jax.run.build import budget
+from sora_jax.runtime import checkpoint
 
 
 def packed_options(stage: recipes.DiTStage) -> PackedOptions:
@@ -19,7 +25,47 @@ def packed_options(stage: recipes.DiTStage) -> PackedOptions:
     caption_dropout=stage.caption_dropout,
     given_prob=stage.given_prob,
     extra_prob=stage.extra_prob,
+    synthetic_captions=stage.synthetic_captions,
+    condition_width=stage.model.condition_width,
+    image=build.image_size(stage.model),
   )
+
+
+def training_rows(
+  make: Callable[..., PackedDataset], options: PackedOptions, recipe: recipes.Recipe
+) -> PackedDataset | Scheduled:
+  """The rows that the DiT is trained on: of one budget, or of several by their steps.
+
+  make: `PackedDataset` without what the recipe says of mixtures and schedules.
+  """
+  stage, parts = recipe.dit, []
+  shares = mixture.shares(recipe.data.mixture)
+  for number, _ in enumerate(stage.schedule or (0,)):
+    parts.append(
+      make(
+        options,
+        recipe.seed,
+        shares=shares,
+        image_share=stage.image_share[number] if stage.image_share else None,
+        size=number if stage.schedule else -1,
+      )
+    )
+  if len(parts) == 1:
+    return parts[0]
+  return Scheduled(parts, [step * stage.rows for step in stage.schedule])
+
+
+def vae_id(workdir: pathlib.Path) -> str:
+  """Fingerprint of the arrays of a run's VAE; "" if it has none."""
+  folder = workdir / "vae" / "model"
+  if not folder.exists():
+    return ""
+  return VAEMeta.from_json(checkpoint.load_meta(folder), folder).id
+
+
+def last_part(dataset: PackedDataset | Scheduled) -> PackedDataset:
+  """The rows that training ends with, of the largest clips as a rule."""
+  return dataset.last() if isinstance(dataset, Scheduled) else dataset
 
 
 def caption_texts(
@@ -37,13 +83,25 @@ def caption_texts(
 
 
 def train_tokenizer(
-  stage: recipes.DiTStage,
-  latents: Sequence[records.LatentClip],
-  path: pathlib.Path,
+  vocab_size: int, latents: Sequence[records.LatentClip], path: pathlib.Path
 ) -> None:
-  """Trains the small text encoder's tokenizer, if none that fits is there yet."""
-  vocab_size = stage.text.vocab_size
+  """Trains a tokenizer of the training captions, if none that fits is there yet."""
   if path.exists() and tokenizer.Tokenizer(str(path)).vocab_size <= vocab_size:
     return
-  captions = [c for clip in latents if clip.split == "train" for c in clip.captions]
+  # Once each, however many budgets they are encoded at.
+  once = [clip for clip in latents if clip.split == "train" and not clip.budget]
+  captions = [caption for clip in once for caption in clip.captions]
   tokenizer.train(captions, str(path), vocab_size)
+
+
+def segment_counts(
+  dataset: PackedDataset, segments: int, most: int = 64
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """(tokens of each clip, tokens of each text) of the first rows: int [segments]."""
+  for i in range(min(most, dataset.elements_per_epoch())):
+    row = dataset[i]
+    clips, texts = (
+      np.bincount(row[name], minlength=segments + 1)[1:]
+      for name in ("segment_L", "text_segment_S")
+    )
+    yield clips, texts

@@ -12,16 +12,17 @@ import importlib
 import json
 import pathlib
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
 
+from sora_jax.data.clips import recaption_summary
 from sora_jax.models.meta import TextMeta
-from sora_jax.run import changes, init_from
+from sora_jax.run import changes, init_from, latent_shards, stage_file
 from sora_jax.run import recipe as recipes
-from sora_jax.run.build import check_dit, check_rows
-from sora_jax.runtime import checkpoint, fields, files, sharding, text
+from sora_jax.run.build import check_captioner, check_dit, check_rows
+from sora_jax.runtime import checkpoint, fields, sharding, text
 from sora_jax.weights import lpips
 
 
@@ -45,12 +46,18 @@ STAGES = {
   "data": Stage("prepare", ("data",), ()),
   "vae": Stage("train_vae", ("vae",), ("data",)),
   "encode": Stage("encode", ("encode", "text"), ("data", "vae")),
+  "captioner": Stage("train_captioner", ("captioner",), ("data",)),
   "dit": Stage("train_dit", ("dit",), ("encode",)),
+  "expander": Stage("train_expander", ("expander",), ("data",)),
   "sample": Stage("sample", ("sample",), ("vae", "dit"), cheap=True),
   "evaluate": Stage(
     "evaluate", ("evaluate", "sample"), ("data", "vae", "dit"), cheap=True
   ),
 }
+
+
+# What a stage was made from beside other stages.
+_RECAPTION = "data/recaption.json"
 
 
 def run(names, recipe: recipes.Recipe, workdir) -> None:
@@ -64,6 +71,9 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
   if "://" in str(workdir):
     raise ValueError(f"--workdir={workdir} must be a path of a (shared) file system")
   workdir = pathlib.Path(workdir)
+  if "captioner" in names:
+    recipes.check_captioner(recipe)
+    check_captioner(recipe.captioner, _mesh(recipe))
   if {"vae", "dit"} & set(names):
     _check_mesh(recipe)
   if {"vae", "encode", "dit"} & set(names):
@@ -85,8 +95,8 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
       if name != "data" or jax.process_index() == 0:
         module.run(recipe, workdir)
     sharding.sync(f"stage {name} ran")
-    if identity := _identity(name, workdir):
-      stage["made"] = identity
+    if made := identity(name, workdir):
+      stage["made"] = made
     _store(name, {**stage, "complete": True}, workdir)
     sharding.sync(f"stage {name}")
     seconds = text.format_seconds(time.monotonic() - begin)
@@ -135,10 +145,14 @@ def _check_mesh(recipe):
 
   That is better known now than after hours.
   """
-  mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
+  mesh = _mesh(recipe)
   if not recipe.vae.folder:
     check_rows("config.vae.batch_size", recipe.vae.batch_size, recipe.vae.train, mesh)
   check_dit(recipe.dit, mesh)
+
+
+def _mesh(recipe):
+  return sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
 
 
 def _check_text(recipe):
@@ -153,16 +167,50 @@ def _check_text(recipe):
       )
 
 
-def _identity(name, workdir) -> str | None:
-  """Identifies what a stage has made, where its config alone does not."""
+def identity(name: str, workdir: pathlib.Path) -> str | None:
+  """Identifies what a stage has made, where its config alone does not; else None.
+
+  Raises:
+    ValueError: if there is no complete model where one is to be.
+    OSError: if there is no manifest of clips.
+  """
   if name == "data":
     # The config says which folder, the manifest what was in it.
     manifest = (workdir / "data" / "manifest.jsonl").read_bytes()
     return hashlib.sha256(manifest).hexdigest()[:16]
-  if name in ("vae", "dit"):
+  if name in ("vae", "captioner", "dit", "expander"):
     # The config does not say which weights: free keys change their last bits, too.
     return checkpoint.load_meta(workdir / name / "model").get("id")
   return None
+
+
+def _ancestors(name) -> set[str]:
+  """Stages that a stage was made from, and those that these were made from."""
+  inputs = STAGES[name].inputs
+  return {*inputs}.union(*map(_ancestors, inputs))
+
+
+def _check_made(name, workdir) -> None:
+  """Raises ValueError if a complete stage's model was replaced since."""
+  made = _load(name, workdir).get("made")
+  if name not in ("vae", "dit") or made is None:
+    return
+  if (there := identity(name, workdir)) != made:
+    raise ValueError(
+      f"{workdir / name / 'model'} is not the one that the stage {name} made ({there} "
+      f"in place of {made}): put that back, or delete {workdir / name} to make it again"
+    )
+
+
+def _recaptioned(workdir) -> str | None:
+  """Identifies the captions that `recaption` has written; None if there are none."""
+  path = recaption_summary(workdir / "data" / "manifest.jsonl")
+  if not path.exists():
+    return None
+  try:
+    return json.loads(path.read_text())["captions"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{path} is damaged ({error!r}); run recaption again") from error
 
 
 def fingerprint(name: str, workdir) -> str:
@@ -188,7 +236,7 @@ def _look_at(name, recipe, workdir) -> tuple[dict, str | None]:
 
 
 def _describe(name, recipe, workdir):
-  sections, inputs = STAGES[name].sections, STAGES[name].inputs
+  sections, inputs = STAGES[name].sections, _inputs(name, recipe)
   config = {"seed": recipe.seed}
   config |= {section: _chosen(getattr(recipe, section)) for section in sections}
   # Through JSON, so that it compares equal to what is read back.
@@ -199,10 +247,21 @@ def _describe(name, recipe, workdir):
         f"stage {name} needs stage {other}, which is not complete in {workdir}; run it "
         f"first (config.stages, or python -m sora_jax.{STAGES[other].module})"
       )
+  for other in _ancestors(name):
+    _check_made(other, workdir)
   made_from = {i: fingerprint(i, workdir) for i in inputs}
+  if name in ("encode", "expander") and (digest := _recaptioned(workdir)):
+    # These read captions; the VAE, which is made from the clips, too, sees none.
+    made_from[_RECAPTION] = digest
   for other, folder in _models(name, recipe).items():
     made_from[other] = checkpoint.digest(checkpoint.load_meta(folder))
   return {"config": config, "inputs": made_from}
+
+
+def _inputs(name, recipe) -> tuple[str, ...]:
+  """Stages that a stage reads, with those that the config asks for."""
+  latents = name == "captioner" and recipe.captioner.input == "latents"
+  return (*STAGES[name].inputs, *(("encode",) if latents else ()))
 
 
 def _models(name, recipe) -> dict:
@@ -244,7 +303,7 @@ def _reason_to_run(name, stage, workdir, recipe) -> str | None:
   old = _load(name, workdir)
   if not old:
     return "begins"
-  complete, cheap = old.get("complete"), STAGES[name].cheap
+  complete, cheap = bool(old["complete"]), STAGES[name].cheap
   reason = None if complete else "goes on"
   changed = changes.of(name, old["config"], stage["config"], recipe)
   if changed:
@@ -261,8 +320,8 @@ def _reason_to_run(name, stage, workdir, recipe) -> str | None:
       reason += "goes on"
     else:
       raise changes.refuse(name, changed, complete, workdir)
-  for other, value in stage["inputs"].items():
-    if old["inputs"].get(other) == value:
+  for other in sorted({*stage["inputs"], *old["inputs"]}):
+    if old["inputs"].get(other) == stage["inputs"].get(other):
       continue
     place = _models(name, recipe).get(other, workdir / other)
     if not cheap:
@@ -271,6 +330,10 @@ def _reason_to_run(name, stage, workdir, recipe) -> str | None:
         f"in {place} now; delete {workdir / name} to make it again"
       )
     reason = f"{place} is not what it was made from: runs again"
+  if reason is None and name == "encode":
+    if faults := latent_shards.lost(workdir / name):
+      shard, fault = next(iter(faults.items()))
+      reason = f"{workdir / name / shard} {fault}: it is made again"
   return reason
 
 
@@ -279,22 +342,15 @@ def _made_from(name, workdir) -> list[str]:
   users = [
     other
     for other, stage in STAGES.items()
-    if name in stage.inputs and not stage.cheap and _load(other, workdir)
+    if not stage.cheap and name in _load(other, workdir).get("inputs", ())
   ]
   return users + [last for user in users for last in _made_from(user, workdir)]
 
 
-def _load(name, workdir):
-  path = workdir / name / "stage.json"
-  if not path.exists():
-    return {}
-  try:
-    return json.loads(path.read_text())
-  except ValueError as error:
-    raise ValueError(f"{path} is damaged ({error}); delete {path.parent}") from error
+def _load(name, workdir) -> dict[str, Any]:
+  return stage_file.load(workdir / name)
 
 
 def _store(name, stage, workdir):
-  if jax.process_index():
-    return
-  files.write_json(workdir / name / "stage.json", stage, sort_keys=True)
+  if jax.process_index() == 0:
+    stage_file.store(workdir / name, stage)

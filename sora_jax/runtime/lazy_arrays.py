@@ -119,6 +119,8 @@ class _Handler(ocp.type_handlers.NumpyHandler):
 
 
 def _of_store(store) -> Streamed:
+  if not store.shape:
+    return Streamed((), store.dtype.numpy_dtype, 1, lambda: iter([_scalar(store)]))
   rows = store.chunk_layout.read_chunk.shape[0]
 
   def blocks():
@@ -126,3 +128,7 @@ def _of_store(store) -> Streamed:
       yield store[row : min(row + rows, store.shape[0])].read().result()
 
   return Streamed(tuple(store.shape), store.dtype.numpy_dtype, rows, blocks)
+
+
+def _scalar(store) -> np.ndarray:
+  return np.asarray(store.read().result())

@@ -18,9 +18,15 @@ import numpy as np
 from sora_jax.runtime import files
 
 DTYPES = {
+  "F64": np.dtype(np.float64),
   "F32": np.dtype(np.float32),
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(ml_dtypes.bfloat16),
+  "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+  "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+  **{f"I{8 * n}": np.dtype(f"i{n}") for n in (1, 2, 4, 8)},
+  **{f"U{8 * n}": np.dtype(f"u{n}") for n in (1, 2, 4, 8)},
+  "BOOL": np.dtype(bool),
 }
 # What the commands write params as.
 PARAM_DTYPES = {
@@ -28,6 +34,14 @@ PARAM_DTYPES = {
   "bfloat16": DTYPES["BF16"],
 }
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+# What else people download in place of a file, by its first bytes.
+_OTHER_FILES = {
+  b"version ": "a pointer of Git LFS, whose file was not downloaded (git lfs pull)",
+  b"GGUF": "a GGUF file of quantized weights, which are not read",
+  b"<!DOCTYP": "a web page; download the file itself",
+  b"<!doctyp": "a web page; download the file itself",
+  b"<html": "a web page; download the file itself",
+}
 _LARGEST_HEADER = 100 << 20  # as in the format's own reader
 
 
@@ -66,6 +80,9 @@ def read_header(file) -> dict[str, Tensor]:
       # What torch.save writes: a zip archive, before that bare pickles.
       if start.startswith((b"PK\x03\x04", b"\x80")):
         raise ValueError(pickle_message(file))
+      for first, what in _OTHER_FILES.items():
+        if start.startswith(first):
+          raise ValueError(f"{file} is no safetensors file but {what}")
       raise ValueError(f"{file}: not a safetensors file (its header is {length} bytes)")
     if size < 8 + length:
       raise ValueError(
@@ -75,21 +92,22 @@ def read_header(file) -> dict[str, Tensor]:
     header = f.read(length)
   try:
     header = json.loads(header)
-    header.pop("__metadata__", None)
+    if (metadata := header.pop("__metadata__", None)) is not None:
+      _check_metadata(metadata)
+    types = {name: entry["dtype"] for name, entry in header.items()}
+    strange = [f"{name} of type {t}" for name, t in types.items() if t not in DTYPES]
     found, spans = {}, []
-    for name, entry in header.items():
-      begin, end = entry["data_offsets"]
-      dtype, shape = DTYPES.get(entry["dtype"]), tuple(entry["shape"])
-      if dtype is None:
-        raise ValueError(
-          f"{name} is of type {entry['dtype']}, only {', '.join(DTYPES)} can be read"
-        )
-      found[name] = Tensor(file, 8 + length + begin, shape, dtype)
-      if end - begin != found[name].nbytes:
-        raise ValueError(f"{name} has {end - begin} bytes for shape {shape}")
-      spans.append((begin, end))
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    for name, entry in {} if strange else header.items():
+      found[name], span = _tensor(file, 8 + length, name, entry)
+      spans.append(span)
+  # Deep brackets are a RecursionError.
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise ValueError(f"{file}: damaged header ({error})") from error
+  if strange:
+    raise ValueError(
+      f"{file}: tensors of types that cannot be read: {listed(strange, 5)}; known are "
+      f"{', '.join(DTYPES)}"
+    )
   spans.sort()
   ends = [0, *(end for _, end in spans)]
   if [begin for begin, _ in spans] != ends[:-1]:
@@ -103,11 +121,28 @@ def read_header(file) -> dict[str, Tensor]:
   return found
 
 
+def _tensor(file, start, name, entry) -> tuple[Tensor, tuple[int, int]]:
+  """A tensor of a header, and the span of its bytes behind it."""
+  begin, end = entry["data_offsets"]
+  dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+  if wrong := [n for n in (begin, end, *shape) if type(n) is not int or n < 0]:
+    raise ValueError(f"{name} has {wrong[0]!r} as a size")
+  tensor = Tensor(file, start + begin, shape, dtype)
+  if end - begin != tensor.nbytes:
+    raise ValueError(f"{name} has {end - begin} bytes for shape {shape}")
+  return tensor, (begin, end)
+
+
+def _check_metadata(texts) -> None:
+  if not all(isinstance(text, str) for text in texts.values()):
+    raise ValueError("__metadata__ is not all text")
+
+
 def read_metadata(file) -> dict[str, str]:
   """Texts that a file, which `read_header` has accepted, keeps beside its tensors."""
   with open(file, "rb") as f:
     (length,) = struct.unpack("<Q", f.read(8))
-    return json.loads(f.read(length)).get("__metadata__", {})
+    return json.loads(f.read(length)).get("__metadata__") or {}
 
 
 def read_headers(folder, stem: str) -> dict[str, Tensor]:

@@ -88,6 +88,8 @@ class Prompt:
     loop: positions turn by a latent frame with each call of the network, so that no
       frame is the first one (after arXiv:2502.20307).
     start: latent frames of a longer video before the first one of this window.
+    condition_THWC, image_JV: of models that read given frames beside the noise, see
+      `given_frames`.
   """
 
   request: Request
@@ -100,6 +102,8 @@ class Prompt:
   given_noise: float = 0.0
   loop: bool = False
   start: int = 0
+  condition_THWC: np.ndarray | None = None
+  image_JV: np.ndarray | None = None
 
 
 def check_level(name: str, value: float) -> float:
@@ -207,6 +211,7 @@ class Timeline:
     closes: the end leads to the start: `after` is what the video began with, and is
       not shown again.
     crop_hw: (height, width) in pixels that frames are cut to; None = all of them.
+    condition_THWC, image_JV: as in Prompt; such a video is one window.
   """
 
   request: Request
@@ -223,6 +228,8 @@ class Timeline:
   backwards: int = 0
   closes: bool = False
   crop_hw: tuple[int, int] | None = None
+  condition_THWC: np.ndarray | None = None
+  image_JV: np.ndarray | None = None
 
   def __post_init__(self):
     check_level("strength", self.strength)

@@ -1,7 +1,8 @@
 """What a checkpoint is sampled with where a user does not say: its recipe's choice.
 
 A run keeps that in sample/stage.json, the record of its stage "sample". A checkpoint
-that was shipped keeps it in sample.json. Others have the defaults of the package.
+that was shipped keeps it in sample.json. Of a published model that was imported, and of
+what was trained from it, the DiT's meta says it. Others have the package's defaults.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import pathlib
 from typing import Any
 
 from sora_jax.diffusion.solvers import Options
+from sora_jax.models.meta import DiTMeta
 from sora_jax.packing import time_grid
 from sora_jax.runtime import checkpoint
 from sora_jax.sampling.job import Job
@@ -28,6 +30,7 @@ class Defaults:
     frames: of a video.
     fps: frames per second.
     window: frames that are made at once: no more than the model has seen in training.
+    negative_prompt: what guidance leads away from, where there is guidance.
   """
 
   options: Options = Options()
@@ -35,10 +38,17 @@ class Defaults:
   frames: int = 17
   fps: float = 12.0
   window: int = 33
+  negative_prompt: str = ""
 
-  def fill(self, job: Job) -> Job:
-    """The job with the size, length, rate and window that neither it nor media say."""
+  def fill(self, job: Job, options: Options | None = None) -> Job:
+    """The job with what neither it nor media say.
+
+    options: that it will be made with, if they are not those of the defaults.
+    """
     known: dict[str, Any] = {}
+    if job.negative_prompt is None and self.negative_prompt:
+      guided = (options or self.options).guidance_scale != 1.0
+      known["negative_prompt"] = self.negative_prompt if guided else ""
     media = (job.image, job.last_image, job.video, job.key_frames or None)
     if job.size is None and all(medium is None for medium in media):
       known["size"] = self.size
@@ -87,7 +97,26 @@ def read(folder) -> Defaults:
         raise ValueError(f"{path}: {error}") from error
       except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged ({error!r})") from error
-  return Defaults()
+  return _of_model(folder)
+
+
+def _of_model(folder) -> Defaults:
+  """Of the published model that the DiT is, or was trained from."""
+  model = folder / "dit" / "model"
+  if not (model / "model.json").is_file():
+    return Defaults()
+  meta = DiTMeta.from_json(checkpoint.load_meta(model), model)
+  if not (sampling := meta.sampling):
+    return Defaults()
+  names = ("method", "schedule", "shift", "steps", "guidance_scale", "guidance_scale_2")
+  return Defaults(
+    Options(**{name: getattr(sampling, name) for name in names}),
+    sampling.size,
+    sampling.frames,
+    meta.reference_fps,
+    sampling.frames,
+    sampling.negative_prompt,
+  )
 
 
 def _of_json(values, folder) -> Defaults:
@@ -104,6 +133,7 @@ def _of_json(values, folder) -> Defaults:
     int(values["frames"]),
     float(values["fps"]),
     int(values.get("window", Defaults.window)),
+    str(values.get("negative_prompt", "")),
   )
 
 
@@ -111,8 +141,10 @@ def _of_stage(values, folder) -> Defaults:
   """Of the stage's config: its options, and the first prompt that is a video's."""
   section = values["config"]["sample"]
   options = _options(section)
+  negative = section.get("negative_prompt", "")
   if not (prompts := section.get("prompts")):
-    return Defaults(options)
+    usual = _of_model(folder)
+    return dataclasses.replace(usual, options=options, negative_prompt=negative)
   _, (width, height), frames, fps = min(prompts, key=lambda prompt: prompt[2] == 1)
   # As the stage has it: 0 is the rate that the model was trained at.
   fps = fps or checkpoint.load_meta(folder / "dit" / "model")["reference_fps"]
@@ -120,7 +152,7 @@ def _of_stage(values, folder) -> Defaults:
   # in windows, so they say nothing.
   longest = max(prompt[2] for prompt in prompts)
   window = longest if 5 <= longest < Defaults.window else Defaults.window
-  return Defaults(options, (width, height), frames, fps, window)
+  return Defaults(options, (width, height), frames, fps, window, negative)
 
 
 def _options(values) -> Options:

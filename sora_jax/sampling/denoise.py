@@ -9,6 +9,7 @@ latents of each prompt taken out of them (`sample_batch.take_apart`).
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from sora_jax.runtime.progress import Progress
 from sora_jax.sampling import batching, conditioning, integrate, sample_batch
 from sora_jax.sampling.batching import RowClip
 from sora_jax.sampling.conditioning import Prompt
+from sora_jax.sampling.experts import Experts
 
 
 class Denoiser:
@@ -66,7 +68,7 @@ class Denoiser:
 
   def __call__(
     self,
-    params,
+    params: Callable[[], Any] | Experts,
     prompts: Sequence[Prompt],
     options: solvers.Options,
     rows: int = 4,
@@ -74,7 +76,9 @@ class Denoiser:
     """Latents of the prompts, in order: float32 [T, H, W, C] each.
 
     Args:
-      params: of the DiT and its text encoder.
+      params: gives those of the DiT and its text encoder, or of two experts. It is
+        asked when the texts are encoded, so that a frozen text encoder may be on the
+        devices before.
       prompts: what to make.
       options: of the solver and of guidance.
       rows: packed rows computed at once, rounded up to the mesh's batch shards; 0 is
@@ -83,47 +87,126 @@ class Denoiser:
     Raises:
       ValueError: for options that the model's noise process cannot be sampled with.
     """
-    _check(prompts, options, self._networks)
+    experts = params if isinstance(params, Experts) else Experts((params,))
+    _check(prompts, options, self._networks, experts)
     if not self.meta.conditional:
       prompts, options = _unconditional(prompts, options)
-    all_units = units(prompts, self._encode_texts)
+    guided = any(
+      experts.options(number, options).guidance_scale != 1.0
+      for number in range(len(experts))
+    )
+    all_units = units(prompts, self._encode_texts, guided)
     sizes = [batching.size_of(unit) for unit in all_units]
     budget = batching.budget_of(sizes, self.meta, sharding.batch_shards(self.mesh))
-    planned = batching.plan_rows(sizes, budget)
-    rows = min(rows, len(planned)) if rows else len(planned)
-    rows = sharding.whole_batch(rows, self.mesh)
+    # Those of a row go on to the next expert in the same call of the solver.
+    switches, calls = self._switches(all_units, experts, options)
+    chunks = []
+    for switch in sorted(set(switches)):
+      same = [i for i, other in enumerate(switches) if other == switch]
+      planned = [
+        [same[i] for i in row]
+        for row in batching.plan_rows([sizes[i] for i in same], budget)
+      ]
+      size = min(rows, len(planned)) if rows else len(planned)
+      size = sharding.whole_batch(size, self.mesh)
+      chunks += [
+        _Chunk(planned[i : i + size], size, experts.calls(switch, calls))
+        for i in range(0, len(planned), size)
+      ]
+    patches = self._run(experts, chunks, all_units, budget, options)
     latents: dict[int, np.ndarray] = {}
     with Progress("sampled", len(prompts), "prompts", jax.process_index()) as progress:
-      for first in range(0, len(planned), rows):
-        here = planned[first : first + rows]
-        batch, slots = self._layout.batch(
-          all_units, here, rows, budget, options.guidance_scale
-        )
-        patch_BLP = self._run(params, batch, slots, options)
+      for chunk, (packed, patch_BLP) in zip(chunks, patches, strict=True):
         latents |= sample_batch.take_apart(
-          patch_BLP, batch.packed, prompts, self.model.patch_size
+          patch_BLP, packed, prompts, self.model.patch_size
         )
-        progress.advance(sum(map(len, here)))
+        progress.advance(sum(map(len, chunk.planned)))
     return [latents[i] for i in range(len(prompts))]
 
-  def _run(self, params, batch, slots, options) -> np.ndarray:
+  def _switches(self, all_units, experts: Experts, options) -> tuple[list[int], int]:
+    """(the first call of each unit that is not the first expert's, all calls)."""
+    slots = sample_batch.SolverSlots(
+      np.array([unit[0].size[0] for unit in all_units], np.float64),
+      np.array([unit[0].prompt.strength or 1.0 for unit in all_units]),
+    )
     table = integrate.solver_table(slots, options, self._networks.process)
+    return experts.switch(table.time), len(table.time)
+
+  def _run(self, experts: Experts, chunks, all_units, budget, options):
+    """Yields (packed rows, patches) of each chunk.
+
+    Expert by expert, so that only one needs to be on the devices. What one hands to the
+    next waits on the host.
+    """
+    states: list[Any] = [None] * len(chunks)
+    for number in range(len(experts)):
+      ends, own = number == len(experts) - 1, experts.options(number, options)
+      params = None
+      for i, chunk in enumerate(chunks):
+        calls = chunk.calls[number]
+        batch, slots = self._layout.batch(
+          all_units, chunk.planned, chunk.rows, budget, own.guidance_scale
+        )
+        # A part may have no calls: a weak edit begins below the boundary.
+        if calls.stop > calls.start:
+          params = experts.loaders[number]() if params is None else params
+          table = integrate.solver_table(slots, options, self._networks.process)
+          table = jax.tree.map(lambda c, calls=calls: c[calls], table)
+          part = (table, own, states[i], calls.start, ends)
+          states[i] = self._part(params, batch, *part)
+        elif ends:
+          states[i] = states[i].x
+        if ends:
+          yield batch.packed, states[i]
+      del params  # room for the next
+
+  def _part(self, params, batch, table, options, state, first, ends):
+    """Patches, or the state for the next expert, as numpy arrays."""
     with jax.set_mesh(self.mesh):
       parts = batch.on_device()
       parts = type(parts)(*(sharding.shard_alike(part, self.mesh) for part in parts))
-      patch_BLP = self.integrate(
-        params, parts, table, options=integrate.static_options(options)
+      if state is not None:
+        state = solvers.State(**sharding.shard_alike(state._asdict(), self.mesh))
+      made = self.integrate(
+        params,
+        parts,
+        table,
+        options=integrate.static_options(options),
+        state=state,
+        first=np.int32(first),
+        ends=ends,
       )
-    return np.asarray(jax.device_get(patch_BLP))
+    return jax.tree.map(np.asarray, jax.device_get(made))
 
 
-def _check(prompts, options, networks: integrate.Networks) -> None:
+class _Chunk(NamedTuple):
+  """Rows that are computed side by side.
+
+  Attributes:
+    planned: of each row, the indices of its units.
+    rows: with those of padding.
+    calls: of the solver, those of each expert.
+  """
+
+  planned: list[list[int]]
+  rows: int
+  calls: list[slice]
+
+
+def _check(prompts, options, networks: integrate.Networks, experts: Experts) -> None:
   """Raises ValueError for options that do not go with the model or with a request."""
   negative = "".join(prompt.request.negative_prompt for prompt in prompts)
   options.check(networks.process, networks.target, negative)
+  if options.guidance_scale_2 and len(experts) == 1:
+    raise ValueError(
+      f"guidance_scale_2 {options.guidance_scale_2:g} is for models with two experts"
+    )
   for prompt in prompts:
     scale = prompt.request.guidance_scale
-    if scale not in (None, 1.0) and options.guidance_scale == 1.0:
+    if scale not in (None, 1.0) and 1.0 in (
+      options.guidance_scale,
+      options.guidance_scale_2,
+    ):
       raise ValueError(
         f"guidance_scale {scale} of a request needs options with guidance, not 1"
       )
@@ -150,10 +233,12 @@ def _unconditional(prompts, options):
 def units(
   prompts: Sequence[Prompt],
   encode_texts: Callable[[list[str]], list[np.ndarray]],
+  guided: bool = True,
 ) -> list[list[RowClip]]:
   """Clips of each prompt: one, or two whose predictions are blended.
 
   encode_texts: texts -> ids or features of each; called once, without duplicates.
+  guided: without it the negative texts have no effect, and are not encoded.
   """
   wanted = []
   for prompt in prompts:
@@ -161,6 +246,8 @@ def units(
     sides = [pairs]
     if prompt.request.blend:
       sides.append([(prompt.request.blend, prompt.request.negative_prompt)])
+    if not guided:
+      sides = [[(own, own) for own, _ in side] for side in sides]
     wanted.append([(prompt, side, shot_T) for side in sides])
   texts = sorted({t for unit in wanted for _, side, _ in unit for p in side for t in p})
   known = dict(zip(texts, encode_texts(texts), strict=True))

@@ -12,6 +12,7 @@ from absl import logging
 
 from sora_jax.data.video import writer
 from sora_jax.diffusion.solvers import Options
+from sora_jax.language import expansion
 from sora_jax.runtime import files as whole_files
 from sora_jax.sampling import modes
 from sora_jax.sampling.conditioning import Request
@@ -37,6 +38,7 @@ def write_jobs(
   options: Options,
   source: dict,
   tile: int | None = None,
+  expanded: expansion.Expansion | None = None,
 ) -> None:
   """Makes jobs and writes a file each, and its .json beside it.
 
@@ -45,10 +47,11 @@ def write_jobs(
     paths: of the files; their suffix, one of SUFFIXES, says the format.
     source: where the model is from, for the .json.
     tile: see `Autoencoder.decode_stream`.
+    expanded: what the jobs' texts were before they were made longer, for the .json.
   """
   parts = _parts(model, jobs, paths, options, tile)
   for _, of_path in itertools.groupby(parts, key=lambda part: part.path):
-    _write(of_path, options, source)
+    _write(model, of_path, options, source, expanded)
 
 
 def read_sidecar(path) -> dict:
@@ -61,11 +64,13 @@ def read_sidecar(path) -> dict:
     described = json.loads(pathlib.Path(path).read_text())
     for key in ("job", "options", "checkpoint", "model", "files"):
       described[key]
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    job, files = Job.from_json(described["job"]), dict(described["files"])
+    Options(**described["options"])
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise ValueError(f"--from={path} is no description of a video ({error})") from error
-  now = Job.from_json(described["job"]).files()
-  for file, digest in described["files"].items():
-    if now[file] != digest:
+  now = job.files()
+  for file, digest in files.items():
+    if now.get(file) != digest:
       raise ValueError(f"--from={path}: {file} has changed since")
   return described
 
@@ -103,11 +108,11 @@ def _text_request(job):
     frames=job.frames or 17,
     fps=job.fps or 12.0,
     seed=job.seed,
-    negative_prompt=job.negative_prompt,
+    negative_prompt=job.negative_prompt or "",
   )
 
 
-def _write(parts, options, source):
+def _write(model, parts, options, source, expanded):
   path, job, fps, frames_THWC = next(parts)
   kept = {**job.as_json(), "given": job.given_frames}
   if kept["given"] == GIVEN:  # as files are that were written before it went by windows
@@ -118,8 +123,12 @@ def _write(parts, options, source):
       field.name: getattr(options, field.name) for field in dataclasses.fields(Options)
     },
     **source,
+    # By now the model was needed: asking earlier may load it for that alone.
+    "model": model.model_id,
     "files": job.files(),
   }
+  if expanded and (found := expanded.of(expansion.texts_of(job))).texts:
+    described["expanded"] = found._asdict()
   metadata = {"comment": job.prompt, "sora_jax": json.dumps(described)}
   chunks = itertools.chain([frames_THWC], (part.frames_THWC for part in parts))
   count = writer.write_chunks(path, chunks, fps, metadata=metadata)

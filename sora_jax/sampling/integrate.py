@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax.diffusion import noise_process, solvers
+from sora_jax.diffusion import noise_process, schedules, solvers
 from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.dit_cache import Reuse
@@ -46,8 +46,14 @@ def integrate(
   batch: SampleBatch,
   table: solvers.Table,
   options: solvers.Options,
-) -> Array:
+  state: solvers.State | None = None,
+  first: Array | int = 0,
+  ends: bool = True,
+) -> Array | solvers.State:
   """Noise to latents of packed rows: patches [B, L, P].
+
+  Some of the calls of a solver are a part of it, which ends with a state instead, and
+  the next part begins with that. So each expert of a model has a part of its own.
 
   Args:
     networks: static.
@@ -56,9 +62,12 @@ def integrate(
     table: of the solver, by slot: [calls, ..., B, N].
     options: static, from `static_options`; their guidance_scale is 0 for no guidance,
       and otherwise that of the batch is meant.
+    state: of the part before; None begins with the batch.
+    first: index of the table's first call in those of the whole solver.
+    ends: static, whether this is the last part.
   """
   packed, sampling = batch.packed, batch.sampling
-  predict, memory = _guided_network(networks, params, batch, options, len(table.level))
+  predict, memory = _guided_network(networks, params, batch, options, table, first)
   if options.cfg_zero:
     predict = network.rests_at_first(predict, options)
   data = network.predicts_data(predict, packed, networks.process, networks.target)
@@ -69,7 +78,7 @@ def integrate(
   expand = functools.partial(network.per_token, packed)
 
   def call(carry, row, index):
-    state, memory = carry
+    (state, memory), index = carry, first + index
     data_BLP, memory = data(state.x, row.level, index, memory)
     noise_BLP = token_noise(batch, index) if options.stochastic else None
     following = solvers.step(state, row, data_BLP, noise_BLP, expand)
@@ -77,33 +86,38 @@ def integrate(
     x_BLP = jnp.where(given_BL1, state.x, following.x)
     return following._replace(x=x_BLP), memory
 
-  state, _ = solvers.scan(call, (solvers.start(sampling["start_LP"]), memory), table)
-  return state.x
+  state = state or solvers.start(sampling["start_LP"])
+  state, _ = solvers.scan(call, (state, memory), table)
+  return state.x if ends else state
 
 
-def _guided_network(networks, params, batch, options, calls):
+def _guided_network(networks, params, batch, options, table, first):
   """The network with guidance, if any, and its memory before the first call."""
   model, dtype = networks.model, networks.dtype
+  time_BNR = jnp.moveaxis(jnp.asarray(table.time), 0, -1)
 
   def rows_of(texts):
     text_BSE = dit_task.encode_text(networks.text, params, texts, dtype)
     packed = {**batch.packed, **texts}
-    return network.Rows.of_batch(packed, batch.sampling, text_BSE)
+    return network.Rows.of_batch(packed, batch.sampling, text_BSE, time_BNR)
 
   def network_of(rows, states):
-    return network.dit_network(model, params, rows.with_states(states), dtype)
+    return network.dit_network(model, params, rows.with_states(states), dtype, first)
 
   rows = whole = rows_of(batch.packed)
   if options.guidance_scale:
     # Both in one call of twice the rows.
     whole = rows.followed_by(rows_of(batch.negative))
   # The texts' keys and values are computed once for all calls.
-  states = dit_task.text_states(model, params, whole.context.text_BSE, dtype)
+  context = whole.context
+  states = dit_task.text_states(
+    model, params, context.text_BSE, dtype, context.image_BNJV
+  )
   predict, memory = network_of(whole, states), None
   if options.reuse:
     shape = whole.context.segment_BL.shape
     memory = Reuse.start(*shape, model.width, dtype)
-    predict = network.reuses(predict, options.reuse, calls)
+    predict = network.reuses(predict, options.reuse, first + len(table.level))
   if options.guidance_scale:
     scale_BN = batch.sampling["guidance_scale_N"]
     guided = network.guides(predict, batch.packed, scale_BN, options)
@@ -131,19 +145,24 @@ def program(networks: Networks, mesh):
   """
   return jax.jit(
     functools.partial(integrate, networks),
-    static_argnames="options",
+    static_argnames=("options", "ends"),
     out_shardings=NamedSharding(mesh, PartitionSpec()),
   )
 
 
 def static_options(options: solvers.Options) -> solvers.Options:
   """The options that are compiled in: arrays must not make another program."""
+  # Of the others without noise, the table says all.
+  is_seen = options.stochastic or options.method == "heun"
   return dataclasses.replace(
     options,
     steps=1,
+    method=options.method if is_seen else "euler",
+    schedule="uniform",
     shift=1.0,
     shift_tokens=0,
     guidance_scale=float(options.guidance_scale != 1.0),
+    guidance_scale_2=0.0,
   )
 
 
@@ -155,5 +174,7 @@ def solver_table(
     options.shift, np.maximum(slots.tokens_BN, 1.0), options.shift_tokens
   )
   shift_BN = np.broadcast_to(shift_BN, slots.tokens_BN.shape)
-  levels = solvers.schedule(options.steps, shift_BN, slots.start_BN)
-  return solvers.make_table(options.method, levels, process, options.eta)
+  levels = schedules.levels(options.schedule, options.steps, shift_BN, slots.start_BN)
+  return solvers.make_table(
+    options.method, levels.level, process, options.eta, levels.time
+  )

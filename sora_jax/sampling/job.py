@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import pathlib
 from typing import Any
 
@@ -58,7 +59,9 @@ class Job:
     None, "Frames per second; the video's, or the checkpoint's.", least=0.1
   )
   seed: int = _field(0, "Seed; of several prompts the next has the next one.")
-  negative_prompt: str = _field("", "What guidance leads away from.")
+  negative_prompt: str | None = _field(
+    None, "What guidance leads away from; by default the checkpoint's."
+  )
   guidance_scale: float | None = _field(None, "In place of that of the options.")
   shots: tuple[tuple[float, str], ...] = _field(
     (), "SECONDS:TEXT of a later shot.", flag="shot", form="SECONDS:TEXT"
@@ -107,6 +110,10 @@ class Job:
   )
 
   def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{field.name} {value} is not a finite number")
     if self.fit not in ("crop", "pad"):
       raise ValueError(f"fit {self.fit!r} is not crop or pad")
     for name in ("strength", "gap_strength", "given_noise", "preview"):
@@ -231,7 +238,14 @@ class Job:
 
   @classmethod
   def from_json(cls, values: dict) -> "Job":
-    """Reverse of `as_json`; ValueError for keys that there are not."""
+    """Reverse of `as_json`; ValueError for what is no job."""
+    try:
+      return cls._from_json(values)
+    except (TypeError, AttributeError, KeyError) as error:
+      raise ValueError(f"not a job: {error}") from error
+
+  @classmethod
+  def _from_json(cls, values):
     if unknown := set(values) - {field.name for field in dataclasses.fields(cls)}:
       raise ValueError(f"{sorted(unknown)} are no keys of a job")
     pairs = {

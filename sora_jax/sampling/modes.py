@@ -29,6 +29,11 @@ def plan(job: Job, encode: Encode, multiple: int) -> Timeline:
   Raises:
     ValueError: for media that cannot be used, times outside the video, and so on.
   """
+  return MODES[job.mode](job, canvas(job, multiple), encode)
+
+
+def canvas(job: Job, multiple: int) -> Canvas:
+  """The grid of a job, or the next larger one; says what is cut from it."""
   canvas = media.canvas(job, multiple)
   if canvas.size != canvas.crop:
     (height, width), (crop_height, crop_width) = canvas.size, canvas.crop
@@ -36,7 +41,7 @@ def plan(job: Job, encode: Encode, multiple: int) -> Timeline:
       "%dx%d is off the model's grid of %d pixels: made at %dx%d and cut",
       *(crop_width, crop_height, multiple, width, height),
     )
-  return MODES[job.mode](job, canvas, encode)
+  return canvas
 
 
 def rate(job: Job) -> float:
@@ -55,7 +60,7 @@ def still(image_THWC: np.ndarray) -> np.ndarray:
 def text(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
   """A video, or an image, of the prompt alone."""
   del encode
-  return _timeline(job, canvas, _frames(job))
+  return timeline(job, canvas, frames_of(job))
 
 
 def image(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
@@ -64,8 +69,8 @@ def image(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
   The first one is given as the latent of one frame, those at a whole latent's time as
   stills; others guide as extra tokens.
   """
-  frames = _frames(job)
-  images = _images(job, canvas, frames)
+  frames = frames_of(job)
+  images = images_of(job, canvas, frames)
   if frames == 1:
     raise ValueError("an image to a video needs 2 frames or more, not 1")
   stills = [at for at in images if at and time_grid.is_last_of_latent(at)]
@@ -76,7 +81,7 @@ def image(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
       strict=True,
     )
   )
-  return _timeline(
+  return timeline(
     job,
     canvas,
     frames,
@@ -105,11 +110,9 @@ def extend(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
       f"{asked}: less than a frame, {1 / canvas.fps:.3f} s at {canvas.fps:g} fps"
     )
   (before_THWC,) = encode([video_THWC])
-  timeline = _timeline(
-    job, canvas, first + len(video_THWC) + last, before_THWC=before_THWC
-  )
-  backwards, (t, *hw) = time_grid.latent_of(first), timeline.grid
-  return dataclasses.replace(timeline, grid=(t - backwards, *hw), backwards=backwards)
+  made = timeline(job, canvas, first + len(video_THWC) + last, before_THWC=before_THWC)
+  backwards, (t, *hw) = time_grid.latent_of(first), made.grid
+  return dataclasses.replace(made, grid=(t - backwards, *hw), backwards=backwards)
 
 
 def connect(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
@@ -140,8 +143,8 @@ def loop(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
     frames = time_grid.frame_at(latents)
     if job.frames not in (None, frames):
       logging.info("a loop has a multiple of 4 frames, 8 or more: %d", frames)
-    timeline = _timeline(job, canvas, frames)
-    return dataclasses.replace(timeline, grid=(latents, *canvas.grid_hw), loop=True)
+    made = timeline(job, canvas, frames)
+    return dataclasses.replace(made, grid=(latents, *canvas.grid_hw), loop=True)
   video_THWC = media.read_video(job, canvas, job.video)
   gap = _gap(job, canvas, (len(video_THWC) - 1) / canvas.fps)
   # It goes back the way it came.
@@ -150,8 +153,8 @@ def loop(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
   between = [video_THWC[back]] if job.gap_strength < 1.0 else []
   before_THWC, still_THWC, *middle = encode([video_THWC, still(video_THWC), *between])
   after_THWC = before_THWC[: job.windows.given]
-  timeline = _bridged(job, canvas, gap, before_THWC, after_THWC, still_THWC, *middle)
-  return dataclasses.replace(timeline, closes=True)
+  made = _bridged(job, canvas, gap, before_THWC, after_THWC, still_THWC, *middle)
+  return dataclasses.replace(made, closes=True)
 
 
 def edit(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
@@ -160,7 +163,7 @@ def edit(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
   if job.connect is not None:
     videos.append(media.read_frames(job, canvas, job.connect))
   frames = min(map(len, videos))
-  images = _images(job, canvas, frames)
+  images = images_of(job, canvas, frames)
   latents = encode([*map(_padded, videos), *images.values()])
   start_THWC, *others = latents[: len(videos)]
   if others:
@@ -172,7 +175,7 @@ def edit(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
     mask_HW = media.read_mask(canvas, job.mask)
     kept_THW = conditioning.kept(mask_HW, (len(start_THWC), *canvas.grid_hw))
   encoded = dict(zip(images, latents[len(videos) :], strict=True))
-  return _timeline(
+  return timeline(
     job,
     canvas,
     frames,
@@ -213,7 +216,7 @@ def infill(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
     image_HWC, *later = latents["after"]
     known["extras"] = ((time_grid.time_of(end), image_HWC),)
     known["after_THWC"] = np.array(later) if later else None
-  return _timeline(job, canvas, frames, **known)
+  return timeline(job, canvas, frames, **known)
 
 
 def interpolate(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
@@ -230,7 +233,7 @@ def interpolate(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
   start_THWC, *images = encode(
     [np.round(between).astype(np.uint8), *(frame[None] for frame in video_THWC)]
   )
-  return _timeline(
+  return timeline(
     job,
     dataclasses.replace(canvas, fps=canvas.fps * times),
     frames,
@@ -255,12 +258,12 @@ MODES: dict[str, Callable[[Job, Canvas, Encode], Timeline]] = {
 # --- parts of them
 
 
-def _timeline(job: Job, canvas: Canvas, frames: int, before_THWC=None, **known):
+def timeline(job: Job, canvas: Canvas, frames: int, before_THWC=None, **known):
   """A timeline of so many frames, with what is known of it."""
   height, width = canvas.size
   request = Request(
-    *(job.prompt, width, height, frames, canvas.fps, job.seed, job.negative_prompt),
-    *(job.guidance_scale, tuple(job.shots), job.blend),
+    *(job.prompt, width, height, frames, canvas.fps, job.seed),
+    *(job.negative_prompt or "", job.guidance_scale, tuple(job.shots), job.blend),
   )
   request.check()
   if not (job.prompt.strip() or job.shots):
@@ -274,7 +277,8 @@ def _timeline(job: Job, canvas: Canvas, frames: int, before_THWC=None, **known):
   )
 
 
-def _frames(job: Job) -> int:
+def frames_of(job: Job) -> int:
+  """Frames of what a job makes; says where the grid has others."""
   frames = 17 if job.frames is None else job.frames
   if frames < 1:
     raise ValueError(f"frames {frames}: at least 1 is needed")
@@ -290,7 +294,7 @@ def _gap(job: Job, canvas: Canvas, seconds: float) -> int:
   return max(2, round(time_grid.time_of(seconds * canvas.fps + 1)))
 
 
-def _images(job: Job, canvas: Canvas, frames: int) -> dict[int, np.ndarray]:
+def images_of(job: Job, canvas: Canvas, frames: int) -> dict[int, np.ndarray]:
   """Given images by the index of their frame; ValueError if it is not in the video."""
   places = [(0, job.image)] if job.image is not None else []
   places += [(round(time * canvas.fps), image) for time, image in job.key_frames]
@@ -348,4 +352,4 @@ def _bridged(
       "strength_THW": np.broadcast_to(level_T[:, None, None], shape),
     }
   frames = time_grid.video_frames(len(before_THWC) + gap + len(after_THWC) - 1)
-  return _timeline(job, canvas, frames, **known)
+  return timeline(job, canvas, frames, **known)

@@ -57,21 +57,26 @@ class Rows(NamedTuple):
   Attributes:
     context: tokens and texts.
     given_level_BN, turn_BL2, turn_step_BL: as in `sample_batch.SamplingRow`.
+    time_BNR: level of each slot's noisy tokens that the DiT is told in each call.
   """
 
   context: Context
   given_level_BN: Array
   turn_BL2: Array
   turn_step_BL: Array
+  time_BNR: Array
 
   @classmethod
-  def of_batch(cls, packed: PackedBatch, sampling: SamplingBatch, text_BSE) -> "Rows":
+  def of_batch(
+    cls, packed: PackedBatch, sampling: SamplingBatch, text_BSE, time_BNR
+  ) -> "Rows":
     """Rows with the texts of `packed`, of these features."""
     return cls(
       Context.of_batch(packed, text_BSE),
       sampling["given_level_N"],
       sampling["turn_L2"],
       sampling["turn_step_L"],
+      time_BNR,
     )
 
   def followed_by(self, other: "Rows") -> "Rows":
@@ -92,13 +97,19 @@ def turned(position_BL3: Array, rows: Rows, index: Array) -> Array:
   return jnp.stack([time_BL, *place], -1)
 
 
-def dit_network(model: DiTConfig, params, rows: Rows, dtype) -> Network:
-  """The DiT on these rows; memory is its `dit_cache.Reuse`, or None to run always."""
+def dit_network(
+  model: DiTConfig, params, rows: Rows, dtype, first: Array | int = 0
+) -> Network:
+  """The DiT on these rows; memory is its `dit_cache.Reuse`, or None to run always.
+
+  first: index of the call that `rows.time_BNR` begins with.
+  """
 
   def network(x_BLP, level_BN, index, memory):
+    del level_BN  # the DiT knows it as time_BNR
     # Each slot has two groups: noisy tokens, and given ones.
-    t_BG = jnp.stack([level_BN, rows.given_level_BN], -1)
-    t_BG = t_BG.reshape(len(level_BN), -1)
+    t_BG = jnp.stack([rows.time_BNR[..., index - first], rows.given_level_BN], -1)
+    t_BG = t_BG.reshape(len(x_BLP), -1)
     position_BL3 = turned(rows.context.position_BL3, rows, index)
     # A frame of a loop goes on being itself, wherever the loop begins for attention.
     context = rows.context._replace(
@@ -110,7 +121,7 @@ def dit_network(model: DiTConfig, params, rows: Rows, dtype) -> Network:
   return network
 
 
-def reuses(network: Network, limit: float, calls: int) -> Network:
+def reuses(network: Network, limit: float, calls: Array | int) -> Network:
   """Skips the blocks while their input changes by less than a share `limit`.
 
   calls: of the solver; the last one draws what is finest, and runs.

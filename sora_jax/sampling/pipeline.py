@@ -22,27 +22,36 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from sora_jax.data.buckets import frame_bucket
 from sora_jax.data.video import resizing
 from sora_jax.diffusion import solvers
-from sora_jax.encoders.autoencoder import Autoencoder, in_chunks
-from sora_jax.encoders.text_encoder import FrozenTextEncoder
-from sora_jax.models.meta import DiTMeta
+from sora_jax.encoders.autoencoder import Autoencoder, NonFiniteError
+from sora_jax.encoders.image_encoder import FrozenImageEncoder
+from sora_jax.language import expansion
+from sora_jax.language.expander import TrainedExpander
+from sora_jax.models.meta import LowNoiseDiTMeta
 from sora_jax.packing import time_grid
-from sora_jax.runtime import checkpoint, sharding, shipped
+from sora_jax.runtime import sharding, shipped
 from sora_jax.runtime.prefetch import ahead
-from sora_jax.sampling import media, modes, windows
+from sora_jax.runtime.residency import Residency
+from sora_jax.sampling import (
+  decoding,
+  experts,
+  given_frames,
+  media,
+  modes,
+  parts,
+  text_features,
+  windows,
+)
 from sora_jax.sampling.conditioning import Prompt, Request, Timeline
+from sora_jax.sampling.decoding import NonFiniteSample
 from sora_jax.sampling.defaults import Defaults
 from sora_jax.sampling.defaults import read as read_defaults
 from sora_jax.sampling.denoise import Denoiser
 from sora_jax.sampling.job import Job
-from sora_jax.tasks import dit as dit_task
-from sora_jax.weights import merge
 
-# Frames that the encoder is given at once, and latent frames that the decoder is: few
-# sizes, for few compilations.
-_ENCODE_CHUNK, _DECODE_CHUNKS = 32, (4, 1)
+# Latent frames that the decoder is given at once: few sizes, for few compilations.
+_DECODE_CHUNKS = (4, 1)
 # Latent frames of a loop's end that are decoded in front of its start, since a causal
 # decoder looks back.
 _WARM_UP = 4
@@ -60,24 +69,37 @@ class Sampler:
     dtype,
     encode_text=None,
     defaults: Defaults | None = None,
+    expander: expansion.Expander | None = None,
   ):
     """Args: as `from_checkpoint` loads them; vocabulary is a sentencepiece file.
 
+    params: or a function that loads them, when the autoencoder's residency says so.
     encode_text: (texts, max_tokens) -> features of each, for a model that was trained
     on those of a frozen text encoder, and takes the place of the vocabulary.
+    expander: of prompts; another one may take its place at any time.
     """
-    self.params, self.meta, self.autoencoder = params, meta, autoencoder
+    self.meta, self.autoencoder = meta, autoencoder
+    self._put(params if callable(params) else lambda: params)
     self.vocabulary, self.dtype = vocabulary, dtype
-    self.defaults = defaults or Defaults()
+    self.defaults, self.expander = defaults or Defaults(), expander
+    self.encode_images: given_frames.EncodeImages | None = None
     self.denoiser = Denoiser(meta, vocabulary, dtype, autoencoder.mesh, encode_text)
 
   @classmethod
   def from_checkpoint(
-    cls, folder, mesh=None, dtype=None, loras: Sequence[tuple[str, float]] = ()
+    cls,
+    folder,
+    mesh=None,
+    dtype=None,
+    loras: experts.Loras = (),
+    loras_low: experts.Loras = (),
+    weights: str = "",
+    low_memory: bool = False,
   ) -> "Sampler":
     """Loads a run's folder, with vae/model and dit/model in it.
 
-    A frozen text encoder is in text/model, or where it was in training.
+    A frozen text encoder is in text/model, or where it was in training. An expander of
+    prompts is in expander/model, if there is one.
 
     Args:
       folder: of the run, or of an imported or shipped checkpoint; or the name of one
@@ -87,6 +109,12 @@ class Sampler:
       dtype: of the computation.
       loras: safetensors files of adapters that are merged in, and how strongly; 1 is
         as they were trained.
+      loras_low: of the second expert of a model with two.
+      weights: a key of `tasks.dit.WEIGHTS`, which the kernels of the DiT's blocks are
+        held in, adapters included; "" holds them as they were saved.
+      low_memory: text encoder, DiT (or each of its experts) and VAE take turns on the
+        devices: each is loaded when it is needed, and again for each window of a long
+        video.
 
     Raises:
       ValueError: if one of the models is missing, damaged, or made for another.
@@ -97,30 +125,48 @@ class Sampler:
     if dtype is None:
       dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     mesh = mesh or sharding.sampling_mesh(1)
-    autoencoder = Autoencoder(folder / "vae" / "model", mesh, dtype)
+    residency = Residency(one_at_a_time=low_memory)
+    autoencoder = Autoencoder(folder / "vae" / "model", mesh, dtype, residency)
     model = folder / "dit" / "model"
-    meta = DiTMeta.from_json(checkpoint.load_meta(model), model)
-    rules = dit_task.DIT_RULES if meta.frozen_text else dit_task.SHARDING_RULES
-    params, _ = checkpoint.load_model(
-      model,
-      lambda shapes: sharding.param_shardings(shapes, rules, mesh),
-    )
+    meta, loads = experts.load(folder, mesh, loras, loras_low, weights)
     if meta.vae != autoencoder.meta.id:
       raise ValueError(
         f"{folder}: dit/model was trained on latents of another VAE than vae/model "
         f"({meta.vae} and {autoencoder.meta.id}); take both of one run"
       )
-    for path, strength in loras:
-      params = merge.merge_file(params, path, meta.model, mesh, strength)
-    encode_text = None
-    if text := meta.frozen_text:
-      place = folder
-      if not (folder / "text" / "model").is_dir():
-        place = pathlib.Path(text.folder or folder)
-      encode_text = FrozenTextEncoder(place, mesh, dtype, text.features).encode
+    encode_text = text_features.of_checkpoint(
+      folder, meta, mesh, dtype, residency, remember=low_memory
+    )
     vocabulary = model / "tokenizer.model"
     defaults = read_defaults(folder)
-    return cls(params, meta, autoencoder, vocabulary, dtype, encode_text, defaults)
+    made = cls(loads[0], meta, autoencoder, vocabulary, dtype, encode_text, defaults)
+    if len(loads) > 1:
+      residency.put(LowNoiseDiTMeta.network, loads[1])
+    made.expander = TrainedExpander(folder) if TrainedExpander.is_in(folder) else None
+    if meta.model.image_width:
+      images = FrozenImageEncoder(folder, mesh, dtype, meta.image, residency)
+      made.encode_images = images.encode
+    return made
+
+  @property
+  def params(self):
+    """Params of the DiT, and of the text encoder that was trained with it."""
+    return self.autoencoder.residency.get("dit")
+
+  @params.setter
+  def params(self, params):
+    self._put(lambda: params)
+
+  def _put(self, load):
+    """Has the residency load the DiT so; its head, which is small, stays for its id."""
+    self._head = None
+
+    def load_and_look():
+      params = load()
+      self._head = params["dit"]["head"]["kernel"]
+      return params
+
+    self.autoencoder.residency.put("dit", load_and_look)
 
   @property
   def size_multiple(self) -> int:
@@ -129,10 +175,36 @@ class Sampler:
 
   @property
   def model_id(self) -> str:
-    """Tells models apart: a hash of what the DiT's folder says, and of its head."""
-    head = np.asarray(jax.device_get(self.params["dit"]["head"]["kernel"]))
+    """Tells models apart: a hash of what the DiT's folder says, and of its head.
+
+    Loads the DiT if it was never loaded before.
+    """
+    if self._head is None:
+      self.autoencoder.residency.get("dit")
+    head = np.asarray(jax.device_get(self._head))
     text = json.dumps(self.meta.facts(), sort_keys=True).encode()
     return hashlib.sha256(text + head.tobytes()).hexdigest()[:16]
+
+  def expand(self, texts: str | Sequence[str], seed: int = 0) -> expansion.Expansion:
+    """Makes texts as long as the captions of training, see `language.expansion`.
+
+    Args:
+      texts: one, or several.
+      seed: of an expander that draws its words.
+
+    Raises:
+      ValueError: if there is no expander, or a text is too long or cannot be expanded.
+    """
+    if self.expander is None:
+      raise ValueError(
+        "this model has no expander of prompts: python -m sora_jax.train_expander "
+        "makes one of its training captions, or an endpoint is one"
+      )
+    texts = [texts] if isinstance(texts, str) else texts
+    made = expansion.expand(self.expander, texts, seed)
+    for short, long in made.texts.items():
+      logging.info("%r is expanded to %r", short, long)
+    return made
 
   # --- texts to videos, many at once
 
@@ -142,6 +214,7 @@ class Sampler:
     options: solvers.Options | None = None,
     *,
     rows: int = 4,
+    expand: bool = False,
   ) -> list[np.ndarray]:
     """Videos of the requests, in order: uint8 [T, H, W, 3] each.
 
@@ -152,15 +225,23 @@ class Sampler:
       options: of the solver and of guidance (guidance_scale 1 is half the work); the
         checkpoint's own if not given.
       rows: packed rows computed at once.
+      expand: make the prompts longer first, see `expand`.
 
     Raises:
       ValueError: for options that the model's noise process cannot be sampled with.
+      NonFiniteSample: what was made is NaN or infinite.
     """
     if not requests:
       return []
+    if expand:
+      requests = self._expanded(requests)
+    if self.denoiser.model.condition_channels:
+      raise ValueError(
+        "this model makes videos of given images: give --image, or image= of video()"
+      )
     legal = [self.legal(request) for request in requests]
     latents = self.latents([self._text_prompt(r) for r in legal], options, rows=rows)
-    videos = self._decode(latents, legal)
+    videos = decoding.decode(self.autoencoder, latents, legal)
     return [
       video_THWC[: request.frames, : request.height, : request.width]
       for video_THWC, request in zip(videos, requests, strict=True)
@@ -199,12 +280,29 @@ class Sampler:
     """Latents of prompts: float32 [T, H, W, C] each.
 
     Given ones are exactly what the prompt says. See `Denoiser`.
+
+    Raises:
+      NonFiniteSample: some of them are NaN or infinite; names the prompt.
     """
-    return self.denoiser(self.params, prompts, options or self.defaults.options, rows)
+    options = options or self.defaults.options
+    held = experts.held_by(self.autoencoder.residency, self.meta.boundary)
+    latents = self.denoiser(held, prompts, options, rows)
+    for prompt, latent_THWC in zip(prompts, latents, strict=True):
+      if not np.isfinite(latent_THWC).all():
+        raise NonFiniteSample(
+          f"{decoding.shown(prompt.request)}: its latents are NaN or infinite, so that "
+          "there is no video. Look at the model (does it sample without adapters, or "
+          "from an earlier checkpoint?), at the strength of adapters, and at "
+          "guidance_scale "
+          f"{options.guidance_scale:g}"
+        )
+    return latents
 
   # --- everything to a video
 
-  def video(self, prompt: str = "", *, options=None, tile=None, **job) -> np.ndarray:
+  def video(
+    self, prompt: str = "", *, options=None, tile=None, expand=False, **job
+  ) -> np.ndarray:
     """One video, uint8 [T, H, W, 3], of what `job.Job` says; an image has one frame.
 
     Args:
@@ -212,12 +310,22 @@ class Sampler:
       options: of the solver and of guidance, `solvers.Options`; the checkpoint's own if
         not given, as are size, frames and fps.
       tile: see `Autoencoder.decode_stream`.
+      expand: make the prompt longer first, see `expand`.
       **job: of `job.Job`: size, frames, seed, image, video, extend_after, loop, ...
 
     Raises:
       ValueError: for what cannot be made; says why.
     """
-    return np.concatenate(list(self.stream(Job(prompt, **job), options, tile)))
+    wanted = Job(prompt, **job)
+    if expand:
+      (wanted,) = self._expanded([wanted])
+    return np.concatenate(list(self.stream(wanted, options, tile)))
+
+  def _expanded(self, asked):
+    """Jobs or requests with their texts made longer by the seed of the first."""
+    texts = [text for one in asked for text in expansion.texts_of(one)]
+    made = self.expand(texts, asked[0].seed).texts
+    return [dataclasses.replace(one, **expansion.replaced(one, made)) for one in asked]
 
   def stream(
     self,
@@ -233,14 +341,16 @@ class Sampler:
 
     watch: is called with each window's prompt and the latents made of it.
     """
-    job, options = self.defaults.fill(job), options or self.defaults.options
+    options = options or self.defaults.options
+    job = self.defaults.fill(job, options)
     if job.preview:
       job = self.refined(job, np.concatenate(list(self.preview(job, options, tile))))
     return self._stream(job, options, tile, watch)
 
   def preview(self, job: Job, options=None, tile=None) -> Iterator[np.ndarray]:
     """Chunks of the small version of a job that has a preview."""
-    job, options = self.defaults.fill(job), options or self.defaults.options
+    options = options or self.defaults.options
+    job = self.defaults.fill(job, options)
     half = tuple(max(self.size_multiple, n // 2) for n in self._canvas(job).crop[::-1])
     small = dataclasses.replace(job, size=half, preview=0.0)
     return self._stream(small, options, tile)
@@ -263,7 +373,7 @@ class Sampler:
 
   def _stream(self, job, options, tile, watch=None) -> Iterator[np.ndarray]:
     """The way of a job: timeline -> windows -> latents -> frames, cut to its size."""
-    timeline = modes.plan(job, self._encode_all, self.size_multiple)
+    timeline, cut = self.timeline(job)
 
     def denoise(prompt):
       (latent_THWC,) = self.latents([prompt], options)
@@ -272,15 +382,27 @@ class Sampler:
       return latent_THWC
 
     if timeline.loop or timeline.closes:
-      latent_THWC = self._circle(timeline, job.windows, denoise, tile)
+      latent_THWC = self._circle(timeline, cut, denoise, tile)
       videos, skip = self._around(timeline, latent_THWC, tile)
     else:
-      walk = self._walk(timeline, job.windows, denoise, tile)
+      walk = self._walk(timeline, cut, denoise, tile)
       videos, skip = (video_BTHWC for _, video_BTHWC in walk), 0
     # The decoder is started without waiting for frames. So accelerators go on to the
     # next window while frames of this one are fetched, and written to a file.
-    with contextlib.closing(ahead(videos)) as videos_BTHWC:
-      yield from _cut(videos_BTHWC, timeline, skip)
+    try:
+      with contextlib.closing(ahead(videos)) as videos_BTHWC:
+        yield from parts.cut(videos_BTHWC, timeline, skip)
+    except NonFiniteError as error:
+      raise NonFiniteSample(f"{job.prompt!r}: {error}") from error
+
+  def timeline(self, job: Job) -> tuple[Timeline, windows.Windows]:
+    """What is known of a job's video, and how it is cut into windows."""
+    model, multiple = self.denoiser.model, self.size_multiple
+    if not model.condition_channels:
+      return modes.plan(job, self._encode_all, multiple), job.windows
+    encoders = (self._encode_all, self.encode_images)
+    timeline = given_frames.plan(job, multiple, model, *encoders)
+    return timeline, given_frames.whole_video(job)
 
   def _walk(self, timeline, cut, denoise, tile) -> Iterator[tuple[np.ndarray, Any]]:
     """Parts of a video in order: (latents, frames that are still being decoded)."""
@@ -289,7 +411,7 @@ class Sampler:
     tail: collections.deque[Any] = collections.deque(maxlen=max(cut.given, 1))
 
     def shown(latent_THWC):
-      for part_THWC in _parts(latent_THWC):
+      for part_THWC in parts.pieces(latent_THWC, _DECODE_CHUNKS):
         tail.append(decode(self._copied(part_THWC)))
         yield part_THWC, tail[-1]
 
@@ -302,7 +424,7 @@ class Sampler:
       if state.needs_anchor:
         # The frame that the window begins with, as an image.
         back = time_grid.frame_at(len(state.last_THWC) - 1)
-        anchor_HWC = self.encode(_from_end(tail, back)[None])[0]
+        anchor_HWC = self.encode(parts.from_end(tail, back)[None])[0]
       window = windows.next_window(timeline, cut, state, anchor_HWC)
       state, fresh_THWC = windows.step(
         timeline, cut, state, window, denoise(window.prompt)
@@ -355,8 +477,12 @@ class Sampler:
       # It begins with the last frame of its first latent, as a video does.
       chunks.append(latent_THWC[:1])
       skip += time_grid.TIME_FACTOR - 1
-    parts = (self._copied(part) for chunk in chunks for part in _parts(chunk))
-    return self.autoencoder.decode_stream(parts, tile), skip
+    pieces = (
+      self._copied(piece)
+      for chunk in chunks
+      for piece in parts.pieces(chunk, _DECODE_CHUNKS)
+    )
+    return self.autoencoder.decode_stream(pieces, tile), skip
 
   # --- pixels and latents
 
@@ -364,73 +490,8 @@ class Sampler:
     return np.repeat(x_THWC[None], self.autoencoder.batch_size(1), axis=0)
 
   def encode(self, video_THWC: np.ndarray) -> np.ndarray:
-    """uint8 [T, H, W, 3] of 1 + 4k frames -> latents [t, h, w, C], chunk by chunk."""
-    frames = len(video_THWC)
-    if frames > 1:
-      # Padding is exact, as the encoder is causal, and saves compilations.
-      over = -(frames - 1) % _ENCODE_CHUNK
-      video_THWC = np.pad(video_THWC, ((0, over), (0, 0), (0, 0), (0, 0)), mode="edge")
-    chunks = in_chunks(self._copied(video_THWC), _ENCODE_CHUNK)
-    latents = [np.asarray(x)[0] for x in self.autoencoder.encode_stream(chunks)]
-    return np.concatenate(latents)[: time_grid.latent_frames(frames)]
+    """uint8 [T, H, W, 3] of 1 + 4k frames -> latents [t, h, w, C]."""
+    return self.autoencoder.encode_video(video_THWC)
 
   def _encode_all(self, videos: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [self.encode(video_THWC) for video_THWC in videos]
-
-  def _decode(self, latents, requests) -> list[np.ndarray]:
-    """Videos of latents, those of a size together."""
-    groups: dict[tuple, list[int]] = {}
-    for i, request in enumerate(requests):
-      key = (request.height, request.width, request.frames == 1)
-      groups.setdefault(key, []).append(i)
-    videos = {}
-    for group in groups.values():
-      # One length for all of a size: the decoder is causal, so padding is exact.
-      frames = frame_bucket(max(requests[i].frames for i in group))
-      length = self.autoencoder.config.latent_shape(
-        frames, requests[group[0]].height, requests[group[0]].width
-      )[0]
-      size = self.autoencoder.batch_size(min(8, len(group)))
-      for start in range(0, len(group), size):
-        part = group[start : start + size]
-        padded = [latents[i] for i in part] + [latents[part[0]]] * (size - len(part))
-        batch = np.stack(
-          [
-            np.pad(x, ((0, length - len(x)), (0, 0), (0, 0), (0, 0)), mode="edge")
-            for x in padded
-          ]
-        )
-        decoded = self.autoencoder.decode(batch)
-        for i, video_THWC in zip(part, decoded, strict=False):
-          videos[i] = video_THWC[: requests[i].frames]
-    return [videos[i] for i in range(len(requests))]
-
-
-def _cut(videos_BTHWC, timeline: Timeline, skip: int) -> Iterator[np.ndarray]:
-  """uint8 [T, H, W, 3] of a timeline's frames, after the first `skip` ones."""
-  left, (height, width) = timeline.frames, timeline.crop_hw or (None, None)
-  for video_BTHWC in videos_BTHWC:
-    video_THWC = np.asarray(video_BTHWC)[0]
-    shown_THWC = video_THWC[skip:][:left, :height, :width]
-    skip, left = max(0, skip - len(video_THWC)), left - len(shown_THWC)
-    if len(shown_THWC):
-      yield shown_THWC
-    if not left:
-      return
-
-
-def _from_end(videos_BTHWC, back: int) -> np.ndarray:
-  """The frame [H, W, 3] so many before the last of some consecutive parts."""
-  for video_BTHWC in reversed(videos_BTHWC):
-    if back < video_BTHWC.shape[1]:
-      return np.asarray(video_BTHWC)[0, -1 - back]
-    back -= video_BTHWC.shape[1]
-  raise ValueError(f"no frame is {back} frames before what is left")
-
-
-def _parts(latent_THWC) -> Iterator[np.ndarray]:
-  """Pieces of _DECODE_CHUNKS frames."""
-  while len(latent_THWC):
-    size = next(n for n in _DECODE_CHUNKS if n <= len(latent_THWC))
-    yield latent_THWC[:size]
-    latent_THWC = latent_THWC[size:]

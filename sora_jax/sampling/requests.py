@@ -102,8 +102,9 @@ def requests_of(recipe: recipes.Recipe, workdir, count: int = 8) -> list[Request
 
 def request_of(clip: Clip, seed: int, negative_prompt: str = "") -> Request:
   """A clip's first caption at the clip's size, length and rate."""
+  captions = clip.training_captions
   return Request(
-    prompt=clip.captions[0] if clip.captions else "",
+    prompt=captions[0] if captions else "",
     width=clip.width,
     height=clip.height,
     frames=clip.frames,

@@ -140,8 +140,15 @@ class RowLayout:
       guidance_scale: where a request has none of its own.
     """
     text = units[planned[0][0]][0].texts[0][0]
-    text_width = None if text.ndim == 1 else text.shape[1]
-    size = packed_row.RowSize(budget, self.model.patch_width, text_width)
+    image_JV = units[planned[0][0]][0].prompt.image_JV
+    size = packed_row.RowSize(
+      budget,
+      self.model.patch_width,
+      condition_width=self.model.condition_width,
+      image=None if image_JV is None else image_JV.shape,
+    )
+    if text.ndim > 1:
+      size = size._replace(text_width=text.shape[1], text_dtype=text.dtype)
     batch = empty_batch(rows, size)
     batch.sampling["guidance_scale_N"][:] = guidance_scale
     shape = (rows, budget.segments)
@@ -184,6 +191,10 @@ class RowLayout:
       given_L=known.given_L,
       texts=[own for own, _ in clip.texts],
       text_L=np.repeat(np.concatenate([clip.shot_T, clip.shot_T[frames]]), h * w),
+      condition_LQ=None
+      if prompt.condition_THWC is None
+      else patches.patchify(prompt.condition_THWC, self.model.patch_size),
+      image_JV=prompt.image_JV,
     )
 
   def _known(self, prompt: Prompt) -> "_Known":

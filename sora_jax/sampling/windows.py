@@ -131,7 +131,12 @@ def next_window(
     prompt = _on_top(prompt, timeline, first)
   noise = cut.noise if first or state.known > len(timeline.before_THWC) else 0.0
   prompt = dataclasses.replace(
-    prompt, given_noise=noise, loop=timeline.loop, start=first
+    prompt,
+    given_noise=noise,
+    loop=timeline.loop,
+    start=first,
+    condition_THWC=timeline.condition_THWC,
+    image_JV=timeline.image_JV,
   )
   return Window(prompt, known, new.stop - new.start)
 

@@ -17,7 +17,9 @@ _BLACK = -1.0
 
 
 def to_float(video_u8: Array) -> Array:
-  """Returns uint8 pixels as float32 in [-1, 1]."""
+  """Returns uint8 pixels as float32 in [-1, 1]; floats are that already."""
+  if jnp.issubdtype(video_u8.dtype, jnp.floating):
+    return video_u8.astype(jnp.float32)
   return video_u8.astype(jnp.float32) / 127.5 - 1.0
 
 

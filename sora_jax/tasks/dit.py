@@ -26,6 +26,8 @@ class DiTLossConfig:
       logit_std, or mode_scale, for the kinds that have them.
     shift, shift_tokens: moves the drawn levels, see `noise_process.resolution_shift`.
     min_snr_gamma: limit of the min-SNR weights (arXiv:2303.09556: 5); 0 = no weights.
+    levels: (low, high) that the drawn ones are squeezed between: those of one expert of
+      a model with two.
     bins: parts of [0, 1] for the reported loss by noise level.
   """
 
@@ -38,6 +40,7 @@ class DiTLossConfig:
   shift: float = 1.0
   shift_tokens: int = 0
   min_snr_gamma: float = 0.0
+  levels: tuple[float, float] = (0.0, 1.0)
   bins: int = 4
 
   def __post_init__(self):
@@ -51,6 +54,9 @@ class DiTLossConfig:
     for name in ("shift_tokens", "min_snr_gamma"):
       if getattr(self, name) < 0:
         raise ValueError(f"dit {name} {getattr(self, name)} is negative")
+    low, high = self.levels
+    if not 0 <= low < high <= 1:
+      raise ValueError(f"dit levels {self.levels} are not two rising numbers in 0 to 1")
     if self.shift <= 0:
       raise ValueError(f"dit shift {self.shift} is not positive")
 
@@ -76,6 +82,8 @@ class _Objective:
       position_BL3=jnp.zeros((1, 1, 3)),
       text_BSE=jnp.zeros((1, 1, self.model.text_width)),
       text_segment_BS=ids_BL,
+      condition_BLQ=jnp.zeros((1, 1, self.model.condition_width)),
+      image_BNJV=jnp.zeros((1, 1, self.model.image_tokens, self.model.image_width)),
     )
     x_BLP, t_BG = jnp.zeros((1, 1, self.model.patch_width)), jnp.zeros((1, 2))
     dit_params = DiT(self.model).init(dit_key, x_BLP, t_BG, *context)["params"]
@@ -89,6 +97,7 @@ class _Objective:
     """Mean error of noisy tokens at random levels, and metrics."""
     t_key, eps_key = jax.random.split(key)
     t_BN = _draw_levels(self.loss_config, t_key, batch["segment_L"], self.segments)
+    t_BN = self._squeezed(t_BN)
     error_BL, noisy_BL, t_BL = self._errors(params, batch, eps_key, t_BN)
     real_BL = batch["segment_L"] > 0
     config = self.loss_config
@@ -110,8 +119,13 @@ class _Objective:
     t_BN = ((0.5 + jnp.arange(rows * segments)) * 0.618034 % 1.0).reshape(
       rows, segments
     )
+    t_BN = self._squeezed(t_BN)
     error_BL, noisy_BL, _ = self._errors(params, batch, key, t_BN)
     return {"loss": _mean(error_BL, noisy_BL)}
+
+  def _squeezed(self, t_BN):
+    low, high = self.loss_config.levels
+    return t_BN if (low, high) == (0.0, 1.0) else low + (high - low) * t_BN
 
   def _errors(self, params, batch, key: Array, t_BN: Array):
     """Squared error of every token, whether it is noisy, and its noise level: [B, L].
@@ -238,10 +252,12 @@ def predict(
   return network.apply({"params": params}, x_BLP, t_BG, *context, reuse)
 
 
-def text_states(config: DiTConfig, params, text_BSE, dtype=jnp.float32):
-  """States of the texts for `dit.Context`, computed once for many calls."""
+def text_states(
+  config: DiTConfig, params, text_BSE, dtype=jnp.float32, image_BNJV=None
+):
+  """States of texts and images for `dit.Context`, computed once for many calls."""
   params = _cast_kernels(params["dit"], dtype)
-  return dit_cache.text_states(config.width, params, text_BSE, dtype)
+  return dit_cache.text_states(config.width, params, text_BSE, dtype, image_BNJV)
 
 
 def _cast_kernels(params, dtype):
@@ -250,26 +266,59 @@ def _cast_kernels(params, dtype):
   Before the scan over blocks, so that what is gathered for each block is half as large.
   """
 
-  def cast(path, leaf):
-    return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+  def cast(leaf):
+    # Of 8 bits they are cast block by block, or all would be there with more.
+    return leaf if leaf.dtype.itemsize == 1 else leaf.astype(dtype)
 
-  blocks = jax.tree_util.tree_map_with_path(cast, params["blocks"])
-  return {**params, "blocks": blocks}
+  return {**params, "blocks": _each_kernel(cast, params["blocks"])}
+
+
+def _each_kernel(change, blocks):
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: change(leaf) if path[-1].key == "kernel" else leaf, blocks
+  )
+
+
+# Names of how sampling may hold the kernels of the blocks.
+WEIGHTS = {"bfloat16": jnp.bfloat16, "float8": jnp.float8_e4m3fn}
+
+
+def stored(params, weights: str):
+  """Params with the kernels of the blocks, which are nearly all, in fewer bits.
+
+  weights: a key of WEIGHTS, or "" for params as they are. "bfloat16" changes nothing in
+    a computation in bfloat16; "float8" has three bits of mantissa and no scales.
+
+  Raises:
+    ValueError: for another name.
+  """
+  if not weights:
+    return params
+  if weights not in WEIGHTS:
+    raise ValueError(f"weights {weights!r} is none of {', '.join(WEIGHTS)}")
+  blocks = _each_kernel(
+    lambda leaf: leaf.astype(WEIGHTS[weights]), params["dit"]["blocks"]
+  )
+  return {**params, "dit": {**params["dit"], "blocks": blocks}}
 
 
 # Into a sublayer: params x tensor; out of it: tensor x params, so that one reduction
 # ends each sublayer. Kernels under blocks/ have a leading layer axis.
 DIT_RULES = (
-  (r".*/blocks/((cross_)?(query|key|value)|mlp_up)/kernel", P(None, PARAMS, "tensor")),
+  (
+    r".*/blocks/((cross_|image_)?(query|key|value)|mlp_up)/kernel",
+    P(None, PARAMS, "tensor"),
+  ),
   (r".*/blocks/((attention|cross)_out|mlp_down)/kernel", P(None, "tensor", PARAMS)),
   (r".*/blocks/modulation", P(None, None, PARAMS)),
   (
-    r"dit/(patch_embed|position_embed|text_pooled|(text|time)_embed_[12]|time_projection)/kernel",
+    r"dit/(patch_embed|position_embed|text_pooled|(text|time)_embed_[12]|"
+    r"time_projection|image_embed/(up|down))/kernel",
     P(None, PARAMS),
   ),
   (r"dit/head/kernel", P(PARAMS, None)),
   (r"dit/head_modulation", P(None, PARAMS)),
-  (r".*/(bias|scale)", P()),
+  (r".*/(bias|scale|image_embed/positions)", P()),
 )
 # With the small text encoder that is trained beside it.
 SHARDING_RULES = ((r"text/token_embed/embedding", P(None, PARAMS)), *DIT_RULES)

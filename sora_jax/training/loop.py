@@ -2,7 +2,7 @@
 
 It knows of what is learnt only `tasks.Task`. In `train` each step has this order:
 evaluate, save, next batch, dispatch the update, fetch the metrics of the update before
-(so that the device never waits for the host), stop on a loss that is not finite.
+(so that the device never waits for the host), stop where `guards` says so.
 """
 
 import contextlib
@@ -16,15 +16,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax.runtime import checkpoint, sharding
+from sora_jax.runtime import sharding
+from sora_jax.runtime.train_checkpoints import Checkpoints
+from sora_jax.runtime.watchdog import Watchdog
 from sora_jax.tasks import Task
-from sora_jax.training import goodput, metrics, optim, profiling, resume
+from sora_jax.training import goodput, metrics, optim, profiling, resume, signals
 from sora_jax.training.config import TrainConfig
+from sora_jax.training.guards import Guard, LossSpikeError
+from sora_jax.training.guards import NonFiniteError as NonFiniteError
 from sora_jax.training.step import (
   EVALUATE,
   TrainState,
@@ -35,8 +37,6 @@ from sora_jax.training.step import (
   train_step,
 )
 
-_STOP = "stop_signal"  # batch entry: a signal came to this host
-
 
 class Setup(NamedTuple):
   """All that `train` needs of a stage beside its TrainConfig.
@@ -45,7 +45,8 @@ class Setup(NamedTuple):
     task: what is learnt. rules: where its params go on the mesh.
     data: iterator of dicts of numpy arrays, this host's rows (sharding.host_shard),
       with get_state, set_state and close; the state is equal on all hosts. Entries
-      whose name begins with "clip" stay on the host, as indices into `names`.
+      whose name begins with "clip" stay on the host, as indices into `names`, -1 for
+      none; where it begins with "clip_unreadable", of clips that could not be read.
     eval_batches: such batches. task.evaluate on them with the EMA params, averaged, is
       written as eval/*; then on_eval(step, EMA params, metrics.Writer) is called.
     names: of the clips, for messages.
@@ -53,6 +54,7 @@ class Setup(NamedTuple):
     units: batch -> number of frames or tokens in it.
     captioned: whether any training clip has a caption.
     initial: shardings of the params -> their first values; None = those of task.init.
+    max_unreadable: share of the clips above which unreadable ones end the run.
   """
 
   task: Task
@@ -66,10 +68,7 @@ class Setup(NamedTuple):
   captioned: bool = False
   initial: Callable | None = None
   on_eval: Callable | None = None
-
-
-class NonFiniteError(ValueError):
-  """A loss or gradient became NaN or infinite; names the step and its clips."""
+  max_unreadable: float = 1.0
 
 
 class Preempted(SystemExit):
@@ -102,8 +101,7 @@ def build(task: Task, config: TrainConfig, mesh, rules, seed: int) -> Built:
   replicated = NamedSharding(mesh, PartitionSpec())
 
   def update(state, batch, frozen=None):
-    batch = dict(batch)
-    stop = jnp.max(batch.pop(_STOP)) if _STOP in batch else jnp.zeros(())
+    batch, options, back = signals.taken_from(batch)
     state, values = train_step(
       state,
       batch,
@@ -113,8 +111,9 @@ def build(task: Task, config: TrainConfig, mesh, rules, seed: int) -> Built:
       optimizer=optimizer,
       schedule=schedule,
       seed=seed,
+      **options,
     )
-    return state, {**values, _STOP: stop}
+    return state, {**values, **back}
 
   def evaluate(params, batch, step, index, frozen=None):
     # The same keys at every step, so that the numbers of a run can be compared.
@@ -160,43 +159,40 @@ def train(
       steps that `profile` chooses, profile/. Its name is that of the stage in the log.
 
   Raises:
-    NonFiniteError: the checkpoints before it stay.
+    NonFiniteError, UnreadableError: the checkpoints before it stay.
     Preempted: after a signal.
-    ValueError: for data that ends early, a checkpoint that does not fit, and fewer
-      steps than were trained already.
+    ValueError: for data that ends early, a checkpoint that does not fit, fewer steps
+      than were trained already, checkpoints that are all damaged, and after
+      config.save_failures saves in a row that failed.
   """
   folder = pathlib.Path(folder)
   built = build(setup.task, config, mesh, setup.rules, seed)
-  always = optim.decay_start(config)
-  checkpoints = checkpoint.Checkpoints(folder / "checkpoints", config.keep, always)
+  checkpoints = Checkpoints(
+    folder / "checkpoints",
+    config.keep,
+    always=optim.decay_start(config),
+    every=config.keep_every,
+    best=bool(config.keep_best),
+    failures=config.save_failures,
+  )
   with contextlib.closing(checkpoints), jax.set_mesh(mesh), _signals() as signalled:
-    start = resume.first_step(checkpoints, config)
-    state, host = _first(setup, built, checkpoints, start)
-    checkpoints.delete_after(start)
-    if start == config.steps and not _owes_evaluation(setup, config, start, host):
-      logging.info("%s: trained to step %d already, in %s", folder.name, start, folder)
-      counted = (host.get("meter") or {}).get("goodput")
-      if counted and jax.process_index() == 0:
-        goodput.complete_late(folder, counted, _last_seen(folder))
-      return state
-    _log_start(folder, built.abstract.params, mesh, start, config.steps)
     run = _Run(setup, config, built, folder, mesh, checkpoints, signalled)
-    with contextlib.closing(run):
-      run.begin(start, host, profile)
-      for step in range(start, config.steps):
-        run.evaluate(step, state)
-        run.save(step, state)
-        state = run.update(step, state)
-      run.evaluate(config.steps, state)
-      run.save(config.steps, state)
-      run.complete()
-      return state
+    spike, passed = None, None
+    while True:
+      try:
+        return run.to_the_end(profile, spike, passed)
+      except LossSpikeError as error:
+        # Without its traceback, which would keep the state in memory.
+        spike, passed = error.with_traceback(None), setup.data.get_state()
+      resume.go_back(checkpoints, spike)
 
 
-def _first(setup: Setup, built: Built, checkpoints, start: int):
-  """(state, what the host knew) at the step to go on from; sets the data there."""
-  if start:
-    state, host = checkpoints.restore(start, built.abstract)
+def first(setup: Setup, built: Built, state, host: dict | None) -> tuple:
+  """(state, what the host knew) to go on from, or to begin with if host is None.
+
+  state, host: of a checkpoint; the data are set to where it is.
+  """
+  if host is not None:
     setup.data.set_state(host["data"])
     return state, host
   if setup.initial is None:
@@ -235,9 +231,40 @@ class _Run:
     self._checkpoints, self._signalled = checkpoints, signalled
     self._closing = contextlib.ExitStack()
 
+  def to_the_end(self, profile, spike, passed) -> TrainState:
+    """Trains from the newest checkpoint on.
+
+    spike: that the run has gone back for; then the data go on from the state `passed`.
+    """
+    setup, config, built, folder = self._setup, self._config, self._built, self._folder
+    start, state, host = resume.newest(self._checkpoints, config, built.abstract)
+    state, host = first(setup, built, state, host)
+    self._checkpoints.delete_after(start)
+    if start == config.steps and not _owes_evaluation(setup, config, start, host):
+      logging.info("%s: trained to step %d already, in %s", folder.name, start, folder)
+      counted = (host.get("meter") or {}).get("goodput")
+      if counted and jax.process_index() == 0:
+        goodput.complete_late(folder, counted, _last_seen(folder))
+      return state
+    if spike:
+      setup.data.set_state(passed)
+      host = {**host, "guard": {**(host.get("guard") or {}), "rollbacks": spike.count}}
+    _log_start(folder, built.abstract.params, self._mesh, start, config.steps)
+    with contextlib.closing(self):
+      self.begin(start, host, profile)
+      for step in range(start, config.steps):
+        self.evaluate(step, state)
+        self.save(step, state)
+        state = self.update(step, state)
+      self.evaluate(config.steps, state)
+      self.save(config.steps, state)
+      self.complete()
+      return state
+
   def begin(self, start: int, host: dict, profile) -> None:
     """Opens the log; host: what the checkpoint to go on from holds beside the state."""
     self._start, self._evaluated = start, host["evaluated"]
+    self._score: float | None = None  # of the newest evaluation
     self._meter = metrics.Meter(
       self._config.steps,
       flops_per_step=self._setup.flops_per_step,
@@ -253,9 +280,17 @@ class _Run:
     profile = profile or profiling.Profile()
     self._tracer = profiling.Tracer(profile, self._folder / "profile")
     self._closing.callback(self._tracer.close)
-    self._monitor = _Monitor(
-      self._config, self._meter, self._writer, self._setup.names, self._signalled
+    setup = self._setup
+    self._guard = Guard(
+      self._config, setup.names, setup.max_unreadable, host.get("guard")
     )
+    stacks = self._folder / f"stacks-{jax.process_index()}.txt"
+    self._watchdog = Watchdog(self._config.deadline, stacks)
+    self._closing.callback(self._watchdog.close)
+    self._monitor = _Monitor(
+      self._config, self._meter, self._writer, self._guard, self._watchdog,
+      self._signalled,
+    )  # fmt: skip
 
   def close(self) -> None:
     """Closes what `begin` opened."""
@@ -269,8 +304,9 @@ class _Run:
     if not due or not self._setup.eval_batches or self._monitor.stop():
       return
     self._monitor.settle()
-    with self._meter.pause("evaluate"):
-      self._write_evaluation(step, state.ema)
+    with self._meter.pause("evaluate"), self._watchdog.pause("an evaluation"):
+      row = self._write_evaluation(step, state.ema)
+      self._score = _score(self._config.keep_best, row)
       if self._setup.on_eval:
         self._setup.on_eval(step, state.ema, self._writer)
     self._evaluated = step
@@ -283,15 +319,20 @@ class _Run:
     if step > self._start and (stop or last or due):
       # First settle: a state after a non-finite loss must not be saved.
       self._monitor.settle()
-      with self._meter.pause("checkpoint"):
+      self._guard.check_saved(last)
+      with self._meter.pause("checkpoint"), self._watchdog.pause("a save"):
         host = {
           "data": self._setup.data.get_state(),
           "evaluated": self._evaluated,
           "steps": config.steps,
+          "meter": self._meter.state(),
+          "guard": self._guard.state(),
         }
-        self._checkpoints.save(step, state, {**host, "meter": self._meter.state()})
+        ending = stop or last
+        save = self._checkpoints.save_and_wait if ending else self._checkpoints.save
+        save(step, state, host, self._score if self._evaluated == step else None)
     if stop or last:
-      with self._meter.pause("checkpoint"):
+      with self._meter.pause("checkpoint"), self._watchdog.pause("a save"):
         self._checkpoints.wait()
         sharding.sync(f"{name} saved")  # none exits before all are done
       logging.info("%s: %s", name, self._meter.summary())
@@ -311,10 +352,13 @@ class _Run:
     if first:
       self._meter.compile()
     begin = time.perf_counter()
-    batch = _next(self._setup.data, step, self._config.steps)
+    batch = next_batch(self._setup.data, step, self._config.steps)
     self._meter.waited(time.perf_counter() - begin)
-    clips = {k: v for k, v in batch.items() if k.startswith("clip")}
-    batch = _to_device(batch, self._mesh, stop=self._signalled.is_set())
+    clips = signals.clips_of(batch)
+    spikes = self._config.spike_threshold
+    most_norm = self._guard.limit(step + 1) if spikes else None
+    batch = signals.added_to(batch, stop=self._signalled.is_set(), most_norm=most_norm)
+    batch = signals.to_device(batch, self._mesh)
     with self._tracer.step(step):
       state, values = self._built.update(state, batch, self._setup.task.frozen)
     self._monitor.dispatched(step + 1, values, clips)
@@ -325,13 +369,12 @@ class _Run:
       self._meter.start(step + 1)
     return state
 
-  def _write_evaluation(self, step, params) -> None:
-    """Writes the mean of task.evaluate over the batches as eval/*."""
+  def _write_evaluation(self, step, params) -> dict[str, float]:
+    """The mean of task.evaluate over the batches as eval/*, which it writes."""
     totals: dict[str, float] = {}
     frozen = self._setup.task.frozen
     for count, batch in enumerate(self._setup.eval_batches):
-      batch = _to_device(batch, self._mesh)
-      batch.pop(_STOP, None)
+      batch = signals.to_device(batch, self._mesh)
       values = self._built.evaluate(params, batch, step, count, frozen)
       for name, value in jax.device_get(values).items():
         totals[f"eval/{name}"] = totals.get(f"eval/{name}", 0.0) + float(value)
@@ -340,14 +383,15 @@ class _Run:
     self._writer.scalars(step, row)
     shown = " ".join(f"{name} {value:.5g}" for name, value in row.items())
     logging.info("step %d: %s, on %d batches", step, shown, count)
+    return row
 
 
 class _Monitor:
   """Fetches the metrics of each step, one step late so that the device never waits."""
 
-  def __init__(self, config, meter, writer, names, signalled):
+  def __init__(self, config, meter, writer, guard, watchdog, signalled):
     self._config, self._meter, self._writer = config, meter, writer
-    self._names, self._signalled = names, signalled
+    self._guard, self._watchdog, self._signalled = guard, watchdog, signalled
     self._pending = None  # (step, metrics on the device, clips) of the newest step
     self._stop = False
 
@@ -369,15 +413,19 @@ class _Monitor:
     if pending is None:
       return
     step, values, clips = pending
-    values = {name: float(value) for name, value in jax.device_get(values).items()}
-    self._stop = values.pop(_STOP) > 0 or self._stop
-    for name in ("loss", "grad_norm"):
-      if not math.isfinite(values[name]):
-        raise NonFiniteError(
-          f"{name} is {values[name]} at step {step}; clips of its batch: "
-          f"{_clip_names(clips, self._names)}. The checkpoints before it stay"
-        )
-    self._meter.add(values)
+    values = jax.device_get(values)
+    unreadable = values.pop(signals.UNREADABLE, None)
+    values = {name: float(value) for name, value in values.items()}
+    self._watchdog.beat()
+    self._stop = values.pop(signals.STOP) > 0 or self._stop
+    if unreadable is not None:
+      self._guard.asked(values[signals.READ], unreadable)
+    if self._guard.skipped(step, values, clips):
+      self._meter.skip()
+    else:
+      self._guard.follow_loss(step, values["loss"])
+      own = (signals.READ, "skipped")
+      self._meter.add({k: v for k, v in values.items() if k not in own})
     if _due(step, self._config.log_every, step == self._config.steps):
       row = self._meter.row(step)
       self._writer.scalars(step, row)
@@ -386,6 +434,16 @@ class _Monitor:
 
 def _due(step: int, every: int, last: bool = False) -> bool:
   return bool(every) and step > 0 and (last or step % every == 0)
+
+
+def _score(metric: str, row: dict[str, float]) -> float | None:
+  """What the best checkpoint has least of, by config.keep_best."""
+  name = metric.removeprefix("-")
+  if not name:
+    return None
+  if name not in row:
+    raise ValueError(f"keep_best: {name!r} is none of the metrics {sorted(row)}")
+  return -row[name] if metric.startswith("-") else row[name]
 
 
 def _log_start(folder, params, mesh, start, steps) -> None:
@@ -402,31 +460,20 @@ def _log_start(folder, params, mesh, start, steps) -> None:
   )
 
 
-def _next(data_iterator, step: int, steps: int):
+def next_batch(data_iterator, step: int, steps: int):
+  """The next batch; ValueError if the data ends after `step` of `steps` steps."""
   try:
     return next(data_iterator)
   except StopIteration:
     raise ValueError(f"the data ended after {step} of {steps} steps") from None
 
 
-def _to_device(batch, mesh, stop: bool = False):
-  batch = {k: v for k, v in batch.items() if not k.startswith("clip")}
-  if jax.process_count() > 1:
-    # Each host may see the signal at another step; through the step they agree.
-    rows = next(len(value) for value in batch.values() if np.ndim(value))
-    batch[_STOP] = np.full(rows, stop, np.float32)
-  return sharding.shard_batch(batch, mesh)
-
-
-def _clip_names(clips, names) -> list:
-  indices = sorted({int(i) for value in clips.values() for i in np.ravel(value)})
-  indices = [i for i in indices if i >= 0]
-  return [names[i] for i in indices] if names else indices
-
-
 @contextlib.contextmanager
 def _signals():
-  """Event that SIGTERM and SIGINT set; a second signal acts as without this."""
+  """Event that SIGTERM, SIGINT and SIGUSR1 set; a second one acts as without this.
+
+  SIGUSR1 is what Slurm sends before the time of a job is up (--signal=USR1@SECONDS).
+  """
   event, before = threading.Event(), {}
 
   def restore():
@@ -442,7 +489,7 @@ def _signals():
 
   # Python allows signal handlers in the main thread only.
   if threading.current_thread() is threading.main_thread():
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
       before[number] = signal.signal(number, handle)
   try:
     yield event

@@ -5,8 +5,9 @@ import io
 import json
 import math
 import pathlib
+import threading
 import time
-from typing import IO
+from collections.abc import Callable
 
 import numpy as np
 import tensorboardX
@@ -67,6 +68,7 @@ class Meter:
     state = state or {"sums": {}, "count": 0}
     self._goodput = goodput.Goodput(state.get("goodput"), alive)
     self._sums, self._count = dict(state["sums"]), state["count"]
+    self._skipped = state.get("skipped", 0)
     # (time, step) when the clock started.
     self._run: tuple[float, int] | None = None
     self._reset(timed=False)
@@ -93,6 +95,11 @@ class Meter:
     self._count += 1
     self._timed_steps += 1
 
+  def skip(self) -> None:
+    """Counts a step whose update was left out: its metrics are in no mean."""
+    self._skipped += 1
+    self._timed_steps += 1
+
   def waited(self, seconds: float) -> None:
     """Counts time spent in next() of the data iterator."""
     self._data += seconds
@@ -114,6 +121,8 @@ class Meter:
     """
     # A copy: it is written by a thread, while the next step adds to the sums.
     sums = {"sums": dict(self._sums), "count": self._count}
+    if self._skipped:
+      sums["skipped"] = self._skipped
     return {**sums, "goodput": self._goodput.state()}
 
   def summary(self) -> str:
@@ -127,6 +136,7 @@ class Meter:
   def row(self, step: int) -> dict[str, float]:
     """Means and speed since the last row; begins a new one.
 
+    skipped, where there were any, is how many updates were left out.
     tokens_per_second and tflops_per_device need their counts, mfu (share of the peak)
     a known device; the first row has no times if it holds only the compiling step.
     """
@@ -135,6 +145,8 @@ class Meter:
       weight = self._sums.get(f"{name}:weight", self._count)
       if weight and not name.endswith(":weight"):
         row[name] = value / weight
+    if self._skipped:
+      row["skipped"] = self._skipped
     now = time.perf_counter()
     if self._timed and self._timed_steps:
       elapsed = max(now - self._since - self._paused, 1e-9)
@@ -153,7 +165,7 @@ class Meter:
     shares = self._goodput.shares()
     row |= {name: v for name, v in shares.items() if v or name == "goodput"}
     row["progress"] = step / self._steps
-    self._sums, self._count = {}, 0
+    self._sums, self._count, self._skipped = {}, 0, 0
     self._reset(timed=self._run is not None)
     return row
 
@@ -182,11 +194,16 @@ def format_row(step: int, steps: int, row: dict[str, float]) -> str:
 class Writer:
   """Appends to folder/metrics.jsonl and folder/tensorboard; silent where not active.
 
+  A disk that is full, or fails, ends no training: that is said once, rows wait for
+  room, and what TensorBoard would show of that time is lost.
+
   step: the step the run starts from; later rows of a run that was cut are dropped.
   """
 
   def __init__(self, folder, step: int = 0, active: bool = True):
-    self._file: IO[str] | None = None
+    self._file: io.FileIO | None = None
+    self._waiting, self._warned = b"", False
+    self._warning = threading.Lock()
     self._board: tensorboardX.SummaryWriter | None = None
     if not active:
       return
@@ -195,10 +212,14 @@ class Writer:
     path = folder / "metrics.jsonl"
     if path.exists():
       _truncate(path, step)
-    self._file = path.open("a")
+    self._file = io.FileIO(path, "a")
     self._board = tensorboardX.SummaryWriter(
       str(folder / "tensorboard"), purge_step=step + 1 if step else None
     )
+    # Its thread would die of an error, and all that wait for it would wait for ever.
+    events = self._board.file_writer.event_writer._ev_writer
+    for name in ("write_event", "flush"):
+      setattr(events, name, self._or_warn(getattr(events, name)))
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Writes one row {"step": step, **values}; non-finite numbers become null."""
@@ -206,8 +227,8 @@ class Writer:
       return
     values = {name: float(value) for name, value in values.items()}
     row = {k: v if math.isfinite(v) else None for k, v in values.items()}
-    self._file.write(json.dumps({"step": step, **row}) + "\n")
-    self._file.flush()
+    self._waiting += json.dumps({"step": step, **row}).encode() + b"\n"
+    self._or_warn(self._write_waiting)()
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
 
@@ -239,14 +260,34 @@ class Writer:
     value = summary_pb2.Summary.Value(tag=name, image=image)
     self._board.file_writer.add_summary(summary_pb2.Summary(value=[value]), step)
 
+  def _write_waiting(self) -> None:
+    """Writes the rows that wait; on a disk that becomes full a part of them."""
+    while self._waiting and self._file:
+      self._waiting = self._waiting[self._file.write(self._waiting) or 0 :]
+
+  def _or_warn(self, write: Callable) -> Callable:
+    """The function, with a warning in place of an OSError, the first time."""
+
+    def wrapped(*args):
+      try:
+        return write(*args)
+      except OSError as error:
+        with self._warning:  # TensorBoard's thread may fail at the same moment
+          first, self._warned = not self._warned, True
+        if first:
+          logging.warning("the log cannot be written now, training goes on: %s", error)
+
+    return wrapped
+
   def flush(self) -> None:
     if self._board:
       self._board.flush()
 
   def close(self) -> None:
     if self._file and self._board:
+      self._or_warn(self._write_waiting)()
       self._file.close()
-      self._board.close()
+      self._or_warn(self._board.close)()
 
 
 def _truncate(path: pathlib.Path, step: int) -> None:

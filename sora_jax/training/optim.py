@@ -130,8 +130,9 @@ def _optimizer(config, schedule) -> optax.GradientTransformation:
 def _matrices_of_blocks(params):
   """Muon's axes of the kernels that are matrices inside a network; None for all else.
 
-  Those that `nn.scan` stacks, and those of 3D convolutions, as a matrix of all that an
-  output sees by the outputs.
+  Those that `nn.scan` stacks, those of a stem, and those of 3D convolutions, as a
+  matrix of all that an output sees by the outputs. What a stem reads, pixels of one
+  patch, is nearly one number all over: AdamW moves all weights with it, Muon does not.
   """
   stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
   conv = optax.contrib.MuonDimensionNumbers((0, 1, 2, 3), output_axis=4)
@@ -142,6 +143,8 @@ def _matrices_of_blocks(params):
       return None
     if len(leaf.shape) == 5:
       return conv
+    if "stem" in outer:
+      return optax.contrib.MuonDimensionNumbers()
     return stacked if "blocks" in outer else None
 
   return jax.tree_util.tree_map_with_path(axes, params)

@@ -1,15 +1,82 @@
-"""Where training goes on, also when it was begun with another number of steps."""
+"""Where training goes on: past damage, and with other steps than were planned."""
 
 import dataclasses
+from typing import Any
 
 from absl import logging
 
-from sora_jax.runtime import checkpoint
+from sora_jax.runtime.train_checkpoints import Checkpoints, DamagedError
 from sora_jax.training import optim
 from sora_jax.training.config import TrainConfig
+from sora_jax.training.guards import LossSpikeError
 
 
-def first_step(checkpoints: checkpoint.Checkpoints, config: TrainConfig) -> int:
+def newest(
+  checkpoints: Checkpoints, config: TrainConfig, abstract: Any
+) -> tuple[int, Any, dict | None]:
+  """(step, state, what the host knew) to go on from; (0, None, None) = from the start.
+
+  Checkpoints that turn out to be damaged are moved aside, into the folder "damaged"
+  beside theirs, which is said with the number of steps that are made again.
+
+  abstract: the state as ShapeDtypeStructs with shardings.
+
+  Raises:
+    ValueError: if there are checkpoints and all are damaged: also on a later call,
+      until the user has deleted the folder "damaged". If the newest one is beyond
+      config.steps, or of another config.
+  """
+  aside: list[tuple[int, str]] = []
+  while True:
+    try:
+      start = first_step(checkpoints, config)
+      state, host = checkpoints.restore(start, abstract) if start else (None, None)
+      break
+    except DamagedError as error:
+      checkpoints.set_aside(error.step)
+      aside.append((error.step, error.reason))
+  place = checkpoints.set_aside_in()
+  if not start and place:
+    why = "; ".join(f"step {step}: {reason}" for step, reason in aside)
+    raise ValueError(
+      f"{checkpoints.folder}: no checkpoint is whole; the damaged ones are in {place}"
+      f"{f' ({why})' if why else ''}. Put a copy of one there back, or delete {place} "
+      "to train from the start"
+    )
+  for step, reason in aside:
+    logging.warning(
+      "%s: the checkpoint of step %d is damaged (%s) and was moved to %s: training "
+      "goes on from step %d, %d steps are made again",
+      *(checkpoints.folder.parent.name, step, reason, place, start, step - start),
+    )
+  return start, state, host
+
+
+def go_back(checkpoints: Checkpoints, spike: LossSpikeError) -> None:
+  """Deletes the checkpoints since a loss has risen, so that `newest` is before it.
+
+  Raises:
+    ValueError: if there would be none left.
+  """
+  checkpoints.wait()
+  saved = checkpoints.steps()
+  # What shows a loss at a step are the params of the step before.
+  before = [step for step in saved if step < spike.first - 1]
+  if saved and not before:
+    raise ValueError(
+      f"{checkpoints.folder}: {spike}, and the oldest checkpoint there is of step "
+      f"{saved[0]}: nothing to go back to (train.keep, train.keep_every)"
+    )
+  start = max(before, default=0)
+  logging.warning(
+    "%s: %s: goes back to step %d and passes over the data since then (%d of at most "
+    "max_rollbacks)",
+    *(checkpoints.folder.parent.name, spike, start, spike.count),
+  )
+  checkpoints.delete_after(start)
+
+
+def first_step(checkpoints: Checkpoints, config: TrainConfig) -> int:
   """Step to go on from; 0 = from the start.
 
   It is the newest one, unless the schedule with config.steps has other learning rates
@@ -18,6 +85,7 @@ def first_step(checkpoints: checkpoint.Checkpoints, config: TrainConfig) -> int:
 
   Raises:
     ValueError: if the newest checkpoint is beyond config.steps.
+    DamagedError: if it is damaged.
   """
   saved = checkpoints.steps()
   if not saved:

@@ -52,13 +52,18 @@ def train_step(
   optimizer,
   schedule,
   seed,
+  allowed: jax.Array | bool = True,
+  most_norm: jax.Array | float = jnp.inf,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update; pure. batch: dict of arrays [rows, ...] and of scalars.
 
   frozen: value of task.frozen, as an argument: a constant would be compiled in.
   Gradients are the mean over config.grad_accumulation microbatches, which equals the
   whole batch for a loss that is a mean over rows. Metrics: those of the task, loss,
-  grad_norm (before clipping), learning_rate.
+  grad_norm (before clipping), learning_rate, and skipped, 1 for an update that is left
+  out: params, EMA and optimizer stay as they were, only the step goes on, and with it
+  data and keys. That is where the loss or the norm is not finite, the norm is above
+  most_norm, or `allowed` is false.
   """
   batch = {**batch, "step": state.step}
   key = step_key(seed, state.step, LOSS)
@@ -68,9 +73,17 @@ def train_step(
   # A young EMA would be mostly the random initial params: decay less at first.
   decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
   ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-  values["grad_norm"] = optax.tree.norm(gradient)
+  norm = optax.tree.norm(gradient)
+  taken = jnp.isfinite(values["loss"]) & (norm <= most_norm) & (norm < jnp.inf)
+  taken &= allowed
+  after = TrainState(state.step + 1, params, ema, opt_state)
+  # Leaf by leaf, and not by a condition around the update: compilers fuse this with
+  # the update, in the same donated buffers.
+  kept = jax.tree.map(lambda new, old: jnp.where(taken, new, old), after, state)
+  values["grad_norm"] = norm
   values["learning_rate"] = schedule(state.step)
-  return TrainState(state.step + 1, params, ema, opt_state), values
+  values["skipped"] = 1.0 - taken
+  return kept._replace(step=after.step), values
 
 
 def gradients(task, params, batch, key, frozen, config):

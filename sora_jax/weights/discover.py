@@ -1,15 +1,35 @@
 """Where the networks of a published model are in its folder."""
 
-import json
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from sora_jax.runtime import safetensors_io
-from sora_jax.weights import mapping, text
-from sora_jax.weights.hf_config import IGNORED, Published, from_json, preset
+from sora_jax.weights import (
+  clip_text,
+  clip_vision,
+  image_processor,
+  json_file,
+  mapping,
+  supported,
+  text,
+)
+from sora_jax.weights.hf_config import Published, from_json, preset
 
-NETWORKS = ("vae", "text", "dit")
+NETWORKS = ("vae", "text", "image", "dit", "dit_low")
+# Folders of networks with a config.json, in a diffusers pipeline and in Wan's release
+# of two experts; in a folder of its own, a network may be any.
+_PLACES = {
+  ".": "",
+  "vae": "vae",
+  "text_encoder": "text",
+  "image_encoder": "image",
+  "transformer": "dit",
+  "transformer_2": "dit_low",
+  "high_noise_model": "dit",
+  "low_noise_model": "dit_low",
+}
 # Wan's release: a file for each network but the DiT, as .pth or converted. The dots of
 # their stems are no suffixes.
 ORIGINAL_FILES = {
@@ -18,11 +38,15 @@ ORIGINAL_FILES = {
   "models_t5_umt5-xxl-enc-bf16": "umt5-xxl",
 }
 _STEMS = ("diffusion_pytorch_model", "model")
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")  # of T5
 _TOKENIZERS = (".", "../tokenizer", "google/umt5-xxl")
 
 
 class Component(NamedTuple):
-  """A network that was found: what it is, its tensors' places, its tokenizer."""
+  """A network that was found: what it is, its tensors' places, its tokenizer.
+
+  tokenizer: a file of T5's, one of TOKENIZER_FILES; of CLIP the folder with its files.
+  """
 
   published: Published
   source: pathlib.Path
@@ -58,8 +82,8 @@ def find(
   if not folder.is_dir():
     raise ValueError(f"{folder}: no such folder")
   if not networks or "dit" in networks:
-    _check_one_transformer(folder)
-  found = _with_config(folder) + _original(folder)
+    supported.check_pipeline(folder)
+  found = _with_config(folder, networks) + _original(folder)
   found += _with_preset(folder, presets, {one.published.network for one in found})
   chosen = [one for one in found if not networks or one.published.network in networks]
   if not chosen:
@@ -77,19 +101,20 @@ def find(
   return [_open(*one) for one in chosen]
 
 
-def _check_one_transformer(folder):
-  for name in ("transformer_2", "low_noise_model"):
-    if (folder / name).is_dir():
-      raise ValueError(
-        f"{folder} has a second transformer, {name}/, for a part of the noise levels "
-        "(Wan 2.2 A14B); only models of one transformer are supported"
-      )
+def _with_config(folder, networks):
+  """Networks whose config.json says what they are, as diffusers writes it.
 
-
-def _with_config(folder):
-  """Networks whose config.json says what they are, as diffusers writes it."""
-  places = (folder / part for part in (".", "vae", "text_encoder", "transformer"))
-  return [_of_config(place) for place in places if (place / "config.json").is_file()]
+  What is not asked for may be of a model that cannot be imported.
+  """
+  for part in ("transformer_2", "low_noise_model"):
+    if (folder / part).is_dir() and not (folder / part / "config.json").is_file():
+      raise ValueError(f"{folder / part} has no config.json: its download is not whole")
+  return [
+    _of_config(folder / part, network)
+    for part, network in _PLACES.items()
+    if (folder / part / "config.json").is_file()
+    and (not networks or network in ("", *networks))
+  ]
 
 
 def _original(folder):
@@ -118,15 +143,18 @@ def _with_preset(folder, presets, known):
   return found
 
 
-def _of_config(place):
-  """The network of a folder with a config.json."""
+def _of_config(place, network):
+  """The network of a folder with a config.json, which is one of that kind."""
   path = place / "config.json"
-  try:
-    config = dict(json.loads(path.read_text()))
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"{path}: no JSON object ({error})") from error
-  published = from_json(config, str(path))
-  return _Candidate(published, place, _STEMS[published.network == "text"])
+  published = from_json(json_file.read(path), str(path))
+  if network == "dit_low" and published.network == "dit":
+    published = published._replace(network=network)
+  if published.network == "image":
+    tower = image_processor.read(place.parent, published.config)
+    published = published._replace(config=tower)
+  if network not in ("", published.network):
+    raise ValueError(f"{path}: a {published.network}, where the {network} should be")
+  return _Candidate(published, place, _STEMS[published.network in ("text", "image")])
 
 
 def _stem(folder):
@@ -145,21 +173,36 @@ def _open(published, source, stem):
     tensors = safetensors_io.read_header(source)
   else:
     raise ValueError(safetensors_io.pickle_message(source))
-  if published.network == "text":
+  if published.network == "image":
+    tensors = clip_text.with_prefix(tensors, clip_vision.PREFIX)
+  elif published.is_clip:
+    tensors = clip_text.with_prefix(tensors)
+  elif published.network == "text":
     for name, alias in text.ALIASES.items():
       if name not in tensors and alias in tensors:
         tensors[name] = tensors.pop(alias)
   if not (source / "config.json").is_file():
     published = _of_names(published, tensors)
+  published = _with_images(published, tensors)
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
-  wrong = mapping.differences(published.entries(), shapes, IGNORED[published.network])
+  wrong = mapping.differences(published.entries(), shapes, published.ignored)
   if wrong:
     raise ValueError(
       f"{source}: {len(wrong)} tensors are wrong: {safetensors_io.listed(wrong)}"
     )
+  names = [entry.name for entry in published.entries()]
+  whole = [
+    f"{n} is {tensors[n].dtype}" for n in names if tensors[n].dtype.kind in "iub"
+  ]
+  if whole:
+    raise ValueError(
+      f"{source}: weights of whole numbers (quantized), which are not read: "
+      f"{safetensors_io.listed(whole, 3)}"
+    )
   tokenizer = None
   if published.network == "text":
-    tokenizer = _tokenizer(source if source.is_dir() else source.parent)
+    folder = source if source.is_dir() else source.parent
+    tokenizer = _clip_tokenizer(folder) if published.is_clip else _tokenizer(folder)
   return Component(published, source, tensors, tokenizer)
 
 
@@ -176,12 +219,43 @@ def _of_names(published, tensors):
   return published._replace(layout=max(("diffusers", "original"), key=matches))
 
 
-def _tokenizer(folder):
-  places = [folder / other / "spiece.model" for other in _TOKENIZERS]
+def _with_images(published, tensors):
+  """A DiT of Wan's release with the images that its tensors are for."""
+  if published.layout != "original" or "img_emb.proj.1.weight" not in tensors:
+    return published
+  positions = tensors.get("img_emb.emb_pos")
+  tokens = positions.shape[1] if positions and len(positions.shape) == 3 else 257
+  width = tensors["img_emb.proj.1.weight"].shape[0]
+  config = dataclasses.replace(
+    published.config,
+    image_width=width,
+    image_tokens=tokens,
+    image_positions=positions is not None,
+  )
+  return published._replace(config=config)
+
+
+def _clip_tokenizer(folder):
+  """The folder with CLIP's tokenizer."""
+  places = [folder / other for other in _TOKENIZERS[:2]]
   for place in places:
-    if place.is_file():
+    pair = (place / "vocab.json", place / "merges.txt")
+    if (place / "tokenizer.json").is_file() or all(file.is_file() for file in pair):
       return place
   raise ValueError(
-    f"{folder}: the text encoder has no tokenizer: no spiece.model in "
-    f"{', '.join(str(place.parent) for place in places)}"
+    f"{folder}: the text encoder has no tokenizer: no tokenizer.json, and no "
+    f"vocab.json with merges.txt, in {', '.join(map(str, places))}"
+  )
+
+
+def _tokenizer(folder):
+  """T5's: transformers, too, reads tokenizer.json where there are both."""
+  places = [folder / other for other in _TOKENIZERS]
+  for place in places:
+    for name in TOKENIZER_FILES:
+      if (place / name).is_file():
+        return place / name
+  raise ValueError(
+    f"{folder}: the text encoder has no tokenizer: no "
+    f"{' and no '.join(TOKENIZER_FILES)} in {', '.join(map(str, places))}"
   )

@@ -33,6 +33,12 @@ _NORMS = {
   "cross_key_norm": ("attn2.norm_k", "cross_attn.norm_k"),
   "cross_norm": ("norm2", "norm3"),
 }
+# Of models that attend to images.
+_IMAGE_DENSE = {
+  "image_key": ("attn2.add_k_proj", "cross_attn.k_img"),
+  "image_value": ("attn2.add_v_proj", "cross_attn.v_img"),
+}
+_IMAGE_NORMS = {"image_key_norm": ("attn2.norm_added_k", "cross_attn.norm_k_img")}
 
 
 def entries(config: DiTConfig, layout: str) -> list[Entry]:
@@ -64,13 +70,13 @@ def entries(config: DiTConfig, layout: str) -> list[Entry]:
 
 def _ends(config, which):
   """Entries of what is before and behind the blocks."""
-  D, P = config.width, config.patch_width
+  D = config.width
   found = [
     Entry(
       "patch_embedding.weight",
-      (D, config.channels, *config.patch_size),
+      (D, config.channels + config.condition_channels, *config.patch_size),
       "patch_embed/kernel",
-      (P, D),
+      (config.patch_width + config.condition_width, D),
       order=(2, 3, 4, 1, 0),  # our patches are (t, h, w, channel)
     ),
     plain("patch_embedding.bias", (D,), "patch_embed/bias"),
@@ -83,6 +89,32 @@ def _ends(config, which):
   ]
   for ours, names in _OUTER.items():
     found += _dense(config, names[which], ours, ours)
+  return found + (_image(config, which) if config.image_width else [])
+
+
+def _image(config, which):
+  """Entries of what embeds the features of images."""
+  V, D = config.image_width, config.width
+  place = ("condition_embedder.image_embedder", "img_emb")[which]
+  found = []
+  for ours, names, width in (
+    ("norm_in", ("norm1", "proj.0"), V),
+    ("norm_out", ("norm2", "proj.4"), D),
+  ):
+    name, path = f"{place}.{names[which]}", f"image_embed/{ours}"
+    found.append(plain(f"{name}.weight", (width,), f"{path}/scale"))
+    found.append(plain(f"{name}.bias", (width,), f"{path}/bias"))
+  for ours, names, width in (
+    ("up", ("ff.net.0.proj", "proj.1"), V),
+    ("down", ("ff.net.2", "proj.3"), D),
+  ):
+    name, path = f"{place}.{names[which]}", f"image_embed/{ours}"
+    found.append(linear(f"{name}.weight", V, width, f"{path}/kernel"))
+    found.append(plain(f"{name}.bias", (width,), f"{path}/bias"))
+  if config.image_positions:
+    name = f"{place}.{('pos_embed', 'emb_pos')[which]}"
+    shape = (config.image_tokens, V)
+    found.append(Entry(name, (1, *shape), "image_embed/positions", shape))
   return found
 
 
@@ -91,10 +123,13 @@ def _block(config, which, layer):
   D, block = config.width, f"blocks.{layer}"
   table = ("scale_shift_table", "modulation")[which]
   found = [Entry(f"{block}.{table}", (1, 6, D), "blocks/modulation", (6, D), layer)]
-  for ours, names in _DENSE.items():
+  dense, norms = _DENSE, _NORMS
+  if config.image_width:
+    dense, norms = _DENSE | _IMAGE_DENSE, _NORMS | _IMAGE_NORMS
+  for ours, names in dense.items():
     name = f"{block}.{names[which]}"
     found += _dense(config, name, ours, f"blocks/{ours}", layer)
-  for ours, names in _NORMS.items():
+  for ours, names in norms.items():
     name = f"{block}.{names[which]}"
     found.append(plain(f"{name}.weight", (D,), f"blocks/{ours}/scale", layer))
     if ours == "cross_norm":

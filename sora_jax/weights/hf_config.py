@@ -3,31 +3,45 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from sora_jax.models import clip_text as clip_model
+from sora_jax.models import clip_vision as vision_model
 from sora_jax.models import dit as dit_model
 from sora_jax.models import t5 as text_model
 from sora_jax.models import vae_config as vae_model
-from sora_jax.weights import dit, mapping, text, vae
+from sora_jax.weights import (
+  clip_text,
+  clip_vision,
+  dit,
+  mapping,
+  supported,
+  text,
+  vae,
+)
 
-Config = vae_model.VAEConfig | dit_model.DiTConfig | text_model.T5Config
+TextConfig = text_model.T5Config | clip_model.CLIPTextConfig
+Config = (
+  vae_model.VAEConfig | dit_model.DiTConfig | vision_model.CLIPVisionConfig | TextConfig
+)
 PRESETS = {
   "vae": vae_model.PRESETS,
   "dit": dit_model.PRESETS,
-  "text": text_model.PRESETS,
+  "text": {**text_model.PRESETS, **clip_model.PRESETS},
+  "image": vision_model.PRESETS,
 }
 _ENTRIES: dict[str, Callable] = {
   "vae": vae.entries,
   "dit": dit.entries,
+  "dit_low": dit.entries,
   "text": text.entries,
+  "image": clip_vision.entries,
 }
-# Other tensors that a file of the network may hold.
-IGNORED = {"vae": (), "dit": (), "text": text.IGNORED}
 
 
 class Published(NamedTuple):
   """A network as it is published.
 
   Attributes:
-    network: "vae", "dit" or "text".
+    network: "vae", "dit", "text" or "image", or "dit_low" for the expert for low noise.
     layout: of its tensors' names, "diffusers" or "original".
     config: our config of it.
     latent_stats: (mean, std) of each channel of a VAE's latents.
@@ -40,7 +54,23 @@ class Published(NamedTuple):
 
   def entries(self) -> list[mapping.Entry]:
     """Its tensors. ValueError if the layout cannot express the config."""
+    if isinstance(self.config, clip_model.CLIPTextConfig):
+      return clip_text.entries(self.config, self.layout)
     return _ENTRIES[self.network](self.config, self.layout)
+
+  @property
+  def is_clip(self) -> bool:
+    """Whether it is CLIP's text tower and not T5's encoder."""
+    return isinstance(self.config, clip_model.CLIPTextConfig)
+
+  @property
+  def ignored(self) -> tuple[str, ...]:
+    """Regexes of other tensors that a file of the network may hold."""
+    if self.network == "image":
+      return clip_vision.IGNORED
+    if self.network != "text":
+      return ()
+    return clip_text.IGNORED if self.is_clip else text.IGNORED
 
 
 def preset(name: str, layout: str) -> Published:
@@ -64,16 +94,18 @@ def from_json(config: dict[str, Any], where: str) -> Published:
     ValueError: for other networks, for keys that are missing or unknown, and for values
       that our networks cannot express.
   """
-  kind = config.get("_class_name") or config.get("model_type")
+  kind = supported.check(config, where)
   readers = {
     "AutoencoderKLWan": _vae,
     "WanTransformer3DModel": _dit,
     "WanModel": _original_dit,
     "t5": _text,
     "umt5": _text,
+    "clip": _clip,
+    "clip_text_model": _clip,
+    "clip_vision_model": _vision,
   }
-  if kind not in readers:
-    raise ValueError(f"{where}: {kind!r} is none of {', '.join(readers)}")
+  assert readers.keys() == supported.READ.keys()
   return readers[kind](config, where)
 
 
@@ -82,7 +114,13 @@ def to_json(published: Published, dtype: str = "float32") -> dict[str, Any]:
 
   dtype: of its tensors, which transformers wants to know.
   """
-  makers = {"vae": _vae_json, "dit": _dit_json, "text": _text_json}
+  makers = {
+    "vae": _vae_json,
+    "dit": _dit_json,
+    "dit_low": _dit_json,
+    "text": _text_json,
+    "image": _vision_json,
+  }
   return makers[published.network](published, dtype)
 
 
@@ -195,13 +233,28 @@ def _vae_json(published, dtype):
 
 
 def _channels(c, keys, where):
-  ours, theirs = (c[key] for key in keys)
-  if ours != theirs:
+  """Our fields of what goes into a DiT, and comes out of it."""
+  read, made = (c[key] for key in keys)
+  # A mask of the 4 frames of a latent one, and the latents of given frames.
+  if read not in (made, made + 4 + made):
     raise ValueError(
-      f"{where}: {keys[0]} is {ours} and {keys[1]} {theirs}: a model that reads an "
-      "image beside the noise is not known, only text-to-video ones and Wan 2.2 TI2V"
+      f"{where}: {keys[0]} is {read} and {keys[1]} {made}: only models that read the "
+      f"noise alone, {made}, or a mask and given frames beside it, {2 * made + 4}, are "
+      "known"
     )
-  return ours
+  return {"channels": made, "condition_channels": read - made}
+
+
+def _images(width, positions):
+  """Our fields of the images that a DiT attends to, from those of a config.json."""
+  if not width:
+    return {}
+  return {
+    "image_width": width,
+    # Without positions no config says it; see `import_weights`.
+    "image_tokens": positions or vision_model.CLIPVisionConfig().tokens,
+    "image_positions": bool(positions),
+  }
 
 
 def _dit(config, where):
@@ -218,22 +271,28 @@ def _dit(config, where):
       "num_layers": int,
       "patch_size": (1, 2, 2),
       "freq_dim": 256,
-    },
-    {
-      "cross_attn_norm": True,
-      "qk_norm": "rms_norm_across_heads",
-      "eps": 1e-6,
       "image_dim": None,
       "added_kv_proj_dim": None,
       "pos_embed_seq_len": None,
     },
+    {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6},
     # A table's length, of which we need none.
     ("rope_max_seq_len", *_DIFFUSERS),
   )
+  for key in ("image_dim", "pos_embed_seq_len"):
+    if type(c[key]) not in (int, type(None)):
+      raise ValueError(f"{where}: {key} is {c[key]!r}, not a whole number")
+  width = c["num_attention_heads"] * c["attention_head_dim"]
+  if c["added_kv_proj_dim"] != (width if c["image_dim"] else None):
+    raise ValueError(
+      f"{where}: added_kv_proj_dim is {c['added_kv_proj_dim']!r}, but image_dim is "
+      f"{c['image_dim']!r} and the model's width {width}"
+    )
   ours = dit_model.DiTConfig(
     patch_size=tuple(c["patch_size"]),
-    channels=_channels(c, ("in_channels", "out_channels"), where),
-    width=c["num_attention_heads"] * c["attention_head_dim"],
+    **_channels(c, ("in_channels", "out_channels"), where),
+    **_images(c["image_dim"], c["pos_embed_seq_len"]),
+    width=width,
     depth=c["num_layers"],
     heads=c["num_attention_heads"],
     mlp_width=c["ffn_dim"],
@@ -244,11 +303,6 @@ def _dit(config, where):
 
 
 def _original_dit(config, where):
-  if config.get("model_type") not in ("t2v", "ti2v"):
-    raise ValueError(
-      f"{where}: model_type is {config.get('model_type')!r}, only 't2v' and 'ti2v' are "
-      "known"
-    )
   c = _take(
     config,
     where,
@@ -268,7 +322,7 @@ def _original_dit(config, where):
   )
   ours = dit_model.DiTConfig(
     patch_size=tuple(c["patch_size"]),
-    channels=_channels(c, ("in_dim", "out_dim"), where),
+    **_channels(c, ("in_dim", "out_dim"), where),
     width=c["dim"],
     depth=c["num_layers"],
     heads=c["num_heads"],
@@ -283,18 +337,19 @@ def _dit_json(published, dtype):
   c = published.config
   return {
     "_class_name": "WanTransformer3DModel",
-    "added_kv_proj_dim": None,
+    "added_kv_proj_dim": c.width if c.image_width else None,
     "attention_head_dim": c.width // c.heads,
     "cross_attn_norm": True,
     "eps": 1e-6,
     "ffn_dim": c.mlp_width,
     "freq_dim": c.frequency_width,
-    "image_dim": None,
-    "in_channels": c.channels,
+    "image_dim": c.image_width or None,
+    "in_channels": c.channels + c.condition_channels,
     "num_attention_heads": c.heads,
     "num_layers": c.depth,
     "out_channels": c.channels,
     "patch_size": list(c.patch_size),
+    "pos_embed_seq_len": c.image_tokens if c.image_positions else None,
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 1024,
     "text_dim": c.text_width,
@@ -348,7 +403,55 @@ def _text(config, where):
   return Published("text", "diffusers", ours)
 
 
+def _clip(config, where):
+  if config["model_type"] == "clip":
+    config = config.get("text_config")
+    if not isinstance(config, dict):
+      raise ValueError(f"{where}: it has no text_config")
+  return Published("text", "diffusers", _tower(config, where, clip_text.SIZES))
+
+
+def _vision(config, where):
+  fixed = {"num_channels": 3}
+  tower = _tower(config, where, clip_vision.SIZES, vision_model.CLIPVisionConfig, fixed)
+  return Published("image", "diffusers", tower)
+
+
+def _tower(config, where, names, kind=clip_model.CLIPTextConfig, fixed=None):
+  """Our config, of a kind, of one of CLIP's towers, with `names` as its SIZES."""
+  sizes = {key: default for key, (_, default) in names.items()}
+  fixed = {"layer_norm_eps": 1e-5, **(fixed or {})}
+  c = _take(config, where, sizes, fixed, clip_text.FREE)
+  try:
+    return kind(**{name: c[key] for key, (name, _) in names.items()})
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{where}: {error}") from error
+
+
+def _clip_json(published, dtype):
+  sizes = clip_text.SIZES
+  return _tower_json(published, dtype, sizes, "CLIPTextModel", "clip_text_model")
+
+
+def _vision_json(published, dtype):
+  sizes = clip_vision.SIZES
+  return _tower_json(published, dtype, sizes, "CLIPVisionModel", "clip_vision_model")
+
+
+def _tower_json(published, dtype, names, architecture, model_type):
+  sizes = {key: getattr(published.config, name) for key, (name, _) in names.items()}
+  return {
+    "architectures": [architecture],
+    "layer_norm_eps": 1e-5,
+    "model_type": model_type,
+    "torch_dtype": dtype,
+    **sizes,
+  }
+
+
 def _text_json(published, dtype):
+  if published.is_clip:
+    return _clip_json(published, dtype)
   c = published.config
   model_type = "umt5" if c.bias_per_layer else "t5"
   return {

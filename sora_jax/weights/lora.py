@@ -2,29 +2,23 @@
 
 Of each adapted layer `transformer.blocks.0.attn1.to_q.lora_A.weight` [rank, in] and
 `...lora_B.weight` [out, rank], and in the file's metadata the rank and alpha, where
-diffusers' WanLoraLoaderMixin reads them. Files of others may also have Wan's own names,
-`lora_down` and `lora_up`, and alpha as a tensor of each layer.
+diffusers' WanLoraLoaderMixin reads them. So they are written; files of others are read
+too, by other names and of other kinds: see `lora_names`.
 """
 
 import dataclasses
 import json
 import pathlib
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from sora_jax.models.dit import DiTConfig
 from sora_jax.runtime import safetensors_io
-from sora_jax.weights import dit
+from sora_jax.weights import dit, lora_names, lora_settings
 from sora_jax.weights.mapping import Entry
-
-_METADATA = "lora_adapter_metadata"
-_NAME = re.compile(
-  r"(?:transformer\.|diffusion_model\.|base_model\.model\.)?(?P<module>.+)\."
-  r"(?P<kind>lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight|"
-  r"(?:transformer\.|diffusion_model\.|base_model\.model\.)?(?P<scaled>.+)\.alpha"
-)
-_KINDS = {"lora_down": "lora_A", "lora_up": "lora_B"}
 
 
 def write(path, adapters: dict, config: DiTConfig, alpha: float) -> None:
@@ -57,43 +51,190 @@ def write(path, adapters: dict, config: DiTConfig, alpha: float) -> None:
   settings = {f"transformer.{key}": value for key, value in settings.items()}
   text = json.dumps(settings, indent=2, sort_keys=True)
   path.parent.mkdir(parents=True, exist_ok=True)
-  safetensors_io.write_file(path, planned, iter(values), {_METADATA: text})
+  safetensors_io.write_file(path, planned, iter(values), {lora_settings.METADATA: text})
 
 
-def read(path, config: DiTConfig) -> dict:
-  """Path of a module -> (A, B) of a file, float32; B is scaled with alpha / rank.
+class Dense(NamedTuple):
+  """A change of a leaf that has no low rank: what is added to it.
 
-  Layers of a scanned kernel that the file leaves out are zero, lower ranks are padded.
+  path: of the leaf, "blocks/cross_norm/scale". layer: of a scanned leaf; None = all of
+  it. make: gives the change, float32, in our shape; a model's do not fit in memory.
+  """
+
+  path: str
+  layer: int | None
+  make: Callable[[], np.ndarray]
+
+
+class Adapters(NamedTuple):
+  """What a file adds to a model.
+
+  pairs: path of a module -> (A, B), float32; B is scaled with alpha / rank. Layers of a
+  scanned kernel that the file leaves out are zero, lower ranks are padded.
+  dense: changes of biases, norms and whole kernels.
+  """
+
+  pairs: dict[str, tuple[np.ndarray, np.ndarray]]
+  dense: list[Dense]
+
+
+def read(path, config: DiTConfig) -> Adapters:
+  """What a file adds to a model: LoRA, LoKr, differences of weights and of biases.
 
   Raises:
     ValueError: for a file that is not read (see `safetensors_io.read_header`), or with
-      tensors that are no adapters of this model, or half of one; names them.
+      tensors that are no adapters of this model, half of one, or not finite; names
+      them and says what they are.
   """
   path = pathlib.Path(path)
   if not path.is_file():
     raise ValueError(f"{path}: no such adapter file")
-  pairs, alphas = _collect(path, safetensors_io.read_header(path), config)
-  default = _alpha(path)
-  found: dict = {}
-  for (entry, name), pair in pairs.items():
-    a, b = (
-      safetensors_io.read(pair[kind]).astype(np.float32)
-      for kind in ("lora_A", "lora_B")
-    )
-    rank = len(a)
+  tensors = safetensors_io.read_header(path)
+  known: dict[str, Entry] = {}
+  for layout in dit.LAYOUTS:
+    known |= lora_names.entries(config, layout)
+  modules = lora_names.modules(path, tensors, known, config.depth)
+  settings = lora_settings.read(path)
+  pairs: dict[str, list] = {}
+  dense: list[Dense] = []
+  names: dict[tuple, str] = {}
+  for module in modules:
+    values = {
+      k: _value(path, name, tensors[name]) for k, name in module.tensors.items()
+    }
+    made = _Layer(path, module.name, values, settings)
+    entry = known.get(f"{module.name}.weight") or known[module.name]
+    bias = known.get(f"{module.name}.bias")
+    other = names.setdefault((entry.path, entry.layer), module.name)
+    if other != module.name:
+      raise ValueError(f"{path}: {module.name} and {other} are the same layer")
+    if pair := made.pair(entry):
+      name = entry.path.removesuffix("/kernel")
+      pairs.setdefault(name, []).append((entry.layer, *pair))
+    dense += made.dense(entry, bias)
+  return Adapters(
+    {name: _stack(parts, config.depth) for name, parts in pairs.items()}, dense
+  )
+
+
+def _value(path, name, tensor) -> np.ndarray:
+  """A tensor in float32. ValueError if it is of whole numbers, or not finite."""
+  if tensor.dtype.kind in "iub" and not name.endswith("alpha"):
+    raise ValueError(f"{path}: {name} is of type {tensor.dtype}, which is no adapter's")
+  with np.errstate(over="ignore", invalid="ignore"):
+    value = safetensors_io.read(tensor).astype(np.float32)
+  if not np.isfinite(value).all():
+    raise ValueError(f"{path}: {name} has NaN or infinite values")
+  if name.endswith("alpha") and value.size != 1:
+    raise ValueError(f"{path}: {name} is not one number but of shape {value.shape}")
+  return value
+
+
+class _Layer(NamedTuple):
+  """What a file has for one layer: kind -> value, see `lora_names.Module`."""
+
+  path: pathlib.Path
+  name: str
+  values: dict[str, np.ndarray]
+  settings: lora_settings.Settings
+
+  def scale(self, rank: int) -> float:
+    if "alpha" in self.values:
+      return float(self.values["alpha"].reshape(())) / rank
+    return self.settings.scale(self.name, rank)
+
+  def pair(self, entry) -> tuple[np.ndarray, np.ndarray] | None:
+    """(A, B) of a LoRA in our layout, B scaled."""
+    both = [self.values[kind] for kind in ("lora_A", "lora_B") if kind in self.values]
+    if not both and "bias" not in self.values and set(self.values) != {"alpha"}:
+      return None
+    if len(both) < 2:
+      raise ValueError(
+        f"{self.path}: one of lora_A and lora_B is missing of {self.name}"
+      )
+    self._needs_kernel(entry)
+    a, b = both
+    rank = len(a) if a.ndim and b.ndim else 0
+    if not rank:
+      raise ValueError(
+        f"{self.path}: the adapter of {self.name} has shapes {a.shape} and {b.shape}"
+      )
     parts = _parts(entry, rank)
-    for part, value in zip(parts, (a, b), strict=True):
-      if value.size != np.prod(part.shape):
+    for part, value in zip(parts, both, strict=True):
+      if len(value) != part.shape[0] or value.size != np.prod(part.shape):
         raise ValueError(
-          f"{path}: {name} has an adapter of {a.shape} and {b.shape}, this model's "
-          f"needs {parts[0].shape} and {parts[1].shape}"
+          f"{self.path}: {self.name} has an adapter of {a.shape} and {b.shape}, this "
+          f"model's needs {parts[0].shape} and {parts[1].shape}"
         )
-    scale = alphas.get(name, rank if default is None else default) / rank
-    a, b = (part.load(value) for part, value in zip(parts, (a, b), strict=True))
-    found.setdefault(entry.path.removesuffix("/kernel"), []).append(
-      (entry.layer, a, np.float32(scale) * b)
-    )
-  return {module: _stack(parts, config.depth) for module, parts in found.items()}
+    a, b = (part.load(value) for part, value in zip(parts, both, strict=True))
+    return a, self._finite(b, self.scale(rank))
+
+  def dense(self, entry, bias) -> list[Dense]:
+    """Changes of the layer's weight and bias, see `Dense`."""
+    found = []
+    if "lora_B" in self.values and "bias" in self.values:
+      change = self._finite(self.values["bias"], self.scale(len(self.values["lora_A"])))
+      found.append(self._added("lora_B.bias", bias, change))
+    if "diff" in self.values:
+      found.append(self._added("diff", entry, self.values["diff"]))
+    if "diff_b" in self.values:
+      found.append(self._added("diff_b", bias, self.values["diff_b"]))
+    if any(kind.startswith("lokr") for kind in self.values):
+      found.append(self._lokr(entry))
+    return found
+
+  def _added(self, kind, entry, value) -> Dense:
+    if entry is None:
+      raise ValueError(f"{self.path}: {self.name} has no weight that {kind} changes")
+    if value.size != np.prod(entry.shape):
+      raise ValueError(
+        f"{self.path}: {kind} of {self.name} has shape {value.shape}, this model's "
+        f"weight {entry.shape}"
+      )
+    return Dense(entry.path, entry.layer, lambda: entry.load(value))
+
+  def _lokr(self, entry) -> Dense:
+    """The Kronecker product of two matrices, or of their factors (arXiv:2309.14859)."""
+    self._needs_kernel(entry)
+    factors, rank = [], 0
+    for kind in ("lokr_w1", "lokr_w2"):
+      whole, a, b = (self.values.get(f"{kind}{end}") for end in ("", "_a", "_b"))
+      if whole is not None:
+        factors.append(whole)
+        continue
+      if a is None or b is None:
+        raise ValueError(f"{self.path}: {kind} is missing of {self.name}")
+      if a.ndim != 2 or b.ndim != 2 or a.shape[1] != len(b) or not len(b):
+        raise ValueError(
+          f"{self.path}: {kind} of {self.name} has factors {a.shape} and {b.shape}"
+        )
+      factors.append(a @ b)
+      rank = len(b)
+    one, two = factors
+    made = [a * b for a, b in zip(one.shape, two.shape, strict=False)]
+    if one.ndim != 2 or (*made, *two.shape[2:]) != entry.shape:
+      raise ValueError(
+        f"{self.path}: {self.name} has factors {one.shape} and {two.shape}, which make "
+        f"no weight {entry.shape}"
+      )
+    # Without factors of low rank, alpha means nothing.
+    one = self._finite(one, self.scale(rank) if rank else 1.0)
+    one = one.reshape(*one.shape, *[1] * (two.ndim - 2))
+    return Dense(entry.path, entry.layer, lambda: entry.load(np.kron(one, two)))
+
+  def _needs_kernel(self, entry):
+    if entry is None or not entry.path.endswith("/kernel"):
+      raise ValueError(f"{self.path}: {self.name} is no dense layer, as adapters need")
+
+  def _finite(self, value, scale):
+    with np.errstate(over="ignore", invalid="ignore"):
+      value = np.float32(scale) * value
+    if not np.isfinite(value).all():
+      raise ValueError(
+        f"{self.path}: the adapter of {self.name} has NaN or infinite values after its "
+        f"scale {scale:g}"
+      )
+    return value
 
 
 def check(config: DiTConfig, modules) -> None:
@@ -106,15 +247,9 @@ def check(config: DiTConfig, modules) -> None:
 
 def _kernels(config, layout) -> dict[str, Entry]:
   """Entries of the dense layers' weights, by the name of their module."""
-  entries = dit.entries(
-    dataclasses.replace(
-      config, pooled_text=False, absolute_positions=0, rope_theta=1e4
-    ),
-    layout,
-  )
   return {
-    entry.name.removesuffix(".weight"): entry
-    for entry in entries
+    name.removesuffix(".weight"): entry
+    for name, entry in lora_names.entries(config, layout).items()
     if entry.path.endswith("/kernel")
   }
 
@@ -133,47 +268,6 @@ def _parts(entry, rank) -> tuple[Entry, Entry]:
     order=(1, 0),
   )
   return a, b
-
-
-def _collect(path, tensors, config):
-  """Pairs of tensors by (entry, name of its module), and the modules' own alphas."""
-  kernels = {}
-  for layout in dit.LAYOUTS:
-    kernels |= _kernels(config, layout)
-  pairs, alphas, unknown = {}, {}, []
-  for name, tensor in tensors.items():
-    match = _NAME.fullmatch(name)
-    module = match and (match["module"] or match["scaled"])
-    if module not in kernels:
-      unknown.append(name)
-    elif match["scaled"]:
-      alphas[module] = float(safetensors_io.read(tensor).reshape(-1)[0])
-    else:
-      kind = _KINDS.get(match["kind"], match["kind"])
-      pairs.setdefault((kernels[module], module), {})[kind] = tensor
-  if unknown:
-    raise ValueError(
-      f"{path}: tensors that are no adapters of this model: "
-      f"{safetensors_io.listed(unknown)}"
-    )
-  incomplete = [name for (_, name), pair in pairs.items() if len(pair) < 2]
-  if incomplete or not pairs:
-    what = safetensors_io.listed(incomplete) or "all layers"
-    raise ValueError(f"{path}: one of lora_A and lora_B is missing of {what}")
-  return pairs, alphas
-
-
-def _alpha(path) -> float | None:
-  """Alpha of the whole file, by its metadata or adapter_config.json, or None."""
-  settings = json.loads(safetensors_io.read_metadata(path).get(_METADATA, "{}"))
-  settings = {k.removeprefix("transformer."): v for k, v in settings.items()}
-  beside = path.with_name("adapter_config.json")
-  if not settings and beside.exists():
-    settings = json.loads(beside.read_text())
-  for key in ("use_dora", "use_rslora", "alpha_pattern"):
-    if settings.get(key):
-      raise ValueError(f"{path}: adapters with {key} cannot be read")
-  return settings.get("lora_alpha")
 
 
 def _stack(parts, depth):

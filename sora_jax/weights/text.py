@@ -56,7 +56,8 @@ def entries(config: T5Config, layout: str) -> list[Entry]:
 
   def bias(layer, path, ours=None):
     name = f"{_BLOCK[which]}.{layer}.{_BIAS[which]}.weight"
-    return plain(name, (config.buckets, config.heads), path, ours)
+    shape = (config.buckets, config.heads)
+    return Entry(name, shape, path, shape, ours)  # also of one head
 
   if not config.bias_per_layer:
     found.append(bias(0, "position_bias/embedding"))

@@ -12,7 +12,8 @@ from sora_jax import train_vae
 from sora_jax.data import clips, pixel_cache
 from sora_jax.data.video import writer
 from sora_jax.run import recipe as recipes
-from sora_jax.runtime import hosts
+from sora_jax.runtime import hosts, sharding
+from sora_jax.runtime.limits import UnreadableError
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,35 @@ def test_the_stage_makes_and_reads_a_cache(workdir, workers):
   assert_equal(dataset[0], want)
   (workdir / "gone.mp4").rename(path)
   (workdir / "data" / "pixels" / name).unlink()
+
+
+@pytest.mark.parametrize("cache", ["none", "raw"])
+def test_a_disk_that_is_gone_is_said_before_training(workdir, tmp_path, cache):
+  """As if the run had been copied without what is beside it."""
+  (tmp_path / "data").mkdir()
+  manifest = (workdir / "data" / "manifest.jsonl").read_bytes()
+  (tmp_path / "data" / "manifest.jsonl").write_bytes(manifest)
+  message = f"^{tmp_path}: none of [12] media files looked at, of [12] in the manifest"
+  with pytest.raises(ValueError, match=message):
+    train_vae.setup(recipe_of(cache=cache), tmp_path, sharding.make_mesh())
+  assert not list(tmp_path.glob("*/*/*"))
+
+
+def test_clips_that_cannot_be_cached_are_limited(tmp_path):
+  found = []
+  for number in range(10):
+    path = tmp_path / f"{number}.mp4"
+    writer.write(path, noise(9, 48, 64), 8.0)
+    if number:
+      path.write_bytes(b"no video at all" * 10)
+    clip = clips.Clip(str(number), str(path), 0.0, 9, 8.0, 48, 64)
+    found.append(clip)
+  clips.write_manifest(tmp_path / "data" / "manifest.jsonl", found)
+  message = r"9 of 10 clips .*max_unreadable 0\.05; the first is '1': not a video"
+  with pytest.raises(UnreadableError, match=message):
+    train_vae._cache(recipe_of(cache="raw"), tmp_path)
+  for changed in ({"max_unreadable": 0.9}, {"leave_out": ("1", "2")}):
+    train_vae._cache(recipe_of(cache="raw", **changed), tmp_path)
 
 
 def test_another_codec_stands_beside_it(workdir):

@@ -1,15 +1,17 @@
 """Encoding: exact padding, extras, sizes, resume by shard, damaged clips."""
 
+import copy
 import dataclasses
 import json
 import shutil
+import tracemalloc
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from sora_jax import encode
+from sora_jax import encode, train_dit
 from sora_jax.data import buckets, records
 from sora_jax.data.bad_clips import BadClips
 from sora_jax.data.clips import Clip, write_manifest
@@ -17,6 +19,7 @@ from sora_jax.data.video import reader, writer
 from sora_jax.encoders.autoencoder import Autoencoder
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import sharding
+from sora_jax.runtime.limits import UnreadableError
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +47,10 @@ def spoil(clip):
     file.write(b"\xff" * (size - size // 2))
 
 
-def encoded(clips, autoencoder, config=CONFIG, seed=0, folder=None):
+def encoded(clips, autoencoder, config=CONFIG, seed=0, folder=None, given=None):
   """id -> record, before it is rounded to float16."""
   bad_clips = BadClips(folder)
-  made = encode.encode_clips(clips, autoencoder, config, seed, bad_clips)
+  made = encode.encode_clips(clips, autoencoder, config, seed, bad_clips, None, given)
   return {record["id"]: record for record in made}
 
 
@@ -67,6 +70,71 @@ def test_padding_in_time_is_exact(autoencoder, tmp_path):
   (alone,) = autoencoder.encode(video_THWC[None])
   assert np.std(alone) > 0.1
   np.testing.assert_allclose(padded, alone, atol=1e-5)
+
+
+def test_long_clips_are_streamed_to_the_same_latents(autoencoder, tmp_path):
+  """Also beside clips of other lengths, and beside one that is damaged."""
+  clips = [make_clip(tmp_path / f"{frames}.mp4", frames) for frames in (5, 9, 17, 21)]
+  whole = encoded(clips, autoencoder, dataclasses.replace(CONFIG, frame_buckets=(21,)))
+  config = dataclasses.replace(CONFIG, stream_frames=4)
+  (tmp_path / "bad.mp4").write_bytes((tmp_path / "9.mp4").read_bytes())
+  bad = dataclasses.replace(clips[1], id="bad", path=str(tmp_path / "bad.mp4"))
+  spoil(bad)
+  parts = encoded([*clips, bad], autoencoder, config)
+  assert parts.keys() == whole.keys() == {"5", "9", "17", "21"}
+  for name, record in whole.items():
+    assert parts[name]["extras"] == record["extras"]
+    for array in ("latent_THWC", "extras_NHWC"):
+      assert parts[name][array].shape == record[array].shape
+      np.testing.assert_allclose(parts[name][array], record[array], atol=1e-5)
+
+
+class Ends:
+  """In place of `GivenFrames`: keeps the first and the last frame as they come."""
+
+  def frames(self, count):
+    return {0, count - 1}
+
+  def encode(self, clip, frames):
+    return {"ends": frames}
+
+
+@pytest.mark.parametrize("stream_frames", [4, 128])
+def test_given_frames_are_decoded_with_the_clip(autoencoder, tmp_path, stream_frames):
+  """Of whole clips, of clips in parts and of an image, and beside extras."""
+  clips = [make_clip(tmp_path / f"{frames}.mp4", frames) for frames in (9, 17)]
+  clips.append(make_clip(tmp_path / "1.png", 1))
+  config = dataclasses.replace(CONFIG, stream_frames=stream_frames, frame_buckets=(17,))
+  made = encoded(clips, autoencoder, config, given=Ends())
+  assert made.keys() == {"9", "17", "1"}
+  for clip in clips:
+    video_THWC = reader.read(clip.path)
+    assert made[clip.id]["ends"].keys() == {0, clip.frames - 1}
+    for at, frame_HWC in made[clip.id]["ends"].items():
+      np.testing.assert_array_equal(frame_HWC, video_THWC[at])
+    assert len(made[clip.id]["extras"]) == (2 if clip.frames > 1 else 0)
+
+
+def test_memory_is_flat_in_the_length_of_clips(autoencoder, tmp_path):
+  """Of frames, which are what is large; the VAE's own are those of one part."""
+  config = dataclasses.replace(CONFIG, stream_frames=8, extras=0, batch_size=1)
+
+  def peak(frames):
+    clip = make_clip(tmp_path / f"{frames}.mp4", frames)
+    encoded([clip], autoencoder, config)  # compiles
+    tracemalloc.start()
+    encoded([clip], autoencoder, config)
+    try:
+      return tracemalloc.get_traced_memory()[1]
+    finally:
+      tracemalloc.stop()
+
+  # Both are long enough that a part is read while another is encoded.
+  short, long = peak(65), peak(129)
+  one_frame = 64 * 64 * 3
+  assert short > 8 * one_frame  # a part of 8 frames is seen
+  assert long < short + 16 * one_frame  # of 64 frames more
+  assert long < 129 * one_frame
 
 
 def test_extras_are_the_frames_as_images(autoencoder, tmp_path):
@@ -160,6 +228,61 @@ def test_resumes_by_shard(tiny_run, autoencoder, monkeypatch, tmp_path):
       np.testing.assert_allclose(one[name], other[name], rtol=2e-3, atol=1e-3)
 
 
+def test_shards_of_another_vae_are_refused(tiny_run, autoencoder, monkeypatch,
+                                           tmp_path):  # fmt: skip
+  for name in ("data", "encode"):
+    shutil.copytree(tiny_run.workdir / name, tmp_path / name)
+  folder = tmp_path / "encode"
+  run(tmp_path, autoencoder, monkeypatch)  # complete: nothing is made
+  other = copy.copy(autoencoder)
+  other.meta = dataclasses.replace(autoencoder.meta, id="0123456789abcdef")
+  path = min(folder.glob("*.array_record"))
+  message = rf"{path}: latents of another VAE \({autoencoder.meta.id}\) than"
+  with pytest.raises(records.OtherVAEError, match=message):
+    run(tmp_path, other, monkeypatch)
+
+
+def test_clips_are_encoded_at_several_budgets(tiny_run, autoencoder, monkeypatch,
+                                              tmp_path):  # fmt: skip
+  clips = [make_clip(tmp_path / "a.mp4"), make_clip(tmp_path / "b.mp4", 9, "heldout"),
+           make_clip(tmp_path / "c.png", 1)]  # fmt: skip
+  clips = [dataclasses.replace(clip, source="x") for clip in clips]
+  write_manifest(tmp_path / "data" / "manifest.jsonl", clips)
+  config = dataclasses.replace(CONFIG, budgets=((32 * 32, 5), (64 * 64, 9)))
+  run(tmp_path, autoencoder, monkeypatch, dataclasses.replace(RECIPE, encode=config))
+  folder = tmp_path / "encode"
+  latents = records.read_latents_manifest(str(folder / "latents.jsonl"))
+  assert [(c.budget, c.id, c.shape, c.frames) for c in latents] == [
+    (0, "a", (2, 4, 4), 5), (0, "b", (2, 4, 4), 5), (0, "c", (1, 4, 4), 1),
+    (1, "a", (3, 8, 8), 9), (1, "b", (3, 8, 8), 9), (1, "c", (1, 8, 8), 1),
+  ]  # fmt: skip
+  assert {clip.source for clip in latents} == {"x"}
+  reader = records.LatentReader(str(folder), autoencoder.meta.id)
+  whole = encoded([clips[0]], autoencoder, seed=RECIPE.seed)["a"]["latent_THWC"]
+  np.testing.assert_allclose(
+    reader.read(latents[3])["latent_THWC"], whole, rtol=2e-3, atol=1e-3
+  )
+  assert np.isfinite(reader.read(latents[0])["latent_THWC"]).all()
+  _trains_by_schedule(tiny_run, tmp_path, config, latents)
+
+
+def _trains_by_schedule(tiny_run, workdir, config, latents):
+  """The small size for two steps, half of it images, then the large one."""
+  shutil.copytree(tiny_run.workdir / "vae", workdir / "vae")
+  stage = dataclasses.replace(
+    RECIPE.dit, schedule=(0, 2), image_share=(0.5, 0.0), rows=8
+  )
+  recipe = dataclasses.replace(RECIPE, encode=config, dit=stage)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  ready = train_dit.setup(recipe, workdir, mesh)
+  seen = [next(ready.data)["clip_N"] for _ in range(4)]
+  ready.data.close()
+  clips = [[latents[n] for n in batch[batch >= 0]] for batch in seen]
+  assert [{clip.budget for clip in batch} for batch in clips] == [{0}, {0}, {1}, {1}]
+  assert {clip.frames for batch in clips[:2] for clip in batch} == {1, 5}
+  assert {clip.frames for batch in clips[2:] for clip in batch} == {9}
+
+
 def test_damaged_clips_are_left_out(autoencoder, monkeypatch, tmp_path, caplog):
   """Also where they fill a batch or a whole shard."""
   names = ("a", "b", "bad1", "bad2", "c")
@@ -187,6 +310,43 @@ def test_damaged_clips_are_left_out(autoencoder, monkeypatch, tmp_path, caplog):
   np.testing.assert_allclose(
     reader.read(latents[1])["latent_THWC"], alone, rtol=2e-3, atol=1e-3
   )
+
+
+def test_a_disk_that_is_gone_leaves_no_hollow_shards(
+  autoencoder, monkeypatch, tmp_path
+):
+  clips = [make_clip(tmp_path / f"{i:02}.mp4") for i in range(12)]
+  clips.append(make_clip(tmp_path / "heldout.png", 1, "heldout"))
+  write_manifest(tmp_path / "data" / "manifest.jsonl", clips)
+  (tmp_path / "disk").mkdir()
+  for clip in clips[1:12]:
+    shutil.move(clip.path, tmp_path / "disk")
+  config = dataclasses.replace(CONFIG, clips_per_shard=3)
+  recipe = dataclasses.replace(RECIPE, encode=config)
+  message = r"[89] of \d+ clips so far, of 13, cannot be read.*max_unreadable 0\.05"
+  with pytest.raises(UnreadableError, match=message):
+    run(tmp_path, autoencoder, monkeypatch, recipe)
+  assert not (tmp_path / "encode" / "latents.jsonl").exists()
+  for path in (tmp_path / "disk").iterdir():
+    shutil.move(path, tmp_path)
+  run(tmp_path, autoencoder, monkeypatch, recipe)
+  latents = records.read_latents_manifest(str(tmp_path / "encode" / "latents.jsonl"))
+  assert [clip.id for clip in latents] == [clip.id for clip in clips]
+
+
+def test_clips_to_leave_out_are_not_encoded(autoencoder, monkeypatch, tmp_path):
+  clips = [make_clip(tmp_path / f"{name}.mp4") for name in "abc"]
+  clips.append(make_clip(tmp_path / "heldout.png", 1, "heldout"))
+  write_manifest(tmp_path / "data" / "manifest.jsonl", clips)
+  data = dataclasses.replace(RECIPE.data, leave_out=("b",))
+  recipe = dataclasses.replace(RECIPE, data=data)
+  run(tmp_path, autoencoder, monkeypatch, recipe)
+  latents = records.read_latents_manifest(str(tmp_path / "encode" / "latents.jsonl"))
+  assert [clip.id for clip in latents] == ["a", "c", "heldout"]
+  data = dataclasses.replace(RECIPE.data, leave_out=("z",))
+  recipe = dataclasses.replace(RECIPE, data=data)
+  with pytest.raises(ValueError, match="no clip of this run has the id 'z'"):
+    run(tmp_path, autoencoder, monkeypatch, recipe)
 
 
 def test_no_clip_of_a_split_is_an_error(autoencoder, monkeypatch, tmp_path):

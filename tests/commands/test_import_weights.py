@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from sora_jax import export_weights, import_weights, sample
-from sora_jax.data import tokenizer
+from sora_jax.data import t5_tokenizer, tokenizer
 from sora_jax.diffusion.solvers import Options
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.meta import METAS, DiTMeta, FrozenText
@@ -175,7 +175,7 @@ def test_what_models_say_of_each_other(imported):
   assert set(metas["dit"]) == {
     *("model", "text", "max_text_tokens", "tokens", "text_tokens", "segments"),
     *("reference_fps", "conditional", "noise", "vae", "steps", "id"),
-    *("version", "network"),
+    *("version", "network", "sampling"),
   }
 
 
@@ -364,6 +364,35 @@ def test_an_export_is_a_pipeline(exported, imported, tmp_path):
     assert_same(load(tmp_path, network)[0], load(imported, network)[0], strict=True)
 
 
+def test_an_export_of_a_run_has_the_encoder_that_it_reads(imported, tmp_path, caplog):
+  run = tmp_path / "run"
+  shutil.copytree(imported, run)
+  shutil.rmtree(run / "text")
+  export_weights.run(run, tmp_path / "out")
+  assert (tmp_path / "out" / "model_index.json").is_file()
+  made, _ = read_all(tmp_path / "out" / "text_encoder")
+  assert_same(made, tensors_of("text"), strict=True)
+  export_weights.run(run, tmp_path / "dit", networks=["dit"])
+  assert [path.name for path in (tmp_path / "dit").iterdir()] == ["transformer"]
+  # It is gone, or is another one now.
+  meta = checkpoint.load_meta(run / "dit" / "model")
+  for text, message in (
+    ({"folder": str(tmp_path / "gone")}, ""),
+    ({"features": "other"}, r"text.model is another one than .*trained with \(other\)"),
+  ):
+    changed = {**meta, "text": {**meta["text"], **text}}
+    checkpoint.save_meta(run / "dit" / "model", changed)
+    if message:
+      with pytest.raises(ValueError, match=message):
+        export_weights.run(run, tmp_path / "other")
+      assert not (tmp_path / "other").exists()
+    else:
+      with caplog.at_level("INFO"):
+        export_weights.run(run, tmp_path / "part")
+      assert "gone/text/model is not there: no pipeline without it" in caplog.text
+      assert not (tmp_path / "part" / "model_index.json").exists()
+
+
 def test_export_of_params_that_were_trained(tmp_path):
   """Saved by Orbax as jax.Array, several layers to a chunk."""
   text = FrozenText("x", pad_to=512)
@@ -481,9 +510,40 @@ def test_pickles(source, tmp_path):
   fails(source, tmp_path, f"{path} is a pickle, .*Wan2.1_VAE.safetensors")
 
 
-def test_types_that_are_not_read(source, tmp_path):
-  rewrite(source / VAE_FILE, lambda t: t.update({"encoder.conv_in.bias": np.zeros(4)}))
-  fails(source, tmp_path, "encoder.conv_in.bias is of type F64, only F32, F16, BF16")
+def test_types_of_tensors(source, tmp_path):
+  name, types = "encoder.conv_in.weight", ("float8_e4m3fn", "float8_e5m2", "<f2", "<f8")
+  value = tensors_of("vae")[name]
+  folder = source / "vae"
+  tensors = tensors_of("vae")
+  for i, kind in enumerate(types):
+    tensors[name] = value.astype(getattr(ml_dtypes, kind, kind))
+    rewrite_any(folder / "diffusion_pytorch_model.safetensors", tensors)
+    import_weights.run(folder, tmp_path / str(i))
+    params, _ = load(tmp_path / str(i), "vae")
+    (entry,) = (e for e in model_of("vae").entries() if e.name == name)
+    for key in entry.path.split("/"):
+      params = params[key]
+    np.testing.assert_array_equal(params, entry.load(tensors[name].astype(np.float32)))
+  tensors[name] = value.astype(np.int8)
+  rewrite_any(folder / "diffusion_pytorch_model.safetensors", tensors)
+  fails(source, tmp_path, f"vae: weights of whole numbers .*{name} is int8")
+
+
+def rewrite_any(path, tensors):
+  """As `save_file`, of types that it does not know, too."""
+  planned = [safetensors_io.Plan(k, x.shape, x.dtype) for k, x in tensors.items()]
+  safetensors_io.write_file(path, planned, iter(tensors.values()))
+
+
+def test_pipelines_that_are_not_read(source, tmp_path):
+  index = source / "model_index.json"
+  index.write_text(json.dumps({"_class_name": "WanVACEPipeline"}))
+  message = "model_index.json: 'WanVACEPipeline' is Wan VACE.*; known are Wan 2.1"
+  fails(source, tmp_path, message)
+  config = source / "transformer" / "config.json"
+  config.write_text(json.dumps({"_class_name": "WanVACETransformer3DModel"}))
+  import_weights.run(source, tmp_path / "vae", networks=["vae"])  # is like any other
+  assert (tmp_path / "vae" / "vae" / "model" / "model.json").is_file()
 
 
 def test_networks_that_do_not_fit(source, tmp_path):
@@ -505,6 +565,28 @@ def test_networks_that_do_not_fit(source, tmp_path):
   fails(source, tmp_path, "vae's latent_channels 8 is not the dit's channels 4")
 
 
+def test_a_tokenizer_of_transformers_5(source, tmp_path):
+  """tokenizer.json alone is imported, and leaves as it came."""
+  old = source / "tokenizer" / "spiece.model"
+  words = t5_tokenizer.T5Tokenizer(str(old))
+  ids = words.encode("a red & blue 🎉</s> circle", 99)
+  (source / "tokenizer" / "tokenizer.json").write_text(words.to_json())
+  old.unlink()
+  out, back = tmp_path / "out", tmp_path / "back"
+  import_weights.run(source, out, networks=["text"])
+  found = t5_tokenizer.find(out / "text" / "model")
+  assert t5_tokenizer.T5Tokenizer(found).encode("a red & blue 🎉</s> circle", 99) == ids
+  export_weights.run(out, back)
+  assert (back / "tokenizer" / "tokenizer.json").read_text() == words.to_json()
+  settings = json.loads((back / "tokenizer" / "tokenizer_config.json").read_text())
+  assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+  # Another import replaces it, of whichever kind.
+  write_tokenizer(source / "tokenizer")
+  (source / "tokenizer" / "tokenizer.json").unlink()
+  import_weights.run(source, out, networks=["text"])
+  assert t5_tokenizer.find(out / "text" / "model").endswith("spiece.model")
+
+
 def test_folders(source, imported, tmp_path):
   fails(tmp_path / "nowhere", tmp_path, "no such folder")
   fails(source, tmp_path, "--preset=umt5-xxl is not needed", presets=["umt5-xxl"])
@@ -515,7 +597,7 @@ def test_folders(source, imported, tmp_path):
   )
   fails(source, tmp_path, r"spiece.model has \d+ pieces, but the text encoder .* 320")
   (source / "transformer_2").mkdir()
-  fails(source, tmp_path, "has a second transformer, transformer_2/")
+  fails(source, tmp_path, "transformer_2 has no config.json")
   (tmp_path / "run" / "vae").mkdir(parents=True)
   (tmp_path / "run" / "vae" / "stage.json").write_text("{}")
   with pytest.raises(ValueError, match="vae is of a training run"):

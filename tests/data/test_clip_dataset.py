@@ -115,13 +115,29 @@ def test_bad_files_are_left_out(pixels, tmp_path):
     assert element["video_THWC"].shape == (*CROP, 3)
     if not element["valid_3"].any():
       assert not element["video_THWC"].any()
+      assert element["clip"] == -1 and element["clip_unreadable"] in (1, 2, 3)
       bad += 1
+    else:
+      assert element["clip"] == 0 and element["clip_unreadable"] == -1
   assert bad >= 4
   with open(tmp_path / "bad_clips.jsonl") as f:
     reasons = {line["id"]: line["reason"] for line in map(json.loads, f)}
   assert {"broken", "gone"} <= reasons.keys()
   assert all(reasons.values())
   assert "0" not in reasons
+
+
+def test_a_clip_to_leave_out_is_padding_and_no_other_changes(pixels):
+  whole = ClipDataset(pixels, CROP, 0)
+  without = ClipDataset(pixels, CROP, 0, leave_out=["3"])
+  assert without.fingerprint == whole.fingerprint
+  for i in range(16):
+    want, got = whole[i], without[i]
+    if want["clip"] == 3:
+      assert got["clip"] == got["clip_unreadable"] == -1
+      assert not got["valid_3"].any() and not got["video_THWC"].any()
+    else:
+      assert_equal(got, want)
 
 
 def test_clip_errors(pixels):

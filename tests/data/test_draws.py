@@ -65,3 +65,28 @@ def test_visit_probabilities():
   np.testing.assert_array_equal(again, (caption_N, extra_N))
   other = draws.draw_visits(3, 6, counts, counts, **draw)
   assert np.any(other[0] != caption_N) and np.any(other[1] != extra_N)
+
+
+def test_synthetic_captions_by_weight():
+  own = np.repeat([0, 2, 2], 20_000)
+  synthetic = np.repeat([3, 0, 3], 20_000)
+  draw = {"caption_dropout": 0.0, "extra_prob": 0.4}
+  drawn = draws.draw_visits(
+    3, 5, own + synthetic, own, **draw,
+    synthetic_counts=synthetic, synthetic_share=0.9,
+  )  # fmt: skip
+  caption_N, extra_N = drawn
+  alone, plain, both = np.split(caption_N, 3)
+  assert {*alone} == {0, 1, 2} and {*plain} == {0, 1} and {*both} == set(range(5))
+  assert np.mean(both >= 2) == pytest.approx(0.9, abs=0.01)
+  for chosen, count in ((both[both < 2], 2), (both[both >= 2] - 2, 3)):
+    shares = np.bincount(chosen) / len(chosen)
+    assert shares == pytest.approx(np.full(count, 1 / count), abs=0.03)
+  # Without synthetic captions all draws are what they always were.
+  before = draws.draw_visits(3, 5, own, own, **draw)
+  none = draws.draw_visits(
+    3, 5, own, own, **draw, synthetic_counts=0 * own, synthetic_share=0.9
+  )
+  for a, b in zip(before, none, strict=True):
+    np.testing.assert_array_equal(a, b)
+  np.testing.assert_array_equal(extra_N, before[1])

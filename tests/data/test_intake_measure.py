@@ -1,6 +1,5 @@
 """What is measured of clips, where they are cut, and what limits leave out."""
 
-import contextlib
 import json
 import os
 import subprocess
@@ -13,8 +12,9 @@ import numpy as np
 import PIL.Image
 import PIL.ImageFilter
 import pytest
+import tiny
 
-from sora_jax.data import clips, sources
+from sora_jax.data import clips, intake, sources
 from sora_jax.data.intake import (
   filters,
   measure,
@@ -26,6 +26,11 @@ from sora_jax.data.intake import (
 from sora_jax.data.intake.filters import Filter
 from sora_jax.data.intake.measuring import Measuring
 from sora_jax.data.video import media, reader, writer
+
+sys.path.insert(0, str(tiny.ROOT / "launch" / "benchmarks"))
+import scene_cuts  # noqa: E402
+
+sys.path.pop(0)
 
 LIMITS = {"max_frames": 17, "max_pixels": 64 * 96, "size_multiple": 16}
 
@@ -67,24 +72,6 @@ def clip_of(folder, name="x.mp4", **options):
 # --- cuts
 
 
-def ffmpeg_scenes(path, rate, threshold=0.3):
-  """Frames that FFmpeg's scene filter takes for the first of a scene."""
-  found = set()
-  with av.open(str(path)) as container:
-    stream, graph = container.streams.video[0], av.filter.Graph()
-    graph.link_nodes(
-      graph.add_buffer(template=stream),
-      graph.add("select", f"gt(scene,{threshold})"),
-      graph.add("buffersink"),
-    ).configure()
-    for frame in [*container.decode(stream), None]:
-      graph.vpush(frame)
-      with contextlib.suppress(av.error.BlockingIOError, av.error.EOFError):
-        while True:
-          found.add(round(float(graph.vpull().pts * stream.time_base) * rate))
-  return found
-
-
 def test_cuts_are_found_and_no_clip_holds_one(tmp_path):
   rng = np.random.default_rng(1)
   right = found = wanted = theirs = holding = pieces = 0
@@ -102,7 +89,8 @@ def test_cuts_are_found_and_no_clip_holds_one(tmp_path):
     right, found, wanted = (
       right + len(ours & {*begins.tolist()}), found + len(ours), wanted + len(begins)
     )  # fmt: skip
-    theirs += len(ffmpeg_scenes(folder / "x.mp4", 24) & {*begins.tolist()})
+    scenes = scene_cuts.ffmpeg_scenes(folder / "x.mp4", 0.3)
+    theirs += len({round(24 * time) for time in scenes} & {*begins.tolist()})
   recall, precision = right / wanted, right / found
   assert recall >= 0.95 and precision >= 0.95 and right > theirs
   assert pieces > 35 and holding / pieces < 0.02
@@ -349,27 +337,41 @@ def test_processes_give_the_same(tmp_path):
   assert as_rows(several[0]) == as_rows(alone[0]) and several[1] == alone[1]
 
 
-def test_a_decoder_that_crashes_costs_its_file(tmp_path, monkeypatch):
-  """A process that dies, as of a fault in a decoder, at one of the files."""
-  make_folder(tmp_path)
-  (tmp_path / "crash.py").write_text(
+def crash_at(folder, name, monkeypatch):
+  """Has processes die at a file, as of a fault in a decoder."""
+  (folder / "crash.py").write_text(
     "import os\n"
     "from sora_jax.data.intake import measure\n"
     "original = measure.measure_file\n"
     "def measure_file(path):\n"
-    "  if path.endswith('3.mp4'):\n"
+    f"  if path.endswith({name!r}):\n"
     "    os.abort()\n"
     "  return original(path)\n"
     "measure.measure_file = measure_file\n"
   )
-  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.syspath_prepend(folder)
   monkeypatch.setattr(workers, "_START", "import crash; " + workers._START)
+
+
+def test_a_decoder_that_crashes_costs_its_file(tmp_path, monkeypatch):
+  make_folder(tmp_path)
+  crash_at(tmp_path, "3.mp4", monkeypatch)
   found, left_out = sources.scan(tmp_path, **LIMITS, how=Measuring(processes=2))
   assert [clip.id for clip in found] == ["0", "1", "2", "4", "5"]
   reasons = {os.path.basename(path): reason for path, reason in left_out}
   assert reasons["3.mp4"] == (
     "its decoder has crashed the process that measured it (SIGABRT)"
   )
+
+
+def test_beam_that_is_not_installed(tmp_path, monkeypatch):
+  make_folder(tmp_path, 1)
+  monkeypatch.setitem(sys.modules, "apache_beam", None)
+  monkeypatch.delitem(sys.modules, "sora_jax.data.intake.beam_pipeline", raising=False)
+  monkeypatch.delattr(intake, "beam_pipeline", raising=False)
+  how = Measuring(ledger=tmp_path / "out" / "measured.jsonl", beam=("--runner=x",))
+  with pytest.raises(ValueError, match=r"--beam needs .*sora_jax\[beam\]"):
+    sources.scan(tmp_path, **LIMITS, how=how)
 
 
 def test_whoever_stops_does_not_wait_for_long_jobs(monkeypatch):

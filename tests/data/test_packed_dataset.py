@@ -55,7 +55,7 @@ def latents(tmp_path_factory):
 
 
 def packed(latents, folder=None, split="train", seed=7, max_text_tokens=12,
-           bad_clips_folder=None, **options):  # fmt: skip
+           bad_clips_folder=None, leave_out=(), **options):  # fmt: skip
   source, clips = latents
   words = tokenizer.Tokenizer(f"{source}/tokenizer.model")
   defaults = {"budget": BUDGET, "patch_size": PATCH, "reference_fps": 16.0}
@@ -67,6 +67,7 @@ def packed(latents, folder=None, split="train", seed=7, max_text_tokens=12,
     seed,
     split=split,
     bad_clips_folder=bad_clips_folder,
+    leave_out=leave_out,
   )
 
 
@@ -87,6 +88,7 @@ def test_shapes_and_types(latents):
     "text_segment_S": ((S,), "int32"),
     "text_position_S": ((S,), "int32"),
     "clip_N": ((N,), "int32"),
+    "clip_unreadable_N": ((N,), "int32"),
   }
 
 
@@ -217,6 +219,8 @@ def test_damaged_records_are_left_out(latents, tmp_path):
   indices = np.concatenate([row["clip_N"][row["clip_N"] >= 0] for row in rows])
   good = [i for i in range(20) if clips[i].split == "train" and i != 4]
   assert sorted(indices) == good
+  lost = np.concatenate([row["clip_unreadable_N"] for row in rows])
+  assert sorted(lost[lost >= 0]) == [4, *(i for i in range(20, 40) if i % 10 < 9)]
   # The other clips of a row are what they are without the damage.
   for row, want in zip(rows, whole_rows, strict=True):
     for k, index in enumerate(row["clip_N"][row["clip_N"] >= 0]):
@@ -236,6 +240,26 @@ def test_damaged_records_are_left_out(latents, tmp_path):
     assert len(f.readlines()) == len(bad)
 
 
+def test_a_clip_to_leave_out_is_padding_and_no_other_changes(latents, tmp_path):
+  ids = [latents[1][4].id, latents[1][5].id]
+  rows = epoch_rows(packed(latents, leave_out=ids, bad_clips_folder=str(tmp_path)))
+  whole = epoch_rows(packed(latents))
+  assert packed(latents, leave_out=ids).fingerprint == packed(latents).fingerprint
+  seen = []
+  for row, want in zip(rows, whole, strict=True):
+    assert np.all(row["clip_unreadable_N"] == -1)
+    for k, index in enumerate(row["clip_N"][row["clip_N"] >= 0]):
+      k_want = list(want["clip_N"]).index(index)
+      np.testing.assert_array_equal(
+        row["patch_LP"][row["segment_L"] == k + 1],
+        want["patch_LP"][want["segment_L"] == k_want + 1],
+      )
+      seen.append(index)
+  everything = np.concatenate([row["clip_N"][row["clip_N"] >= 0] for row in whole])
+  assert sorted({4, 5}.union(seen)) == sorted(everything) and not {4, 5} & set(seen)
+  assert not (tmp_path / "bad_clips.jsonl").exists()
+
+
 def test_a_row_without_a_readable_record_is_padding(latents, tmp_path):
   source, clips = latents
   with open(f"{source}/1.array_record", "rb") as f:
@@ -246,7 +270,9 @@ def test_a_row_without_a_readable_record_is_padding(latents, tmp_path):
   assert len(empty) == 18
   for row in empty:
     assert np.all(row["clip_N"] == -1)
-    assert not any(row[name].any() for name in row if name != "clip_N")
+    assert not any(row[name].any() for name in row if not name.startswith("clip"))
+    (lost,) = row["clip_unreadable_N"]
+    assert 0 <= lost < 20  # of the shard that is missing
     assert row["patch_LP"].shape == rows[0]["patch_LP"].shape
 
 
@@ -377,3 +403,42 @@ def test_what_workers_need_imports_no_jax():
     "sys.exit('jax' in sys.modules)\n"
   )
   assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_synthetic_captions_resume_exactly(latents):
+  folder, clips = latents
+  written = [
+    dataclasses.replace(clip, synthetic=min(1, len(clip.captions))) for clip in clips
+  ]
+
+  def batches(share=0.5):
+    return Batches(packed((folder, written), synthetic_captions=share), 4)
+
+  whole = take(batches(), 14)
+  begun = batches()
+  for _ in range(5):
+    next(begun)
+  state = json.loads(json.dumps(begun.get_state()))
+  begun.close()
+  resumed = batches()
+  resumed.set_state(state)
+  for a, b in zip(take(resumed, 9), whole[5:], strict=True):
+    assert_equal(a, b)
+  prints = {
+    packed(latents).fingerprint,
+    packed(latents, synthetic_captions=0.1).fingerprint,  # there are none
+    packed((folder, written), synthetic_captions=0.1).fingerprint,
+    packed((folder, written), synthetic_captions=0.2).fingerprint,
+  }
+  assert len(prints) == 3
+
+
+def test_the_share_of_synthetic_captions_is_drawn(latents):
+  folder, clips = latents
+  both = [dataclasses.replace(c, synthetic=1) for c in clips if len(c.captions) == 2]
+  for share in (0.0, 1.0):
+    dataset = packed((folder, both), synthetic_captions=share, caption_dropout=0.0)
+    for epoch in range(2):
+      plan = dataset._epoch_plan(epoch)
+      drawn = {caption for i in range(len(plan)) for _, _, caption, _ in plan[i]}
+      assert drawn == {int(share)}

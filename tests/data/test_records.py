@@ -153,3 +153,16 @@ def test_bad_manifest_row_is_named(tmp_path):
     records.read_latents_manifest(path)
   with pytest.raises(ValueError, match="nothing.jsonl"):
     records.read_latents_manifest(tmp_path / "nothing.jsonl")
+
+
+def test_captions_of_a_model_are_counted(tmp_path):
+  path = str(tmp_path / "a.array_record")
+  both = [make_record(0), {**make_record(1), "synthetic": 1}]
+  clips = records.write_shard(path, both)
+  manifest = tmp_path / "latents.jsonl"
+  records.write_latents_manifest(str(manifest), clips)
+  assert [clip.synthetic for clip in clips] == [0, 1]
+  assert records.read_latents_manifest(str(manifest)) == clips
+  assert records.read_shard_clips(path) == clips
+  # Rows of clips without are as they always were.
+  assert ["synthetic" in line for line in manifest.read_text().splitlines()] == [0, 1]

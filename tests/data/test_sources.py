@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import PIL.Image
 import pytest
+from data.media_samples import noise
 
 from sora_jax.data import clips, sources
 from sora_jax.data.video import reader, writer
@@ -47,8 +48,9 @@ def test_folder_with_captions_beside_the_files(tmp_path, media):
 
 
 def test_manifest_says_what_to_use(tmp_path, media):
-  for name in ("a.mp4", "b.mp4", "c.mp4", "unused.mp4"):
+  for name in ("a.mp4", "c.mp4", "unused.mp4"):
     shutil.copy(media, tmp_path / name)
+  writer.write(tmp_path / "b.mp4", noise(10, 48, 64), 10)
   _manifest(
     tmp_path,
     {"path": "a.mp4", "caption": "one"},
@@ -62,6 +64,43 @@ def test_manifest_says_what_to_use(tmp_path, media):
   assert [clip.captions for clip in found] == [("one",), ("one", "two"), ()]
   assert [clip.split for clip in found] == ["train", "heldout", "train"]
   assert found[2].truth == {"count": 1}
+
+
+@pytest.mark.parametrize("copy", ["bytes", "codec"])
+def test_an_unmarked_copy_of_a_heldout_clip_is_held_out(tmp_path, media, copy, caplog):
+  caplog.set_level("INFO", logger="absl")
+  rng = np.random.default_rng(0)
+  coarse = rng.integers(0, 256, (4, 1, 6, 8, 3), np.uint8)
+  videos = np.broadcast_to(coarse.repeat(8, 2).repeat(8, 3), (4, 9, 48, 64, 3))
+  for name, video in zip("abcd", videos, strict=True):
+    writer.write(tmp_path / f"{name}.mp4", video, 10)
+  if copy == "bytes":
+    shutil.copy(tmp_path / "a.mp4", tmp_path / "again.mp4")
+    shutil.copy(tmp_path / "b.mp4", tmp_path / "more.mp4")
+  else:
+    writer.write(tmp_path / "again.mp4", videos[0], 10, crf=35)
+    writer.write(tmp_path / "more.mp4", videos[1], 10, crf=35)
+  rows = [{"path": f"{name}.mp4"} for name in ("again", "b", "c", "d", "more")]
+  rows[1]["split"] = "train"
+  options = {**_LIMITS, "heldout_share": 0.9}
+
+  def splits(split_of_a):
+    _manifest(tmp_path, {"path": "a.mp4", "split": split_of_a}, *rows)
+    found, _ = sources.scan(tmp_path, **options)
+    assert len(found) == 6
+    return {clip.id: clip.split for clip in found}
+
+  found = splits("heldout")
+  assert found["a"] == found["again"] == "heldout"
+  assert found["b"] == found["more"] == "train"
+  assert "1 unmarked clips are copies of held-out ones" in caplog.text
+  assert splits("train")["again"] == "train"
+  # Where both are marked, both stay, and are named.
+  rows[0]["split"] = "train"
+  assert splits("heldout")["again"] == "train"
+  assert f"{tmp_path}/again.mp4 is marked to be trained on, but shows the same as " \
+    f"{tmp_path}/a.mp4, which is held out" in caplog.text  # fmt: skip
+  assert "1 clips are trained on that show the same as held-out ones" in caplog.text
 
 
 def test_long_videos_are_cut(tmp_path):

@@ -19,11 +19,11 @@ from data.media_samples import noise
 from sora_jax import prepare
 from sora_jax.data import (
   clips,
+  listing,
   pixel_cache,
   sources,
   stored,
   tfds_examples,
-  tfds_source,
 )
 from sora_jax.data.batches import Batches
 from sora_jax.data.clip_dataset import ClipDataset
@@ -74,8 +74,8 @@ def make(tmp_path, monkeypatch):
 
 
 def scan(source, **options):
-  folder, rows = tfds_source.rows(source, options.pop("fps", 0.0))
-  found, rejected = sources.scan(folder, rows=rows, **LIMITS, **options)
+  listed = listing.of_source(source, "", fps=options.pop("fps", 0.0))
+  found, rejected = sources.scan("", listed=listed, **LIMITS, **options)
   assert not rejected
   return found
 

@@ -125,12 +125,17 @@ def sited_wave(height, width, location):
     ("libx264", {"x264-params": "chromaloc=0"}, "left"),
     ("libx264", {"x264-params": "chromaloc=1"}, "center"),
     ("libx264", {"x264-params": "chromaloc=2"}, "topleft"),
+    ("libx265", {"x265-params": "lossless=1"}, "left"),
+    ("libx265", {"x265-params": "lossless=1:chromaloc=1"}, "center"),
+    ("libx265", {"x265-params": "lossless=1:chromaloc=2"}, "topleft"),
+    ("libsvtav1", {"svtav1-params": "crf=1:chroma-sample-position=left"}, "left"),
+    ("libsvtav1", {"svtav1-params": "crf=1:chroma-sample-position=topleft"}, "topleft"),
     ("ffv1", {}, "left"),
     ("mpeg1video", {"qmin": "1", "qmax": "1"}, "center"),
   ],
 )
 def test_colour_samples_are_where_the_codec_says(tmp_path, codec, options, location):
-  suffix = ".mp4" if codec == "libx264" else ".mkv"
+  suffix = ".mp4" if codec.startswith("lib") else ".mkv"
   path = tmp_path / f"a{suffix}"
   frame, (u, v) = sited_wave(64, 96, location)
   video_files.write(path, [frame] * 3, codec, fps=25, options=options, colorspace=1)
@@ -154,11 +159,37 @@ def test_siting_that_h264_says():
       context.options = {"profile": profile, "x264-params": params}
       context.flags |= av.codec.context.Flags.global_header
       context.open()
-      assert chroma_siting.h264_location(context.extradata) == said
-  assert chroma_siting.h264_location(b"") is None
-  assert (
-    chroma_siting.h264_location(b"\x01\x64\x00\x1f\xff\xe1\x00\x04\x67\x64") is None
-  )
+      assert chroma_siting.location("h264", context.extradata) == said
+  cut = b"\x01\x64\x00\x1f\xff\xe1\x00\x04\x67\x64"
+  for codec, short in (("h264", b""), ("h264", cut), ("hevc", b""), ("av1", b"\x81")):
+    assert chroma_siting.location(codec, short) is None
+
+
+@pytest.mark.parametrize(
+  "more", ["", "scaling-list=default", "sar=2:overscan=show", "temporal-layers=3"]
+)
+def test_siting_that_hevc_says(more):
+  for said in (None, 1, 2, 5):
+    context = av.CodecContext.create("libx265", "w")
+    context.width, context.height, context.pix_fmt = 70, 46, "yuv420p"
+    context.framerate, context.time_base = 8, 1 / fractions.Fraction(8)
+    params = [more] * bool(more) + [f"chromaloc={said}"] * bool(said)
+    context.options = {"x265-params": ":".join(["log-level=none", *params])}
+    context.flags |= av.codec.context.Flags.global_header
+    context.open()
+    assert chroma_siting.location("hevc", context.extradata) == said
+
+
+def test_sets_of_references_that_follow_from_others():
+  """Which x265 does not write: how many flags one has depends on the one before."""
+  ue = {0: "1", 1: "010", 2: "011"}
+  explicit = ue[2] + ue[1] + ue[0] + "1" + ue[1] + "1" + ue[1] + "1"  # -1, -3 and 2
+  shifted = "1" + "0" + ue[0] + "1111"  # to 0, which is none, -2, 3 and 1
+  again = "1" + "1" + ue[0] + "01" + "00" + "1" + "1"  # a flag for each, and one more
+  bits = chroma_siting._Bits(b"")
+  bits._bits = explicit + shifted + again
+  chroma_siting._skip_references(bits, 3)
+  assert bits._at == len(bits._bits)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm"])

@@ -10,7 +10,7 @@ import pytest
 from golden.make_losses import FAST_COMPILE
 from markers import slow_but
 
-from sora_jax.diffusion import noise_process, solvers
+from sora_jax.diffusion import noise_process, schedules, solvers
 from sora_jax.models.caption_encoder import TextEncoderConfig
 from sora_jax.models.dit import DiTConfig
 from sora_jax.packing.packed_row import RowSize
@@ -137,7 +137,7 @@ def sampled(process, target, method, params=None, **kwargs):
   steps = 3 if method == "heun" else 5
   options = solvers.Options(steps=steps, method=method, **kwargs)
   options.check(process, target)
-  levels = solvers.schedule(steps, np.ones((1, SEGMENTS)))
+  levels = schedules.uniform(steps, np.ones((1, SEGMENTS)))
   table = solvers.make_table(method, levels, process, options.eta)
   # The program of the random methods does for all: the others have noise of size 0.
   options = solvers.Options(method="ddpm", **kwargs)
@@ -183,7 +183,7 @@ def test_cfg_zero_stays_still_for_whole_steps():
   packed, _, sampling = jax.tree.map(np.asarray, rows())
   noise = sampling["start_LP"]
   noisy = (packed["group_L"] % 2 == 0) & (packed["segment_L"] > 0)
-  levels = solvers.schedule(3, np.ones((1, SEGMENTS)))
+  levels = schedules.uniform(3, np.ones((1, SEGMENTS)))
   run = program("flow", "velocity")
 
   def moved(method, calls):
@@ -231,7 +231,7 @@ def test_ddpm_learns_and_samples():
   trained, losses = train(fast_jit(task.init)(jax.random.key(0)))
   assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:5])
   table = solvers.make_table(
-    "ddpm", solvers.schedule(1000, np.ones((count, SEGMENTS))), "ddpm_linear"
+    "ddpm", schedules.uniform(1000, np.ones((count, SEGMENTS))), "ddpm_linear"
   )
   key = jax.random.key(1)
   sampling = rows_B.sampling

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.diffusion import guidance, noise_process, solvers
+from sora_jax.diffusion import guidance, noise_process, schedules, solvers
 
 DIM = 6
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "schedulers.npz"
@@ -42,7 +42,7 @@ def solve_gaussian(x_BD, steps, method):
     eps_BD = t * y_BD @ basis.T
     return eps_BD - x0_BD
 
-  return solve(velocity, x_BD, solvers.schedule(steps), method)
+  return solve(velocity, x_BD, schedules.uniform(steps), method)
 
 
 def whiten(covariance):
@@ -91,7 +91,7 @@ def slopes(method, levels_of, steps, exact):
 @pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2)])
 def test_order_of_convergence(method, order):
   exact = np.exp(-np.sin(3.0) / 3)  # from t = 1 to 0
-  found = slopes(method, solvers.schedule, (32, 64, 128), exact)
+  found = slopes(method, schedules.uniform, (32, 64, 128), exact)
   np.testing.assert_allclose(found, order, atol=0.3)
 
 
@@ -106,7 +106,7 @@ def test_multistep_methods_are_of_second_order_at_least(method):
 @pytest.mark.parametrize("method", sorted(set(solvers.METHODS) - {"ddpm"}))
 def test_straight_paths_need_one_step(method):
   noise, data = jnp.arange(3.0), jnp.array([5.0, -1.0, 2.0])
-  out = solve(lambda x, t: noise - data, noise, solvers.schedule(1, 3.0), method)
+  out = solve(lambda x, t: noise - data, noise, schedules.uniform(1, 3.0), method)
   np.testing.assert_allclose(out, data, atol=1e-6)
 
 
@@ -118,7 +118,7 @@ def test_network_is_never_asked_about_clean_data(method, calls):
     jax.debug.callback(lambda t: levels.append(float(t)), t)
     return jnp.zeros_like(x)
 
-  solve(velocity, jnp.zeros(2), solvers.schedule(4), method)
+  solve(velocity, jnp.zeros(2), schedules.uniform(4), method)
   jax.effects_barrier()
   assert len(levels) == calls
   assert min(levels) == pytest.approx(0.25) and max(levels) == 1.0
@@ -126,7 +126,7 @@ def test_network_is_never_asked_about_clean_data(method, calls):
 
 def test_unknown_method():
   with pytest.raises(ValueError, match="'rk4' is not one of"):
-    solvers.make_table("rk4", solvers.schedule(2))
+    solvers.make_table("rk4", schedules.uniform(2))
 
 
 def test_guidance():
@@ -138,13 +138,43 @@ def test_guidance():
 
 
 def test_schedule():
-  levels = np.asarray(solvers.schedule(8))
+  levels = np.asarray(schedules.uniform(8))
   np.testing.assert_allclose(levels, np.linspace(1, 0, 9), atol=1e-7)
-  shifted = np.asarray(solvers.schedule(8, 3.0))
+  shifted = np.asarray(schedules.uniform(8, 3.0))
   assert shifted.dtype == np.float64 and shifted.shape == (9,)
   assert shifted[0] == 1.0 and shifted[-1] == 0.0
   assert np.all(np.diff(shifted) < 0)
   np.testing.assert_allclose(shifted, 3 * levels / (1 + 2 * levels), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["flow_match_euler", "flow_unipc"])
+@pytest.mark.parametrize(
+  "steps, shift", [(1, 3.0), (4, 8.0), (8, 3.0), (30, 3.3), (50, 5.0), (77, 1.0)]
+)
+def test_levels_equal_diffusers(name, steps, shift):
+  with np.load(GOLDEN) as golden:
+    key = f"schedule/{name}/{steps}/{shift:g}"
+    level, timestep = golden[f"{key}/level"], golden[f"{key}/timestep"]
+  ours = schedules.levels(name, steps, shift)
+  np.testing.assert_allclose(ours.level, level, rtol=2e-7, atol=0)
+  np.testing.assert_allclose(1000 * ours.time, timestep, rtol=2e-7)
+  if name == "flow_unipc":  # whole ones; near 1 the share of the data is small
+    np.testing.assert_array_equal(np.rint(1000 * ours.time), timestep)
+    np.testing.assert_array_equal(ours.level.astype(np.float32), level)
+
+
+def test_schedules_differ_from_clip_to_clip():
+  shift, start = np.array([3.0, 5.0, 3.0]), np.array([1.0, 1.0, 0.6])
+  for name in schedules.SCHEDULES:
+    made = schedules.levels(name, 7, shift, start)
+    assert made.level.shape == (8, 3) and made.time.shape == (7, 3)
+    for i in range(2):
+      alone = schedules.levels(name, 7, shift[i])
+      np.testing.assert_array_equal(made.level[:, i], alone.level)
+      np.testing.assert_array_equal(made.time[:, i], alone.time)
+    assert np.all(np.diff(made.level, axis=0) < 0)
+    np.testing.assert_allclose(made.level[0], start, atol=2e-6)
+    assert np.all(made.level[-1] == 0)
 
 
 # What golden/make_schedulers.py ran: process, target, eta.
@@ -197,10 +227,10 @@ def test_levels_of_their_own_for_each_clip():
     return noise_process.to_x0(velocity(x, t[:, None]), x, t[:, None])
 
   for method in ("heun", "unipc"):
-    table = solvers.make_table(method, solvers.schedule(7, shift))
+    table = solvers.make_table(method, schedules.uniform(7, shift))
     out = solvers.integrate(data, x, table, expand=lambda c: c[:, None])
     for i in range(2):
-      alone = solve(velocity, x[i], solvers.schedule(7, shift[i]), method)
+      alone = solve(velocity, x[i], schedules.uniform(7, shift[i]), method)
       np.testing.assert_allclose(out[i], alone, rtol=1e-5)
 
 
@@ -216,7 +246,7 @@ def test_ancestral_samples_have_the_moments_of_the_data(process, method, eta):
     eps = sigma * (x - alpha * mean) / variance
     return noise_process.to_x0(eps, x, t, "eps", process)
 
-  table = solvers.make_table(method, solvers.schedule(1000), process, eta)
+  table = solvers.make_table(method, schedules.uniform(1000), process, eta)
   x = jax.random.normal(jax.random.key(0), (count,))
 
   def noise(i):
@@ -274,7 +304,7 @@ def test_steps_one_by_one_are_the_whole(method):
   def data(x, t, index):
     return jnp.sin(3 * x) * (1 + t) + index
 
-  table = solvers.make_table(method, solvers.schedule(5))
+  table = solvers.make_table(method, schedules.uniform(5))
   state = solvers.start(x)
   for index in range(len(table.level)):
     row = jax.tree.map(lambda c, index=index: jnp.asarray(c[index]), table)
@@ -289,6 +319,7 @@ def test_steps_one_by_one_are_the_whole(method):
     ({}, "flow", "eps", "starts from noise alone"),
     ({"cfg_zero": True}, "ddpm_linear", "velocity", "cfg_zero is for the velocity"),
     ({"cfg_zero": True}, "flow", "v", "cfg_zero is for the velocity"),
+    ({"schedule": "flow_unipc"}, "ddpm_linear", "eps", "is for a flow"),
     ({"guidance_scale": 1.0, "cfg_zero": True}, "flow", "velocity", "cfg_zero does no"),
     (
       {"guidance_scale": 1.0, "guidance_rescale": 0.5},
@@ -319,6 +350,7 @@ def test_a_negative_prompt_needs_guidance():
     {"eta": 2.0, "method": "ddim"},
     {"eta": 0.5},
     {"shift": 0.0},
+    {"schedule": "karras"},
     {"guidance_interval": (0.6, 0.4)},
     {"guidance_rescale": 1.5},
     {"zero_steps": -1},

@@ -13,21 +13,34 @@ from sora_jax.evaluation import heldout, prompting_cases, prompting_suite
 from sora_jax.run import recipe as recipes
 
 
-def cases_of(clips, seed=3):
+def cases_of(clips, seed=3, world="whole"):
   """All cases of two clips, by a VAE that changes nothing."""
   autoencoder = types.SimpleNamespace(batch_size=lambda n: n, decode=lambda x: x)
   model = types.SimpleNamespace(autoencoder=autoencoder, encode=lambda x: x)
-  return prompting_cases.cases_of(model, *clips, seed=seed)
+  return prompting_cases.cases_of(
+    model, *clips, seed, heldout.lengths(recipe_of(world))
+  )
+
+
+def recipe_of(world="whole"):
+  config = tiny.get_config()
+  config.data.world = world
+  return recipes.read(config)
+
+
+@pytest.fixture(scope="module", params=["whole", "simple", "short"])
+def world(request):
+  return request.param
 
 
 @pytest.fixture(scope="module")
-def clips():
-  return heldout.drawn_clips(recipes.read(tiny.get_config()), 2)
+def clips(world):
+  return heldout.drawn_clips(recipe_of(world), 2)
 
 
 @pytest.fixture(scope="module")
-def cases(clips):
-  return cases_of(clips)
+def cases(clips, world):
+  return cases_of(clips, world=world)
 
 
 def test_every_mode_is_a_case(cases, clips):
@@ -38,18 +51,23 @@ def test_every_mode_is_a_case(cases, clips):
     assert case.truth in (None, clips[0].truth)
 
 
-# Frames that a result has: 17, and 16 more for as many seconds, of which a gap between
-# two videos, or a loop's, has 15.
-LENGTHS = {
-  "real": 33, "infill region": 33,
-  "extend after": 33, "extend before": 33, "connect": 49, "loop of video": 32,
-  "loop, gap anew": 32, "interpolate": 33, "text, as a loop": 17, "loop of text": 16,
-}  # fmt: skip
+def frames_of(name, world):
+  """Frames that a result has; a gap between two videos, or a loop's, has 11 or 15."""
+  whole, given, sampled = {
+    "whole": (33, 17, 17), "simple": (17, 9, 17), "short": (9, 5, 9)
+  }[world]  # fmt: skip
+  gap = max(given - 2, 11)
+  return {
+    "real": whole, "infill region": whole, "extend after": whole,
+    "extend before": given + max(given - 1, 8), "connect": 2 * given + gap,
+    "loop of video": given + gap, "loop, gap anew": given + gap,
+    "interpolate": 2 * given - 1, "loop of text": sampled - 1,
+  }.get(name, sampled)  # fmt: skip
 
 
-def test_what_is_kept_lies_in_the_result(cases):
+def test_what_is_kept_lies_in_the_result(cases, world):
   for name, case in cases.items():
-    frames = LENGTHS.get(name, 17)
+    frames = frames_of(name, world)
     for part, wanted_THWC in case.kept:
       assert len(range(frames)[part]) == len(wanted_THWC), name
     # Seams between frames that are kept would say nothing.
@@ -60,12 +78,12 @@ def test_what_is_kept_lies_in_the_result(cases):
         assert not {seam, (seam - 1) % frames} <= kept, (name, seam)
 
 
-def test_what_is_new_is_beside_what_was_given(cases):
+def test_what_is_new_is_beside_what_was_given(cases, world):
   """New frames lie in the result, are none that are kept, and begin at a seam."""
   without = {"text", "text, as a loop", "preview 0.6", "edit 0.6", "infill region"}
   assert {name for name, case in cases.items() if not case.parts} <= without
   for name, case in cases.items():
-    frames = range(LENGTHS.get(name, 17))
+    frames = range(frames_of(name, world))
     kept = {i for part, _ in case.kept for i in frames[part]}
     for part in case.parts:
       new = frames[part.new]
@@ -84,14 +102,14 @@ def shown(case, video_THWC):
   return {name: np.mean(values) for name, values in measured.items()}
 
 
-def test_the_real_clip_is_a_perfect_result(clips, cases):
+def test_the_real_clip_is_a_perfect_result(clips, cases, world):
   """The clip itself, in place of what would be sampled, has all that is measured."""
   whole = clips[0].video_THWC
   for name, result in {
     "real": whole,
     "extend after": whole,
-    "first image": whole[:17],
-    "infill frames": whole[:17],
+    "first image": whole[: len(whole) // 2 + 1 if world == "whole" else None],
+    "infill frames": whole[: len(whole) // 2 + 1 if world == "whole" else None],
   }.items():
     measured = shown(cases[name], result)
     for share in ("identity", "joined", "moves_on", "color", "shape", "count"):

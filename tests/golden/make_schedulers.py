@@ -66,8 +66,26 @@ def model(x, t):
   return np.sin(1.5 * x) * (0.3 + t) + 0.5 * x - 0.2 * t
 
 
-def main():
+def levels_of_schedules():
+  """sigmas and timesteps at several steps and shifts, of the schedulers of flows."""
   golden = {}
+  for steps, shift in ((1, 3.0), (4, 8.0), (8, 3.0), (30, 3.3), (50, 5.0), (77, 1.0)):
+    for name, scheduler in (
+      ("flow_match_euler", FlowMatchEulerDiscreteScheduler(shift=shift)),
+      (
+        "flow_unipc",
+        UniPCMultistepScheduler(**UNIPC, **{**FLOW, "flow_shift": shift}),
+      ),
+    ):
+      scheduler.set_timesteps(steps)
+      key = f"schedule/{name}/{steps}/{shift:g}"
+      golden[f"{key}/level"] = scheduler.sigmas.numpy()
+      golden[f"{key}/timestep"] = scheduler.timesteps.numpy()
+  return golden
+
+
+def main():
+  golden = levels_of_schedules()
   for name, (process, steps, eta, scheduler) in CASES.items():
     rng = np.random.default_rng(len(name))
     draws = rng.standard_normal((steps + 1, 2, 3, 4)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Weights that both sides of a comparison make from the names of their tensors."""
+"""What both sides of a comparison make: weights by their names, and images."""
 
 import zlib
 
@@ -18,3 +18,13 @@ def random_tensor(name: str, shape) -> np.ndarray:
   if len(shape) < 2 or "table" in name or "modulation" in name:
     return 0.1 * value
   return value / np.float32(np.sqrt(np.prod(shape[1:])))
+
+
+def smooth_images(height: int, width: int) -> list[np.ndarray]:
+  """A first and a last frame of waves, uint8 [H, W, 3]."""
+  y, x = np.mgrid[:height, :width]
+  made = []
+  for k in (1.0, 2.5):
+    waves = [np.sin(0.11 * k * x + c) + np.cos(0.07 * y * (c + 1)) for c in range(3)]
+    made.append(np.round(63.75 * (np.stack(waves, -1) + 2)).astype(np.uint8))
+  return made

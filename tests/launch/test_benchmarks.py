@@ -19,8 +19,10 @@ import report  # noqa: E402
 
 sys.path.pop(0)
 
-SCRIPTS = ("clip_cache", "compare_diffusers", "compare_gpu", "import_memory",
-           "sampling", "training", "vae_memory")  # fmt: skip
+SCRIPTS = (
+  "clip_cache", "compare_diffusers", "compare_gpu", "data_engines", "import_memory",
+  "packing", "safety", "sampling", "scene_cuts", "training", "vae_memory",
+)  # fmt: skip
 
 
 @pytest.fixture

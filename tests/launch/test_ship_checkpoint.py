@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import sealed
 import tiny
 
 from sora_jax import sample
@@ -132,11 +133,12 @@ def test_it_samples_as_the_run_with_rounded_params(folder, tiny_run):
   assert ours.defaults == theirs.defaults and ours.model_id != theirs.model_id
   image_HWC = np.full((64, 64, 3), 200, np.uint8)
   before = theirs.video("a red circle moves right", image=image_HWC, seed=3)
-  for owner, name in ((theirs, "params"), (theirs.autoencoder, "_params")):
-    params = getattr(owner, name)
+  residency = theirs.autoencoder.residency
+  for name in ("dit", "vae"):
+    params = residency.get(name)
     rounded = portable.rounded(params)
     placed = jax.tree.map(lambda x, p: jax.device_put(x, p.sharding), rounded, params)
-    setattr(owner, name, placed)
+    residency.put(name, lambda placed=placed: placed)
   videos = [
     model.video("a red circle moves right", image=image_HWC, seed=3)
     for model in (ours, theirs)
@@ -198,17 +200,16 @@ def test_nothing_is_overwritten(tiny_run, tmp_path):
 
 def test_an_unfinished_run(run, tmp_path):
   path = run / "evaluate" / "stage.json"
-  text = path.read_text()
-  path.write_text(text.replace('"complete": true', '"complete": false'))
+  sealed.rewrite(path, complete=False)
   fails(run, tmp_path / "x", "stage evaluate is not complete; run it .*sora_jax.eval")
-  path.write_text(text)
-  (run / "dit" / "stage.json").unlink()
+  sealed.rewrite(path, complete=True)
+  sealed.delete(run / "dit" / "stage.json")
   fails(run, tmp_path / "x", "stage dit is not complete; .*sora_jax.train_dit")
 
 
 def test_figures_of_another_model(run, tmp_path):
   path = run / "dit" / "stage.json"
-  path.write_text(json.dumps({**json.loads(path.read_text()), "made": "another"}))
+  sealed.rewrite(path, made="another")
   fails(run, tmp_path / "x", "results.json is of another dit than .*evaluate again")
 
 
@@ -224,8 +225,7 @@ def test_a_part_that_is_missing_or_damaged_is_named(folder, tmp_path):
     sample.Sampler.from_checkpoint(broken, mesh())
   path = broken / "vae" / "model" / "model.json"
   newer = json.loads(path.read_text())
-  newer["meta"]["version"] = 9
-  path.write_text(json.dumps(newer))
+  sealed.rewrite(path, meta={**newer["meta"], "version": 9})
   with pytest.raises(ValueError, match="vae/model/model.json: meta.version is 9"):
     sample.Sampler.from_checkpoint(broken, mesh())
   path.unlink()

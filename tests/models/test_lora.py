@@ -20,7 +20,7 @@ from sora_jax.data.video import reader
 from sora_jax.models import dit, lora
 from sora_jax.run import init_from
 from sora_jax.run import recipe as recipes
-from sora_jax.runtime import checkpoint, sharding
+from sora_jax.runtime import checkpoint, sharding, train_checkpoints
 from sora_jax.tasks import dit as dit_task
 from sora_jax.training import loop, optim
 
@@ -204,7 +204,7 @@ def test_training_lowers_the_loss_and_leaves_the_base(tmp_path):
   size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
   assert sum(leaf.size for leaf in leaves) == 4 * size  # with EMA and two moments
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+  checkpoints = train_checkpoints.Checkpoints(tmp_path, keep=1)
   checkpoints.save(12, state, {})
   checkpoints.wait()
   restored, _ = checkpoints.restore(12, built.abstract)
@@ -278,7 +278,7 @@ def test_a_run_leaves_its_base(lora_run, tiny_run):
     for folder in (tiny_run.workdir, run.workdir)
   ]
   assert tokenizers[0] == tokenizers[1]
-  saved = checkpoint.Checkpoints(run.workdir / "dit" / "checkpoints", keep=2)
+  saved = train_checkpoints.Checkpoints(run.workdir / "dit" / "checkpoints", keep=2)
   metadata = saved._manager.item_metadata(tiny.STEPS).state
   saved.close()
   names = set(lora.flatten(metadata["params"]))

@@ -12,15 +12,17 @@ def _rounded(x):
   return np.asarray(jnp.asarray(x).astype(jnp.bfloat16), np.float64)
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("rows", [64, 63])
-def test_values_and_gradients(rows):
+def test_values_and_gradients(rows, native):
   rng = np.random.default_rng(0)
   x_RD, kernel_DF, dout_RF = (
     rng.standard_normal(shape).astype(np.float32)
     for shape in ((rows, 48), (48, 24), (rows, 24))
   )
-  out_RF, pull = jax.vjp(rounded_matmul.matmul, x_RD, kernel_DF)
-  dx_RD, dkernel_DF = pull(jnp.asarray(dout_RF))
+  with rounded_matmul.native(native):
+    out_RF, pull = jax.vjp(rounded_matmul.matmul, x_RD, kernel_DF)
+    dx_RD, dkernel_DF = pull(jnp.asarray(dout_RF))
   x, kernel, dout = map(_rounded, (x_RD, kernel_DF, dout_RF))
   for got, want in (
     (out_RF, x @ kernel),

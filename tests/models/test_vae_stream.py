@@ -11,7 +11,7 @@ from golden.make_losses import FAST_COMPILE
 from markers import slow_but
 
 from sora_jax.encoders import tiling
-from sora_jax.encoders.autoencoder import Autoencoder, in_chunks
+from sora_jax.encoders.autoencoder import Autoencoder, NonFiniteError, in_chunks
 from sora_jax.models.vae import PRESETS, VAE, VAEConfig
 from sora_jax.models.vae_stream import decode_chunk, encode_chunk
 from sora_jax.runtime import checkpoint, sharding
@@ -207,6 +207,19 @@ def test_autoencoder_streams(folder, name):
   same_pixels(np.concatenate(decoded, axis=1), autoencoder.decode(latent))
   for step in (autoencoder._encode, autoencoder._decode):
     assert step._cache_size() == 3
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_pixels_that_are_no_numbers_are_not_black(folder, value):
+  autoencoder = load(folder / "fold")
+  latent = np.array(autoencoder.encode(uint8_video(1, 9, 64, 88)))
+  latent[0, 1, 2, 3] = value
+  with pytest.raises(NonFiniteError, match="decoded pixels that are NaN or infinite"):
+    autoencoder.decode(latent)
+  first, second = autoencoder.decode_stream([latent[:, :1], latent[:, 1:]])
+  assert np.asarray(first).shape == first.shape == (1, 1, 64, 88, 3)
+  with pytest.raises(NonFiniteError):
+    np.asarray(second)
 
 
 def test_tiles_without_attention_equal_the_whole_away_from_seams(folder):

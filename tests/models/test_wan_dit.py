@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from golden.random_weights import random_tensor
 
+from sora_jax.models import dit
 from sora_jax.models.dit import PRESETS, DiT, DiTConfig
 from sora_jax.packing import patches
 from sora_jax.weights import dit as names
@@ -134,17 +135,18 @@ def test_full_sizes_have_the_published_tensors(name):
 
 def abstract_params(config):
   ids_BL = jnp.zeros((1, 1), jnp.int32)
-  return jax.eval_shape(
-    DiT(config).init,
-    jax.random.key(0),
-    jnp.zeros((1, 1, config.patch_width)),
-    jnp.zeros((1, 2)),
-    ids_BL,
-    ids_BL,
-    jnp.zeros((1, 1, 3)),
-    jnp.zeros((1, 1, config.text_width)),
-    ids_BL,
-  )["params"]
+  context = dit.Context(
+    group_BL=ids_BL,
+    segment_BL=ids_BL,
+    position_BL3=jnp.zeros((1, 1, 3)),
+    text_BSE=jnp.zeros((1, 1, config.text_width)),
+    text_segment_BS=ids_BL,
+    condition_BLQ=jnp.zeros((1, 1, config.condition_width)),
+    image_BNJV=jnp.zeros((1, 1, config.image_tokens, config.image_width)),
+  )
+  x_BLP, t_BG = jnp.zeros((1, 1, config.patch_width)), jnp.zeros((1, 2))
+  init = DiT(config).init
+  return jax.eval_shape(init, jax.random.key(0), x_BLP, t_BG, *context)["params"]
 
 
 @pytest.mark.parametrize("layout", names.LAYOUTS)

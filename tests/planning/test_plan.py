@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax import train_dit
 from sora_jax.data import clips
+from sora_jax.models.lora import LoRAConfig
 from sora_jax.packing import planner
 from sora_jax.planning import (
   cost_model,
@@ -31,7 +32,7 @@ from sora_jax.planning import (
   search,
   workload,
 )
-from sora_jax.run import recipe
+from sora_jax.run import build, recipe
 from sora_jax.runtime import files, sharding
 
 CUBE = hardware.parse("v5p:4x4x4")
@@ -402,6 +403,32 @@ def test_a_step_in_bfloat16_of_several_microbatches():
   built = dataclasses.replace(built, dit=stage, precision="bfloat16")
   lowered = lowering.dit_step(built, sharding.make_mesh(fsdp=8))
   assert "bf16" in lowered.as_text()
+
+
+def test_a_step_of_adapters_holds_a_frozen_model():
+  """In the dtype of the computation, beside the state of what is trained."""
+  built = dataclasses.replace(recipe_of(), precision="bfloat16")
+  stage = dataclasses.replace(built.dit, lora=LoRAConfig(rank=4), init_from="base")
+  adapted = dataclasses.replace(built, dit=stage)
+  mesh = sharding.make_mesh(fsdp=8)
+  state, frozen = lowering.dit_state(adapted, mesh)
+  kernel = frozen["dit"]["blocks"]["query"]["kernel"]
+  assert kernel.dtype == jnp.bfloat16 and not kernel.sharding.is_fully_replicated
+  trained = jax.tree_util.tree_leaves_with_path(state.abstract.params)
+  assert {path[-1].key for path, _ in trained} == {"lora_a", "lora_b"}
+  lowered = lowering.dit_step(adapted, mesh)
+  shapes = [leaf.shape for leaf in jax.tree.leaves(lowered.in_avals)]
+  assert kernel.shape in shapes
+  whole, params = programs.state_size(built, mesh)
+  size, few = programs.state_size(adapted, mesh)
+  base = sum(
+    leaf.dtype.itemsize * np.prod(leaf.sharding.shard_shape(leaf.shape))
+    for leaf in jax.tree.leaves(frozen)
+  )
+  assert few < params and base < size < whole
+  load = workload.of_rows([[(96, 40)]], 1.0, build.budget(built.dit), "x")
+  flops = [programs.model_flops(one, load) for one in (adapted, built)]
+  assert flops[0] == pytest.approx(flops[1] * 2 / 3)
 
 
 def test_plan_of_a_sampler():

@@ -1,6 +1,7 @@
 """The public API: lazy, without flags, and the same as the commands."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -50,6 +51,7 @@ def test_imports_define_no_flags_and_filter_no_log():
     ".".join(path.relative_to(tiny.ROOT).with_suffix("").parts)
     for path in sorted(package.rglob("*.py"))
     if path.name != "__init__.py"
+    and (path.name != "beam_pipeline.py" or importlib.util.find_spec("apache_beam"))
   ]
   names = [f"sora_jax:{name}" for name in sora_jax.__all__]
   assert import_in_a_process(*names, *modules) == [[], 0]

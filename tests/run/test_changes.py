@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import sealed
 from run.test_stages import ALL, BASE, change, runs  # noqa: F401
 
 from sora_jax.data.intake.filters import Filter
@@ -14,6 +15,9 @@ from sora_jax.runtime import fields
 TRAIN = {
   "steps": "extends", "grad_accumulation": "free", "log_every": "free",
   "eval_every": "free", "save_every": "free", "keep": "free",
+  "keep_every": "free", "keep_best": "free", "save_failures": "free",
+  "max_skipped": "free", "spike_threshold": "free", "deadline": "free",
+  "rollback_threshold": "free", "max_rollbacks": "free",
 }  # fmt: skip
 # Every key whose change is no reason to make a stage anew; a section: all keys in it.
 DOCUMENTED = {
@@ -22,18 +26,27 @@ DOCUMENTED = {
   "stages": "free",
   "precision": "free",
   "matmul_precision": "free",
+  "replay": "free",
   "data.workers": "free",
+  "data.leave_out": "free",
+  "data.max_unreadable": "free",
   "data.cut_threshold": "extends",
   "data.crop_borders": "extends",
   "data.score_fn": "extends",
   **{f"data.filter.{field.name}": "extends" for field in dataclasses.fields(Filter)},
   "data.cache": "free",
+  "data.beam": "free",
   "vae.eval_batches": "free",
   "encode.batch_size": "free",
   "encode.devices_per_clip": "free",
   "encode.frame_buckets": "free",
   "dit.model.remat": "free",
   "dit.eval_batches": "free",
+  "captioner.model.remat": "free",
+  "captioner.eval_batches": "free",
+  "expander.eval_batches": "free",
+  "encode.stream_frames": "free",
+  "evaluate.captioner": "extends",
   "sample.prompts": "extends",
   "sample.rows": "free",
   "evaluate.clips": "extends",
@@ -41,6 +54,8 @@ DOCUMENTED = {
   "evaluate.split": "extends",
   **{f"vae.train.{key}": kind for key, kind in TRAIN.items()},
   **{f"dit.train.{key}": kind for key, kind in TRAIN.items()},
+  **{f"captioner.train.{key}": kind for key, kind in TRAIN.items()},
+  **{f"expander.train.{key}": kind for key, kind in TRAIN.items()},
 }
 
 
@@ -109,7 +124,7 @@ def unfinished(runs, tmp_path):  # noqa: F811
   """A run whose DiT was stopped: of its 10 steps a checkpoint has 8."""
   stages.run(ALL, BASE, tmp_path)
   path = tmp_path / "dit" / "stage.json"
-  path.write_text(json.dumps(json.loads(path.read_text()) | {"complete": False}))
+  sealed.rewrite(path, complete=False)
   # Of step 9 there is only what was being written.
   (tmp_path / "dit" / "checkpoints" / "9.orbax-checkpoint-tmp-1").mkdir()
   return tmp_path
@@ -153,7 +168,7 @@ def test_a_longer_vae_does_not_take_the_dit_its_latents(runs, tmp_path):  # noqa
     stages.run(ALL, recipe, tmp_path)
   assert runs == ALL
   for name in ("encode", "dit"):
-    (tmp_path / name / "stage.json").unlink()
+    sealed.delete(tmp_path / name / "stage.json")
   stages.run(ALL, recipe, tmp_path)
   assert runs == [*ALL, *ALL[1:]]
 
@@ -213,7 +228,7 @@ def test_a_run_of_the_version_before(runs, tmp_path):  # noqa: F811
       stage["config"]["sample"]["prompts"] = [["a star", [64, 64], 17, 12.0]]
     # What was made from it was told so.
     made_from = {i: stages.fingerprint(i, tmp_path) for i in stage["inputs"]}
-    path.write_text(json.dumps({**stage, "inputs": made_from}))
+    sealed.rewrite(path, **{**stage, "inputs": made_from})
   assert rerun(tmp_path, runs, "dit.model.remat", "none") == []
   assert rerun(tmp_path, runs, "dit.train.steps", 20) == ["dit", "sample", "evaluate"]
 

@@ -83,6 +83,15 @@ def test_without_its_vae(noted, tmp_path, names, ids, folder, message):
   assert not noted and not (tmp_path / "run").exists()
 
 
+def test_a_damaged_vae_is_said_to_be_damaged(noted, tmp_path):
+  base = write_models(tmp_path / "base", {"vae": "a", "dit": "a"})
+  (tmp_path / "base" / "vae" / "model" / "model.json").write_text("{}")
+  recipe = change(BASE, "dit.init_from", base)
+  with pytest.raises(ValueError, match=r"base/vae/model"):
+    stages.run(ALL, recipe, tmp_path / "run")
+  assert not noted
+
+
 def test_with_its_vae(noted, tmp_path):
   base = write_models(tmp_path / "base", {"vae": "a", "dit": "a"})
   recipe = change(change(BASE, "dit.init_from", base), "vae.folder", base)

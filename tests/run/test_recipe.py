@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib.util
 import inspect
+import math
 import pathlib
 import typing
 
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sora_jax.models import dit, vae
+from sora_jax.models import dit, rounded_matmul, vae
+from sora_jax.packing import packed_row
 from sora_jax.run import build, init_from, recipe
 from sora_jax.runtime import sharding
 from sora_jax.tasks import dit as dit_task
@@ -28,6 +30,7 @@ KEY = jax.random.key(0)
 VARIANTS = {
   "quickstart": ("short", "memorise", "ddpm"),
   "shapes": ("gpu",),
+  "captioner": ("short",),
   "pod": ("14b", "wan2.1-14b"),
   "finetune_wan": ("full-1.3b", "lora-14b", "full-14b", "lora-5b"),
 }
@@ -62,6 +65,19 @@ def dit_batch(built):
   return {
     name: ((built.dit.rows, *value.shape), value.dtype)
     for name, value in build.empty_row(built).items()
+    if not name.startswith("clip")
+  }
+
+
+def captioner_batch(built):
+  stage = built.captioner
+  width = 12 * math.prod(stage.patch_size)
+  row = packed_row.empty(
+    packed_row.PackedRow, packed_row.RowSize(build.budget(stage), width)
+  )
+  return {
+    name: ((stage.rows, *value.shape), value.dtype)
+    for name, value in row.items()
     if not name.startswith("clip")
   }
 
@@ -122,6 +138,9 @@ def test_config_builds(get_config):
     base = jax.eval_shape(task.init, KEY)
     task, rules = init_from.adapt(dit.lora, task, rules, base)
   check_task(task, rules, abstract(dit_batch(built)), dit.train)
+  if "captioner" in built.stages:
+    task, rules = build.make_captioner(built)
+    check_task(task, rules, abstract(captioner_batch(built)), built.captioner.train)
 
 
 def leaves(config):
@@ -212,7 +231,11 @@ def test_fine_tuning_is_sharded(variant):
 def test_each_size_trains_sharded(name):
   """Its whole state, on 8 devices, without making it."""
   published = name.startswith("wan")
-  config = preset_config(name, "wan2.2" if "2.2" in name else "wan2.1")
+  model = dit.PRESETS[name]
+  config = preset_config(name, "wan2.2" if model.channels == 48 else "wan2.1")
+  if model.condition_channels:
+    config.dit.given_prob = config.dit.extra_prob = 0.0
+    config.dit.init_from = "wan"  # with the encoder of images
   config.data.size_multiple = 32
   if published:
     config.text = ConfigDict({"folder": "umt5-xxl"})
@@ -264,7 +287,7 @@ def changed(path, value):
 
 def test_minimal_config_gives_defaults():
   built = recipe.read(ConfigDict(minimal()))
-  assert built.stages == recipe.STAGES and built.encode == recipe.Encode()
+  assert built.stages == recipe.DEFAULT_STAGES and built.encode == recipe.Encode()
   assert built.vae.train.steps == 10
   assert recipe.read(minimal()) == built
 
@@ -348,6 +371,15 @@ def test_values_keep_or_get_their_type():
     ("vae.crop", (18, 64, 64), r"config\.vae\.crop: .* 18 frames"),
     ("vae.crop", (17, 64, 60), r"config\.vae\.crop: .* 17 frames of 60x64"),
     ("encode.frame_buckets", (1, 8), r"config\.encode\.frame_buckets: 8 is not 1"),
+    ("encode.budgets", ((100, 9),), r"encode\.budgets: 100 pixels are not between"),
+    ("encode.budgets", ((1024, 99),), r"encode\.budgets: 99 frames are not between"),
+    ("encode.stream_frames", 6, r"stream_frames 6 must be a multiple of 4"),
+    ("dit.schedule", (0, 9), r"dit\.schedule has 2 steps, config\.encode\.budgets 0"),
+    ("dit.schedule", (5,), r"dit\.schedule \(5,\) must begin with 0 and ascend"),
+    ("dit.image_share", (0.5, 0.1), r"image_share has 2 shares for 1 parts"),
+    ("dit.image_share", (1.5,), r"dit\.image_share \(1\.5,\) is not from 0 to 1"),
+    ("data.mixture", (("/a", 1.0),), r'data\.source "mixture" needs .* are .shapes.'),
+    ("data.source", "mixture", r"data\.mixture = .* they are 'mixture' and \(\)"),
     (
       "dit.tokens",
       200,
@@ -365,3 +397,19 @@ def test_wrong_configs(path, value, message):
   config = changed(path, value)
   with pytest.raises(ValueError, match=message):
     recipe.read(config)
+
+
+@pytest.mark.parametrize(
+  "backend, has, expected",
+  [("cpu", False, False), ("cpu", True, True), ("gpu", False, True)],
+)
+def test_only_a_cpu_without_bfloat16_multiplies_in_float32(
+  monkeypatch, backend, has, expected
+):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setattr(recipe.cpu, "multiplies_bfloat16", lambda: has)
+  config = changed("matmul_precision", rounded_matmul.PRECISION)
+  with recipe.read(config).matmuls():
+    assert rounded_matmul.is_wanted()
+    assert rounded_matmul._native.get() is expected
+  assert rounded_matmul._native.get() and not rounded_matmul.is_wanted()

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 import types
 
 import pytest
+import sealed
 
 from sora_jax.models.meta import TextMeta
 from sora_jax.models.t5 import T5Config
+from sora_jax.run import latent_shards, stages
 from sora_jax.run import recipe as recipes
-from sora_jax.run import stages
 
 BASE = recipes.read(
   {
@@ -43,7 +45,10 @@ def runs(monkeypatch):
       names.append(name)
       if name == "data":
         (workdir / "data" / "manifest.jsonl").write_text(manifest["text"])
-      if name in ("vae", "dit"):
+      if name == "encode":
+        latent_shards.write(workdir / "encode", [])
+        (workdir / "encode" / "latents.jsonl").touch()
+      if name in weights:
         _write_model(workdir / name, weights[name])
 
     return types.SimpleNamespace(run=run)
@@ -62,15 +67,15 @@ def _write_model(folder, weights_id):
   (folder / "model" / "model.json").write_text(json.dumps(model))
 
 
-weights = {"vae": "vae-0", "dit": "dit-0"}
+weights = {"vae": "vae-0", "dit": "dit-0", "expander": "expander-0"}
 runs_that_fail = set()
 manifest = {"text": "one clip"}
-ALL = list(recipes.STAGES)
+ALL = list(recipes.DEFAULT_STAGES)
 
 
 def remake(name, recipe, workdir):
   """Deletes a stage and makes it again."""
-  (workdir / name / "stage.json").unlink()
+  sealed.delete(workdir / name / "stage.json")
   stages.run([name], recipe, workdir)
 
 
@@ -80,7 +85,8 @@ def test_stages_are_those_of_the_recipe():
     assert (stages.pathlib.Path(stages.__file__).parents[1] / f"{module}.py").is_file()
     assert set(sections) <= {field.name for field in dataclasses.fields(BASE)}
     # A stage reads earlier ones only.
-    assert all(ALL.index(other) < ALL.index(name) for other in inputs)
+    order = recipes.STAGES.index
+    assert all(order(other) < order(name) for other in inputs)
 
 
 def test_complete_stages_are_skipped(runs, tmp_path):
@@ -206,16 +212,81 @@ def test_the_same_stage_made_again_is_no_change(runs, tmp_path):
   assert runs == [*ALL, "data"]
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"complete": tru'])
-def test_damaged_stage_file(runs, tmp_path, text):
+def less(text, *keys):
+  """A stage.json without one key, wherever it is."""
+  whole = json.loads(text)
+  *path, last = keys
+  place = whole
+  for key in path:
+    place = place[key]
+  del place[last]
+  return json.dumps(whole)
+
+
+DAMAGE = {
+  "empty": lambda text: "",
+  "truncated": lambda text: text[: len(text) // 2],
+  "a list": lambda text: "[]",
+  "null": lambda text: "null",
+  "no config": lambda text: less(text, "config"),
+  "no inputs": lambda text: less(text, "inputs"),
+  "a key less": lambda text: less(text, "config", "vae", "train", "steps"),
+  "a key more": lambda text: text.replace('"seed"', '"warp": 9, "seed"'),
+  "a bit": lambda text: text.replace('"steps": 10', '"steps": 18'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_stage_file_is_taken_from_its_spare(runs, tmp_path, damage, caplog):
   stages.run(["data", "vae"], BASE, tmp_path)
   path = tmp_path / "vae" / "stage.json"
-  path.write_text(text)
-  message = f"{path} is damaged .*delete {path.parent}"
+  damaged = DAMAGE[damage](path.read_text())
+  assert damaged != path.read_text()
+  path.write_text(damaged)
+  stages.run(["data", "vae", "encode"], BASE, tmp_path)
+  assert runs == ["data", "vae", "encode"]
+  assert f"{path} is damaged" in caplog.text and f"spare copy {path}.bak" in caplog.text
+  # Nor is another config taken for the one that it was made with.
+  with pytest.raises(
+    ValueError, match=r"config\.vae\.model\.width is 64, but stage vae"
+  ):
+    stages.run(["vae"], change(BASE, "vae.model.width", 64), tmp_path)
+
+
+def test_a_lost_stage_file_is_taken_from_its_spare(runs, tmp_path, caplog):
+  stages.run(["data", "vae"], BASE, tmp_path)
+  (tmp_path / "vae" / "stage.json").unlink()
+  stages.run(["data", "vae"], BASE, tmp_path)
+  assert runs == ["data", "vae"] and "stage.json is missing: taken" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"complete": tru', '{"config": {}}'])
+def test_stage_file_and_spare_damaged(runs, tmp_path, text):
+  stages.run(["data", "vae"], BASE, tmp_path)
+  path = tmp_path / "vae" / "stage.json"
+  for name in ("stage.json", "stage.json.bak"):
+    path.with_name(name).write_text(text)
+  message = f"{path} is damaged .*bak is damaged .*delete {path} and {path}.bak, .* or "
   for names in (["vae"], ["encode"]):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
       stages.run(names, BASE, tmp_path)
+    assert "\n" not in str(error.value)
   assert runs == ["data", "vae"]
+  sealed.delete(path)  # as the message says: what the stage has made is taken over
+  stages.run(["vae", "encode"], BASE, tmp_path)
+  assert runs == ["data", "vae", "vae", "encode"]
+
+
+def test_a_model_that_was_put_in_place_of_the_stage_s(runs, tmp_path):
+  stages.run(ALL, BASE, tmp_path)
+  for name, user in (("vae", "encode"), ("vae", "dit"), ("dit", "evaluate")):
+    _write_model(tmp_path / name, "of another training")
+    message = rf"{name}/model is not the one that the stage {name} made \(of another"
+    with pytest.raises(ValueError, match=message):
+      stages.run([user], BASE, tmp_path)
+    _write_model(tmp_path / name, weights[name])
+  stages.run(ALL, BASE, tmp_path)
+  assert runs == ALL
 
 
 def test_fingerprints(runs, tmp_path):
@@ -289,7 +360,9 @@ def test_a_section_that_is_new_leaves_old_runs_as_they_are(runs, tmp_path):
   path = tmp_path / "encode" / "stage.json"
   state = json.loads(path.read_text())
   assert state["config"].pop("text") == {}
+  del state["checksum"]  # nor had it one
   remade = json.dumps(state)
+  sealed.delete(path)
   path.write_text(remade)
   runs.clear()
   stages.run(["encode"], BASE, tmp_path)
@@ -359,3 +432,76 @@ def test_models_that_a_run_begins_with(runs, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=message):
       stages.run([name], recipe, workdir)
   assert runs == ALL
+
+
+def test_lost_shards_are_made_again(runs, tmp_path, caplog):
+  stages.run(ALL, BASE, tmp_path)
+  folder = tmp_path / "encode"
+  shard = folder / "latents-00000-of-00001.array_record"
+  shard.write_bytes(b"latents")
+  latent_shards.write(folder, [latent_shards.describe(shard)])
+  stages.run(["encode"], BASE, tmp_path)
+  assert runs == ALL
+  for damage, said in (
+    (shard.unlink, "is missing"),
+    (lambda: shard.write_bytes(b""), "has 0 bytes, not 7"),
+    ((folder / "shards.json").unlink, None),  # as of an older version
+    (lambda: (folder / "shards.json").write_text("{}"), "shards.json is damaged"),
+    ((folder / "latents.jsonl").unlink, "latents.jsonl is missing"),
+  ):
+    shard.write_bytes(b"latents")
+    latent_shards.write(folder, [latent_shards.describe(shard)])
+    runs.clear()
+    damage()
+    if said:
+      with pytest.raises(ValueError, match=f"{said}.*: python -m sora_jax.encode"):
+        latent_shards.check(folder)
+    with caplog.at_level("INFO", logger="absl"):
+      stages.run(["encode", "dit"], BASE, tmp_path)
+    assert runs == (["encode"] if said else []) and (said or "") in caplog.text
+    caplog.clear()
+
+
+def test_finished_shards_are_not_read_again(tmp_path, monkeypatch):
+  """Of an encoding that was stopped: what is known of a shard is kept beside it."""
+  shard = tmp_path / "latents-00000-of-00001.array_record"
+  shard.write_bytes(b"latents")
+  known = latent_shards.describe(shard)
+  read = latent_shards.checksums.of_file
+  monkeypatch.setattr(latent_shards.checksums, "of_file", None)
+  assert latent_shards.described(shard, latent_shards.read(tmp_path)) == known
+  latent_shards.write(tmp_path, [known])
+  assert sorted(path.name for path in tmp_path.iterdir()) == [shard.name, "shards.json"]
+  assert latent_shards.described(shard, latent_shards.read(tmp_path)) == known
+  monkeypatch.setattr(latent_shards.checksums, "of_file", read)
+  shard.write_bytes(b"others")  # another size
+  other = latent_shards.described(shard, latent_shards.read(tmp_path))
+  assert other == latent_shards.describe(shard) != known
+
+
+def test_captions_make_stale_what_reads_them(runs, tmp_path):
+  """The VAE is made from the same clips, and sees no captions."""
+  every = [name for name in recipes.STAGES if name != "captioner"]
+  stages.run(every, BASE, tmp_path)
+  before = (tmp_path / "encode" / "stage.json").read_text()
+  summary = tmp_path / "data" / "recaption.json"
+  summary.write_text('{"captions": "a"}')
+  stages.run(["data", "vae"], BASE, tmp_path)
+  for name in ("encode", "expander"):
+    match = f"made from another data/recaption.json .* delete {tmp_path / name} to make"
+    with pytest.raises(ValueError, match=match):
+      stages.run([name], BASE, tmp_path)
+    shutil.rmtree(tmp_path / name)
+    stages.run([name], BASE, tmp_path)
+  stages.run(["encode", "expander"], BASE, tmp_path)
+  assert runs == [*every, "encode", "expander"]
+  # Captions that are gone are another change.
+  summary.unlink()
+  with pytest.raises(ValueError, match="another data/recaption.json"):
+    stages.run(["encode"], BASE, tmp_path)
+  shutil.rmtree(tmp_path / "encode")
+  stages.run(["encode"], BASE, tmp_path)
+  assert (tmp_path / "encode" / "stage.json").read_text() == before
+  summary.write_text("[]")
+  with pytest.raises(ValueError, match="recaption.json is damaged"):
+    stages.run(["encode"], BASE, tmp_path)

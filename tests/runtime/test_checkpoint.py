@@ -1,4 +1,4 @@
-"""Checkpoints and models: exact, kept, and clear about what does not fit."""
+"""Models: exact, checked, replaced at once, and clear about what does not fit."""
 
 import json
 import shutil
@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+import sealed
+from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax.runtime import checkpoint, sharding
-from sora_jax.training import loop, optim
+from sora_jax.runtime import checkpoint, checksums, lazy_arrays, sharding
 
 
 def params_of(width=4):
@@ -23,109 +23,11 @@ def params_of(width=4):
   }
 
 
-def state_of(params):
-  config = loop.TrainConfig(steps=9, learning_rates=(("head/.*", 1.0),))
-  optimizer, _ = optim.make(config, params)
-  ema = jax.tree.map(lambda leaf: leaf / 3, params)
-  return loop.TrainState(jnp.int32(7), params, ema, optimizer.init(params))
-
-
-def abstract(state):
-  place = SingleDeviceSharding(jax.devices()[0])
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state
-  )
-
-
 def assert_equal(first, second):
   assert jax.tree.structure(first) == jax.tree.structure(second)
   for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
     assert a.dtype == b.dtype
     np.testing.assert_array_equal(a, b)
-
-
-@pytest.fixture
-def saved(tmp_path):
-  """A folder with the checkpoints 3, 4 of five saved ones."""
-  state = state_of(params_of())
-  checkpoints = checkpoint.Checkpoints(tmp_path / "c", keep=2)
-  for step in range(5):
-    checkpoints.save(step, state, {"data": {"global_next_index": step}, "sum": 0.1})
-  checkpoints.close()
-  return tmp_path / "c", state
-
-
-def test_restores_the_state_and_the_newest_are_kept(saved):
-  folder, state = saved
-  checkpoints = checkpoint.Checkpoints(folder, keep=2)
-  assert checkpoints.steps() == [3, 4]
-  restored, host = checkpoints.restore(3, abstract(state))
-  checkpoints.close()
-  assert_equal(state, restored)
-  assert host == {"data": {"global_next_index": 3}, "sum": 0.1}
-
-
-def other_optimizer(state):
-  return state._replace(opt_state=state.opt_state.inner_states["rest"])
-
-
-@pytest.mark.parametrize(
-  "change, message",
-  [
-    (
-      lambda state: state_of(params_of(width=5)),
-      r"c/4: params/block/bias has shape \(4,\) in the checkpoint, \(5,\) by the",
-    ),
-    (
-      lambda state: state._replace(params={"block": state.params["block"]}),
-      r"params/head/kernel has shape \(4, 2\) in the checkpoint, none",
-    ),
-    (
-      lambda state: state._replace(params={**state.params, "new": jnp.ones(3)}),
-      r"params/new has shape none \(missing\) in the checkpoint, \(3,\) by the config",
-    ),
-    (other_optimizer, "opt_state/.* has shape"),
-  ],
-)
-def test_checkpoint_of_another_config(saved, change, message):
-  folder, state = saved
-  checkpoints = checkpoint.Checkpoints(folder, keep=2)
-  with pytest.raises(ValueError, match=message):
-    checkpoints.restore(4, abstract(change(state)))
-  checkpoints.close()
-
-
-@pytest.mark.parametrize("lost", ["state", "state/_METADATA", "state/d", "host"])
-def test_damaged_checkpoint_is_named(saved, lost):
-  folder, state = saved
-  path = folder / "4" / lost
-  shutil.rmtree(path) if path.is_dir() else path.unlink()
-  checkpoints = checkpoint.Checkpoints(folder, keep=2)
-  with pytest.raises(ValueError, match=r"c/4: the checkpoint is damaged .*delete"):
-    checkpoints.restore(4, abstract(state))
-  checkpoints.close()
-
-
-def test_half_written_checkpoint_is_no_checkpoint(saved):
-  folder, _ = saved
-  shutil.copytree(folder / "4", folder / "5.orbax-checkpoint-tmp")
-  checkpoints = checkpoint.Checkpoints(folder, keep=2)
-  assert checkpoints.steps() == [3, 4]
-  checkpoints.close()
-
-
-def test_save_returns_when_the_state_may_be_donated(tmp_path):
-  add = jax.jit(lambda x: x + 1, donate_argnums=0)
-  value = {"x": jnp.zeros(1_000_000)}
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep=10)
-  for step in range(4):
-    checkpoints.save(step, value, {})
-    for _ in range(5):
-      value = {"x": add(value["x"])}
-  for step in range(4):
-    restored, _ = checkpoints.restore(step, abstract(value))
-    np.testing.assert_array_equal(restored["x"], np.full(1_000_000, 5.0 * step))
-  checkpoints.close()
 
 
 def test_model_round_trip_and_overwrite(tmp_path):
@@ -200,3 +102,117 @@ def test_a_fingerprint_is_of_the_values_alone():
   others.append({**params, "b": {**params["b"], "d": np.float32(-3)}})
   found = {checkpoint.fingerprint(other) for other in others}
   assert len(found) == 4 and expected not in found
+
+
+def damage(path, how):
+  content = bytearray(path.read_bytes())
+  if how == "bit":
+    content[len(content) // 2] ^= 4
+  path.write_bytes(
+    {"bit": content, "empty": b"", "cut": content[: len(content) // 2]}[how]
+  )
+
+
+def large_params():
+  rng = np.random.default_rng(0)
+  return {
+    "a": rng.standard_normal((64, 64)).astype(np.float32),
+    "b": {"c": jnp.asarray(rng.standard_normal(999), jnp.bfloat16)},
+  }
+
+
+@pytest.mark.parametrize("how", ["bit", "empty", "cut"])
+def test_a_damaged_model_is_an_error(tmp_path, how):
+  checkpoint.save_model(tmp_path, large_params(), {"n": 1})
+  params, _ = checkpoint.load_model(tmp_path)
+  assert_equal(large_params(), params)
+  checkpoint.check_model(tmp_path)
+  (data,) = tmp_path.glob("params-0/d/*")
+  damage(data, how)
+  for read in (checkpoint.load_model, checkpoint.check_model):
+    with pytest.raises(ValueError, match=f"{tmp_path}: .*params-0 is damaged") as error:
+      read(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_params_of_another_model_are_an_error(tmp_path):
+  checkpoint.save_model(tmp_path / "a", large_params(), {})
+  other = {**large_params(), "a": large_params()["a"] + 1}
+  checkpoint.save_model(tmp_path / "b", other, {})
+  shutil.rmtree(tmp_path / "a" / "params-0")
+  shutil.copytree(tmp_path / "b" / "params-0", tmp_path / "a" / "params-0")
+  for read in (checkpoint.load_model, checkpoint.check_model):
+    with pytest.raises(
+      ValueError, match="the values of a are not those that were saved"
+    ):
+      read(tmp_path / "a")
+
+
+def test_checked_whatever_dtype_is_asked_for(tmp_path):
+  checkpoint.save_model(tmp_path, large_params(), {})
+  mesh = sharding.make_mesh(devices=jax.devices()[:2])
+
+  def place(shapes):
+    return sharding.param_shardings(shapes, ((".*", PartitionSpec("fsdp")),), mesh)
+
+  rows = {"a": large_params()["a"], "b": {"c": np.zeros(998, np.float32)}}
+  checkpoint.save_model(tmp_path, rows, {})
+  for dtype in (jnp.bfloat16, {"a": jnp.float32, "b": {"c": jnp.bfloat16}}):
+    params, _ = checkpoint.load_model(tmp_path, place, dtype)
+    wanted = dtype if isinstance(dtype, dict) else {"a": dtype, "b": {"c": dtype}}
+    jax.tree.map(
+      lambda x, y, d: np.testing.assert_array_equal(x, np.asarray(y).astype(d)),
+      params,
+      rows,
+      wanted,
+    )
+    for leaf in jax.tree.leaves(params):
+      assert leaf.sharding == NamedSharding(mesh, PartitionSpec("fsdp"))
+
+
+def test_model_json_has_a_checksum_and_old_ones_are_read(tmp_path, caplog):
+  checkpoint.save_model(tmp_path, large_params(), {"latent_std": [0.5]})
+  path = tmp_path / "model.json"
+  text = path.read_text()
+  for changed in (text.replace("0.5", "0.7"), text.replace("checksum", "chocksum")):
+    path.write_text(changed)
+    with pytest.raises(
+      ValueError, match="model.json is damaged, or was changed by hand"
+    ):
+      checkpoint.load_meta(tmp_path)
+  old = json.loads(text)
+  path.write_text(json.dumps({"params": old["params"], "meta": old["meta"]}))
+  with caplog.at_level("INFO", logger="absl"):
+    params, meta = checkpoint.load_model(tmp_path)
+  assert_equal(large_params(), params)
+  assert meta == {"latent_std": [0.5]} and "version without checksums" in caplog.text
+  assert not checkpoint.has_checksums(tmp_path)
+  checkpoint.save_meta(tmp_path, {"n": 2})  # has a checksum of its own then
+  path.write_text(path.read_text().replace('"n": 2', '"n": 3'))
+  with pytest.raises(ValueError, match="changed by hand"):
+    checkpoint.load_meta(tmp_path)
+
+
+def test_streamed_models_are_checked(tmp_path):
+  whole = {"a": np.arange(700, dtype=np.float32).reshape(7, 100)}
+
+  def blocks():
+    for row in range(0, 7, 2):
+      yield whole["a"][row : row + 2]
+
+  streamed = lazy_arrays.Streamed((7, 100), np.dtype(np.float32), 2, blocks)
+  checkpoint.save_model(tmp_path / "s", {"a": streamed}, {})
+  checkpoint.save_model(tmp_path / "w", whole, {})
+  rows = [json.loads((tmp_path / n / "model.json").read_text()) for n in "sw"]
+  assert rows[0]["arrays"] == rows[1]["arrays"] == checksums.of_tree(whole)
+  for name in "sw":
+    params, _ = checkpoint.stream_model(tmp_path / name)
+    np.testing.assert_array_equal(params["a"].whole(), whole["a"])
+    model = json.loads((tmp_path / name / "model.json").read_text())
+    model["arrays"]["a"][2] ^= 1
+    sealed.rewrite(tmp_path / name / "model.json", arrays=model["arrays"])
+    params, _ = checkpoint.stream_model(tmp_path / name)
+    with pytest.raises(
+      ValueError, match=f"{tmp_path / name}: .*the values of a are not"
+    ):
+      params["a"].whole()

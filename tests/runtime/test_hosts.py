@@ -29,9 +29,10 @@ def assert_equal_losses(found, expected):
   for (step, name, value), (_, _, wanted) in zip(found, expected, strict=True):
     # Sums of several processes round otherwise. Adam makes a whole step of a gradient
     # near zero, whatever its sign, so that this grows: on an Intel CPU the VAE's losses
-    # are 8e-7 apart at step 3, 3e-6 at step 4 and 6e-5 at step 8.
+    # are 8e-7 apart at step 3, 3e-6 at step 4 and 6e-5 at step 8; on AMDs 1.04e-6 at
+    # step 3 (without AVX-512) and 1.05e-4 at step 8.
     exact = name == "loss" and step <= 3
-    assert value == pytest.approx(wanted, rel=1e-6 if exact else 1e-4), (step, name)
+    assert value == pytest.approx(wanted, rel=2e-6 if exact else 2e-4), (step, name)
 
 
 def files(workdir, stage):
@@ -98,7 +99,9 @@ def test_a_host_with_another_config_is_named(commands, tmp_path):
     "  return config\n"
   )
   flags = (f"--config={config}", f"--workdir={tmp_path}")
-  log = commands.hosts(2, tmp_path, *flags, returncode=1)
+  # By the launcher itself, as a user types it.
+  launch = ("--processes=2", "--grace=20", "--", *flags)
+  log = commands.launch("local.py", *launch, returncode=1)
   assert (
     "process 1 of 2 runs another config: config.dit.rows is 4 there and 2 on" in log
   )

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from sora_jax.diffusion import schedules
 from sora_jax.diffusion import solvers as solver
 from sora_jax.diffusion.solvers import Options
 from sora_jax.models import dit
@@ -85,7 +86,7 @@ def test_rows_of_a_published_size(size, frames, tokens):
   whole = jax.eval_shape(
     functools.partial(sample_batch.empty_batch, 1, size)
   ).on_device()
-  table = solver.make_table("euler", solver.schedule(2, np.ones((1, N))))
+  table = solver.make_table("euler", schedules.uniform(2, np.ones((1, N))))
   networks = integrate.Networks(model, None, np.float32)
   out = jax.eval_shape(
     functools.partial(integrate.integrate, networks, options=Options(steps=1)),

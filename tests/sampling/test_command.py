@@ -1,8 +1,11 @@
 """`sample` as a command: flags, sidecars, files."""
 
 import dataclasses
+import functools
 import json
 
+import jax
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -15,6 +18,7 @@ from sora_jax.run import cli
 from sora_jax.sampling import flags as job_flags
 from sora_jax.sampling.defaults import Defaults
 from sora_jax.sampling.job import Job
+from sora_jax.sampling.pipeline import NonFiniteSample
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def command(sampler):
 
   def run(*arguments):
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
-      patch.setattr(sample.Sampler, "from_checkpoint", lambda *_, loras: sampler)
+      patch.setattr(sample.Sampler, "from_checkpoint", lambda *_, **__: sampler)
       sample._main(values(["sample", *arguments]))
 
   return run
@@ -60,6 +64,23 @@ def test_a_sidecar_makes_the_same_again(command, tmp_path):
   writer.write(source, clip(9, 1), 12)
   with pytest.raises(ValueError, match="in.mp4 has changed since"):
     command(f"--from={first}.json", f"--out={again}")
+
+
+@pytest.mark.parametrize("part", ["params", "autoencoder"])
+def test_a_damaged_model_makes_no_black_video(command, sampler, tmp_path, part):
+  new = ["--checkpoint=runs/tiny", "--prompt=a star", "--size=32x32", "--frames=5"]
+  new += ["--steps=1", f"--out={tmp_path / 'x.mp4'}"]
+  nan = functools.partial(jax.tree.map, lambda leaf: leaf * np.nan)
+  place, name = sampler.autoencoder.residency._held, {"params": "dit"}.get(part, "vae")
+  message = "latents are NaN" if part == "params" else "decoded pixels that are NaN"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(place, name, nan(place[name]))
+    for more in ([], ["--prompt=a circle"]):
+      with pytest.raises(NonFiniteSample, match=f"'a star'.*: .*{message}"):
+        command(*new, *more)
+  assert not list(tmp_path.iterdir())
+  command(*new)
+  assert (tmp_path / "x.mp4").exists()
 
 
 def test_a_sidecar_keeps_what_windows_take_over(command, tmp_path):
@@ -188,3 +209,57 @@ def test_flags_are_read_into_the_types_of_the_fields(command):
 def test_flags_that_cannot_be(command, arguments, message):
   with pytest.raises(ValueError, match=message):
     command("--checkpoint=runs/tiny", "--prompt=a star", *arguments)
+
+
+class _Longer:
+  """An expander that counts what it is asked."""
+
+  by, asked = "longer", 0
+
+  def expand(self, texts, seed=0):
+    self.asked += len(texts)
+    return [f"{text}, quickly" for text in texts]
+
+
+def test_an_expanded_prompt_is_kept(command, sampler, tmp_path, monkeypatch, caplog):
+  expander = _Longer()
+  monkeypatch.setattr(sampler, "expander", expander)
+  first, again = tmp_path / "a.mp4", tmp_path / "b.mp4"
+  new = ["--checkpoint=runs/tiny", "--size=32x32", "--frames=9", "--steps=1"]
+  command(*new, "--prompt=a star", "--shot=0.3:a dog", "--expand", f"--out={first}")
+  made = json.loads((tmp_path / "a.mp4.json").read_text())
+  assert made["job"]["prompt"] == "a star, quickly"
+  assert made["job"]["shots"] == [[0.3, "a dog, quickly"]]
+  texts = {"a star": "a star, quickly", "a dog": "a dog, quickly"}
+  assert made["expanded"] == {"by": "longer", "texts": texts}
+  assert "'a star' is expanded to 'a star, quickly'" in caplog.text
+  # Nobody is asked again.
+  command(f"--from={first}.json", f"--out={again}")
+  assert expander.asked == 2 and first.read_bytes() == again.read_bytes()
+  assert json.loads((tmp_path / "b.mp4.json").read_text()) == made
+  # Another prompt has nothing to do with that.
+  command(f"--from={first}.json", "--prompt=a cat", f"--out={again}")
+  other = json.loads((tmp_path / "b.mp4.json").read_text())
+  assert other["job"]["prompt"] == "a cat"
+  assert set(other["expanded"]["texts"]) == {"a dog"}
+  with pytest.raises(ValueError, match="--from has a prompt as it is"):
+    command(f"--from={first}.json", "--expand", f"--out={again}")
+  with pytest.raises(ValueError, match="--expand_model needs --expand"):
+    command(*new, "--prompt=x", "--expand_model=m", f"--out={again}")
+  monkeypatch.setattr(sampler, "expander", None)
+  with pytest.raises(ValueError, match="no expander of prompts: .*train_expander"):
+    command(*new, "--prompt=x", "--expand", f"--out={again}")
+
+
+def test_python_expands(sampler, monkeypatch):
+  monkeypatch.setattr(sampler, "expander", _Longer())
+  assert sampler.expand("a star").texts == {"a star": "a star, quickly"}
+  how = {"size": (32, 32), "frames": 5, "options": Options(steps=1)}
+  long = sampler.video("a star, quickly", **how)
+  short = sampler.video("a star", expand=True, **how)
+  assert (long == short).all() and (long != sampler.video("a star", **how)).any()
+  asked = [sample.Request("a star", 32, 32, 5, 12.0)]
+  (long,) = sampler.sample([dataclasses.replace(asked[0], prompt="a star, quickly")],
+                           Options(steps=1))  # fmt: skip
+  (short,) = sampler.sample(asked, Options(steps=1), expand=True)
+  assert (long == short).all()

@@ -57,7 +57,8 @@ def test_a_run_has_those_of_its_recipe(tmp_path):
   stage(tmp_path, [still, ["a", [96, 64], 33, 8.0], ["c", [64, 64], 17, 4.0]],
         **options)  # fmt: skip
   expected = Options(steps=7, guidance_interval=(0.1, 0.9))
-  assert defaults.read(tmp_path) == Defaults(expected, (96, 64), 33, 8.0)
+  of_recipe = Defaults(expected, (96, 64), 33, 8.0, negative_prompt="x")
+  assert defaults.read(tmp_path) == of_recipe
   stage(tmp_path, [still])
   assert defaults.read(tmp_path) == Defaults(Options(), (32, 32), 1, 4.0)
   stage(tmp_path, [], steps=5)

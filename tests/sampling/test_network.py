@@ -15,6 +15,10 @@ L, P, SLOTS = 8, 2, 3
 SIZE = RowSize(Budget(L, 4, SLOTS), P)
 
 
+# Levels that the DiT is told: of the slots in up to 8 calls.
+TIME_BNR = np.full((1, SLOTS, 8), 0.5, np.float32)
+
+
 def batch(**changes):
   """A clip of 4 tokens with a given one and two texts, one of 3, and padding."""
   made = sample_batch.empty_batch(1, SIZE)
@@ -60,7 +64,9 @@ def test_positions_of_a_loop_turn_by_a_frame_with_each_call(index, times):
   made = batch(turn_step_L=[0, 0, 0, 0, 2, 2, 2, 0])
   made.packed["position_L3"][0] = np.arange(3 * L).reshape(L, 3)
   made.sampling["turn_L2"][0, 4:7] = [[0, 3], [1, 3], [2, 3]]
-  rows = network.Rows.of_batch(made.packed, made.sampling, np.zeros((1, 4, 1)))
+  rows = network.Rows.of_batch(
+    made.packed, made.sampling, np.zeros((1, 4, 1)), TIME_BNR
+  )
   before = made.packed["position_L3"]
   after = np.asarray(network.turned(before, rows, index))
   assert after[0, 4:7, 0].tolist() == times
@@ -74,7 +80,7 @@ def test_rows_follow_each_other_with_their_own_texts():
   features = [np.full((1, 4, 1), value) for value in (1.0, 2.0)]
   packed = [made.packed, {**made.packed, **made.negative}]
   own, negative = (
-    network.Rows.of_batch(*pair) for pair in zip(
+    network.Rows.of_batch(*pair, TIME_BNR) for pair in zip(
       packed, [made.sampling] * 2, features, strict=True
     )
   )  # fmt: skip
@@ -174,7 +180,9 @@ def test_frames_of_a_loop_keep_their_absolute_positions(monkeypatch):
   made = batch(turn_step_L=[0, 0, 0, 0, 2, 2, 2, 0])
   made.sampling["turn_L2"][0, 4:7] = [[0, 3], [1, 3], [2, 3]]
   made.packed["position_L3"][0, 4:7, 0] = [0, 2, 4]
-  rows = network.Rows.of_batch(made.packed, made.sampling, jnp.zeros((1, 4, 2)))
+  rows = network.Rows.of_batch(
+    made.packed, made.sampling, jnp.zeros((1, 4, 2)), TIME_BNR
+  )
   call(network.dit_network(None, None, rows, jnp.float32), index=1)
   context = seen["context"]
   assert context.position_BL3[0, 4:7, 0].tolist() == [2, 4, 0]

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+import sealed
 from absl import flags
 from absl.testing import flagsaver
 
@@ -208,9 +209,8 @@ def test_an_unfinished_run_is_an_error(models, stage):
 
 def test_the_vae_of_another_run_is_an_error(models):
   path = models / "vae" / "model" / "model.json"
-  model = json.loads(path.read_text())
-  model["meta"]["id"] = "another"
-  path.write_text(json.dumps(model))
+  meta = json.loads(path.read_text())["meta"]
+  sealed.rewrite(path, meta={**meta, "id": "another"})
   with pytest.raises(ValueError, match="another VAE than vae/model .*and another"):
     sample.Sampler.from_checkpoint(models)
 
@@ -241,7 +241,7 @@ def command(sampler):
 
   def run(*arguments):
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
-      patch.setattr(sample.Sampler, "from_checkpoint", lambda *_, loras: sampler)
+      patch.setattr(sample.Sampler, "from_checkpoint", lambda *_, **__: sampler)
       rest = values(
         ["sample", "--checkpoint=runs/tiny", f"--steps={STEPS}", *arguments]
       )

@@ -166,3 +166,41 @@ def test_a_state_stays_as_it_was_taken():
   state = meter.state()
   meter.add({"loss": 5.0})
   assert state["sums"] == {"loss": 1.0} and state["count"] == 1
+
+
+def test_a_full_disk_keeps_the_rows_and_ends_nothing(tmp_path, monkeypatch, caplog):
+  writer = metrics.Writer(tmp_path)
+  writer.scalars(1, {"loss": 1.0})
+  whole, full = writer._file, True
+
+  class Filling:
+    """Takes three bytes more, and then none until there is room."""
+
+    def __init__(self):
+      self.room = 3
+
+    def write(self, content):
+      if full and not self.room:
+        raise OSError(28, "No space left on device")
+      taken = content[: self.room] if full else content
+      self.room -= len(taken)
+      return whole.write(taken)
+
+    close = whole.close
+
+  writer._file = Filling()
+  events = writer._board.file_writer.event_writer._ev_writer
+  monkeypatch.setattr(
+    events._py_recordio_writer,
+    "write",
+    lambda _: (_ for _ in ()).throw(OSError(28, "")),
+  )
+  # More than fit into TensorBoard's queue, which nobody would empty.
+  for step in range(2, 40):
+    writer.scalars(step, {"loss": float(step)})
+  assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+  full = False
+  writer.scalars(40, {"loss": 40.0})
+  writer.close()
+  assert [row["step"] for row in rows_of(tmp_path)] == list(range(1, 41))
+  assert len([m for m in caplog.messages if "cannot be written now" in m]) == 1

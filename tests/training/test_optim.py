@@ -7,13 +7,14 @@ from sora_jax.training import optim
 from sora_jax.training.config import TrainConfig
 
 
-def test_muon_takes_kernels_of_blocks_and_of_convolutions_as_matrices():
+def test_muon_takes_kernels_of_blocks_stems_and_convolutions_as_matrices():
   """Its first update is the gradient with singular values near 1, times a scale."""
   rng = np.random.default_rng(0)
   shapes = {
     "blocks": {"up": {"kernel": (3, 8, 16), "bias": (3, 16)}},
     "conv": {"kernel": (1, 2, 2, 6, 16), "bias": (16,)},
     "embed": {"kernel": (8, 16)},
+    "stem": {"patch_embed": {"kernel": (24, 16)}},
   }
 
   def draw(shape):
@@ -52,8 +53,10 @@ def test_muon_takes_kernels_of_blocks_and_of_convolutions_as_matrices():
     )
     assert found.min() > 0.6 * found.max()
   conv = (x["conv"]["kernel"].reshape(24, 16) for x in (updates, gradients))
-  found = values(*conv)
-  assert found.min() > 0.6 * found.max()
+  stem = (x["stem"]["patch_embed"]["kernel"] for x in (updates, gradients))
+  for pair in (conv, stem):
+    found = values(*pair)
+    assert found.min() > 0.6 * found.max()
   # consistent_rms: the update is as large as one of AdamW is, 0.2 on average.
   rms = np.sqrt(np.mean(np.square(updates["conv"]["kernel"])))
   assert 0.1 < rms < 0.3

@@ -131,21 +131,33 @@ def test_to_json_and_back(name):
 @pytest.mark.parametrize(
   ("config", "changes", "message"),
   [
-    (WAN_DIFFUSERS, {"in_channels": 36}, "in_channels is 36 and out_channels 16"),
-    (WAN_DIFFUSERS, {"image_dim": 1280}, "image_dim is 1280, only None is known"),
+    (WAN_DIFFUSERS, {"in_channels": 33}, "in_channels is 33 and out_channels 16"),
+    (WAN_DIFFUSERS, {"image_dim": 1280}, "added_kv_proj_dim is None, but image_dim is"),
+    (WAN_DIFFUSERS, {"image_dim": "a"}, "image_dim is 'a', not a whole number"),
+    (WAN_DIFFUSERS, {"vace_layers": [0, 5]}, "with vace_layers is Wan VACE"),
+    (
+      WAN_DIFFUSERS,
+      {"_class_name": "WanVACETransformer3DModel"},
+      "is Wan VACE, .* known",
+    ),
+    (
+      WAN_DIFFUSERS,
+      {"_class_name": "X3D"},
+      "x.json: 'X3D' cannot be imported; known are",
+    ),
     (WAN_DIFFUSERS, {"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm', only 'rms_"),
     (WAN_DIFFUSERS, {"eps": 1e-5}, "eps is 1e-05"),
     (WAN_DIFFUSERS, {"quantization_config": {}}, "unknown keys .'quantization_con"),
     (WAN_DIFFUSERS, {"ffn_dim": None}, "x.json: ffn_dim is None, not of"),
     (WAN_DIFFUSERS, {"ffn_dim": "8960"}, "ffn_dim is '8960'"),
     (WAN_DIFFUSERS, {"_class_name": "FluxTransformer2DModel"}, "'FluxTransformer2DMo"),
-    (WAN_ORIGINAL, {"model_type": "i2v"}, "model_type is 'i2v', only 't2v' and 'ti2v'"),
+    (WAN_ORIGINAL, {"model_type": "vace"}, "model_type 'vace' is Wan VACE"),
     (WAN_ORIGINAL, {"window_size": [8, 8]}, "window_size is .8, 8."),
     (VAE_22, {"patch_size": None}, "in_channels is 12, but patches of 1x1 .* have 3"),
     (VAE_22, {"latents_std": [1.0]}, "latents_std has 1 of z_dim 48 numbers"),
     (VAE_22, {"scale_factor_spatial": 8}, "scale_factor_spatial is 8, .* 16"),
     (UMT5, {"feed_forward_proj": "relu", "is_gated_act": True}, "'relu', only 'gated"),
-    (UMT5, {"model_type": "bert"}, "'bert' is none of"),
+    (UMT5, {"model_type": "bert"}, "'bert' cannot be imported"),
   ],
 )
 def test_what_our_networks_cannot_express(config, changes, message):
@@ -163,3 +175,10 @@ def test_missing_keys(key):
 def test_unknown_preset():
   with pytest.raises(ValueError, match="no preset 'wan3'; there are wan2.1, wan2.2, S"):
     hf_config.preset("wan3", "original")
+
+
+def test_a_text_encoder_of_one_head_keeps_its_axis():
+  sizes = {"num_heads": 1, "d_model": 8, "d_ff": 16, "num_layers": 2, "vocab_size": 300}
+  entries = hf_config.from_json({**UMT5, **sizes}, "x.json").entries()
+  shapes = {entry.our_shape for entry in entries if "position_bias" in entry.path}
+  assert shapes == {(32, 1)}  # as T5Encoder has it

@@ -111,8 +111,8 @@ class Reservoir(Generic[Item]):
 
 def _add(figures, clip, size):
   figures.sizes[clip.width, clip.height] += 1
-  figures.silent += not clip.captions
-  figures.caption_lengths.extend(map(len, clip.captions))
+  figures.silent += not clip.training_captions
+  figures.caption_lengths.extend(map(len, clip.training_captions))
   if clip.frames == 1:
     figures.images += 1
   else:

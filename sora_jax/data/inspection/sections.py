@@ -64,7 +64,7 @@ def _clip(clip: Clip) -> str:
   begin = "" if clip.frames == 1 else f", from {clip.start:.2f} s"
   lines = [
     f"{clip.id}: {clip.width}x{clip.height}, {_length(clip)}{begin}",
-    *(clip.captions[:3] or ("(no caption)",)),
+    *(clip.training_captions[:3] or ("(no caption)",)),
   ]
   try:
     video_THWC = read_clip(clip)

@@ -2,12 +2,13 @@
 
 import os
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from sora_jax.data import clips, text_file
+from sora_jax.data import clips, parquet_rows, text_file
 from sora_jax.data.intake import find
 
-MANIFEST = "manifest.jsonl"
+MANIFESTS = ("manifest.jsonl", "manifest.parquet")
 
 
 class LeftOut(Exception):
@@ -41,22 +42,29 @@ def sidecar(root: pathlib.Path, name: str, found: find.Found, outside: bool):
 
 
 def read_manifest(
-  root: pathlib.Path, outside: bool
+  path: pathlib.Path, locate: Callable[[str, str], str], root: str
 ) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str]]]:
-  """Reads and checks the manifest of a folder.
+  """Reads and checks a manifest, of JSON lines or Parquet.
+
+  Args:
+    path: of the manifest, on this disk.
+    locate: (path of a row, where that is) -> the key of its file; raises LeftOut for
+      one that cannot be used, ValueError for one that is wrong.
+    root: what paths of rows are relative to, for messages.
 
   Returns:
-    {path relative to the folder: row}, "captions" being a list; and (path, reason) of
-    the entries that are left out.
+    {key: row}, "captions" being a list; and (path, reason) of the entries that are left
+    out.
 
   Raises:
-    ValueError: naming the line, for a row that is wrong or leads out of the folder.
+    ValueError: naming the line, for a row that is wrong.
   """
   rows: dict[str, dict[str, Any]] = {}
   spelled: set[str] = set()
   left_out = []
-  for number, row in clips.read_rows(root / MANIFEST):
-    where = f"{root / MANIFEST}:{number}"
+  read = parquet_rows.read_rows if path.suffix == ".parquet" else clips.read_rows
+  for number, row in read(path):
+    where = f"{path}:{number}"
     name = row.get("path")
     if not isinstance(name, str) or not name:
       raise ValueError(f'{where}: "path" must be a file name, not {name!r}')
@@ -64,40 +72,49 @@ def read_manifest(
       raise ValueError(f"{where}: {name} occurs twice")
     spelled.add(name)
     try:
-      key = _key(root, name, where, outside)
+      key = locate(name, where)
       if key in rows:
         raise LeftOut(f"{where}: the same file as {key}, which is used")
-      rows[key] = {**row, "captions": _captions(row, where)}
+      rows[key] = {**row, "captions": of_row(row, where)}
     except LeftOut as e:
       left_out.append((os.path.join(root, name), str(e)))
   return rows, left_out
 
 
-def _key(root, name, where, outside) -> str:
-  """The normal form of a row's path: a.mp4 of ./a.mp4."""
-  if fault := find.name_fault(name):
-    raise LeftOut(f"{where}: {fault}")
-  key = os.path.normpath(name)
-  if os.path.isabs(key) and _is_inside(key, str(root)):
-    key = os.path.relpath(key, root)
-  if not outside and (os.path.isabs(key) or key.split(os.sep)[0] == ".."):
-    raise ValueError(
-      f"{where}: {name} is outside of {root}; config.data.allow_outside=True takes it"
-    )
-  try:
-    is_file = os.path.isfile(root / key)
-    if not is_file:
-      os.stat(root / key)  # says what is wrong with a name that is too long
-      raise LeftOut(f"{where}: not a file but a folder, a pipe or a device")
-  except FileNotFoundError as e:
-    raise ValueError(f"{where}: no such file: {root / key}") from e
-  except OSError as e:
-    raise LeftOut(f"{where}: cannot be read ({e.strerror})") from e
-  return key
+def local_file(root: pathlib.Path, outside: bool) -> Callable[[str, str], str]:
+  """`locate` for files of a folder: the normal form of a path, a.mp4 of ./a.mp4."""
+
+  def locate(name, where):
+    if fault := find.name_fault(name):
+      raise LeftOut(f"{where}: {fault}")
+    key = os.path.normpath(name)
+    if os.path.isabs(key) and _is_inside(key, str(root)):
+      key = os.path.relpath(key, root)
+    if not outside and (os.path.isabs(key) or key.split(os.sep)[0] == ".."):
+      raise ValueError(
+        f"{where}: {name} is outside of {root}; config.data.allow_outside=True takes it"
+      )
+    try:
+      is_file = os.path.isfile(root / key)
+      if not is_file:
+        os.stat(root / key)  # says what is wrong with a name that is too long
+        raise LeftOut(f"{where}: not a file but a folder, a pipe or a device")
+    except FileNotFoundError as e:
+      raise ValueError(f"{where}: no such file: {root / key}") from e
+    except OSError as e:
+      raise LeftOut(f"{where}: cannot be read ({e.strerror})") from e
+    return key
+
+  return locate
 
 
-def _captions(row, where) -> list[str]:
-  """Captions of a row, cleaned; its split is checked, too."""
+def of_row(row: Mapping[str, Any], where: str) -> list[str]:
+  """Captions of a manifest's row, cleaned; its split is checked, too.
+
+  Raises:
+    ValueError: they are no texts, or there is no such split.
+    LeftOut: a caption has a control character.
+  """
   captions = row.get("captions", [])
   if "caption" in row:
     captions = [row["caption"]]

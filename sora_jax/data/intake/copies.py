@@ -22,10 +22,8 @@ def without(
 
   bits: config.data.filter.copies; -1 keeps them all, and the log says how many.
   """
-  leaders = _leaders(clips, BITS if bits < 0 else bits)
-  copies = [
-    i for i, leader in enumerate(leaders) if clips[leader].path != clips[i].path
-  ]
+  first = leaders(clips, BITS if bits < 0 else bits)
+  copies = [i for i, leader in enumerate(first) if clips[leader].path != clips[i].path]
   if bits < 0:
     if copies:
       logging.warning(
@@ -33,13 +31,13 @@ def without(
         "config.data.filter.copies=%d leaves them out",
         len(copies),
         len(clips),
-        clips[leaders[copies[0]]].id,
+        clips[first[copies[0]]].id,
         clips[copies[0]].id,
         BITS,
       )
     return list(clips)
   for i in copies:
-    original = clips[leaders[i]].id
+    original = clips[first[i]].id
     reason = f"clip {clips[i].id} is a copy of {original} (config.data.filter.copies)"
     left_out.append((clips[i].path, reason))
   gone = set(copies)
@@ -58,7 +56,7 @@ def groups(clips: Sequence[Clip]) -> list[tuple[str, str, str]]:
       name = parents[name]
     return name
 
-  for i, leader in enumerate(_leaders(clips, BITS)):
+  for i, leader in enumerate(leaders(clips)):
     # The least digest names a group, whatever files are called.
     one, other = sorted((top(_figure(clips[i], "digest")),
                          top(_figure(clips[leader], "digest"))))  # fmt: skip
@@ -71,16 +69,16 @@ def groups(clips: Sequence[Clip]) -> list[tuple[str, str, str]]:
   return named
 
 
-def _leaders(clips, bits) -> list[int]:
+def leaders(clips: Sequence[Clip], bits: int = BITS) -> list[int]:
   """[clip] index of the first clip that it is a copy of, its own for none."""
   hashes = [_figure(clip, "hash") for clip in clips]
-  leaders = perceptual_hash.groups(hashes, bits).tolist()
+  found = perceptual_hash.groups(hashes, bits).tolist()
   first: dict[tuple, int] = {}
   for i, clip in enumerate(clips):
     # Copies of a file are known without a picture to compare, too.
     same = (_figure(clip, "digest"), clip.start, clip.frames)
-    leaders[i] = min(leaders[i], leaders[first.setdefault(same, i)])
-  return leaders
+    found[i] = min(found[i], found[first.setdefault(same, i)])
+  return found
 
 
 def _figure(clip, name) -> str:

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from sora_jax.data import stored
 from sora_jax.data.video import media
 
 
@@ -60,6 +61,8 @@ def name_fault(name: str) -> str | None:
     name.encode()
   except UnicodeEncodeError:
     return "its name is not UTF-8"
+  if stored.is_inside(name):
+    return "'::' in its name, which marks what is inside of larger files"
   for character in name:
     if unicodedata.category(character) in ("Cc", "Zl", "Zp"):
       return f"control character U+{ord(character):04X} in its name"

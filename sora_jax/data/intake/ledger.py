@@ -17,7 +17,7 @@ import PIL
 from sora_jax.data import stored
 from sora_jax.runtime import files
 
-FIGURES = 1  # version of what `measure.measure_file` returns
+FIGURES = 2  # version of what `measure.measure_file` returns
 
 
 def version() -> list[str]:
@@ -101,6 +101,4 @@ def key_of(path: pathlib.Path, name: str, *more: Any) -> str:
   Raises:
     OSError: the file cannot be looked at.
   """
-  status = os.stat(stored.holder(path))
-  facts = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-  return json.dumps([name, *facts, *more])
+  return json.dumps([name, *stored.stamp(path), *more])

@@ -18,12 +18,15 @@ class Measuring:
   score_fn: "module:function", see `intake.score`; "" for none.
   processes: that measure; 0 measures in this one, which a decoder may then crash.
   ledger: file that keeps what is measured for the next time; None keeps nothing.
+  beam: flags of an Apache Beam pipeline that measures in place of these processes, see
+    `beam_pipeline`; () for none. It needs a ledger, beside which its results arrive.
   """
 
   decode: bool = True
   score_fn: str = ""
   processes: int = 0
   ledger: pathlib.Path | None = None
+  beam: tuple[str, ...] = ()
 
 
 def measure_files(
@@ -78,7 +81,7 @@ def score_clips(
 
 def _fill(jobs, how, ledger, watch, what, unit):
   """Does the jobs and puts their results into the ledger."""
-  done = workers.run(jobs, min(how.processes, len(jobs)))
+  done = _done(jobs, how)
   for job, result in watch(_Sized(done, len(jobs)), what, unit):
     if "error" in result:
       raise ValueError(
@@ -86,6 +89,18 @@ def _fill(jobs, how, ledger, watch, what, unit):
         f"{result['error']}"
       )
     ledger.add(job["key"], result)
+
+
+def _done(jobs, how) -> Iterator[tuple[workers.Job, workers.Job]]:
+  """Has the jobs done by what `how` says; (job, result) as they are done."""
+  if not how.beam or not jobs:
+    return workers.run(jobs, min(how.processes, len(jobs)))
+  try:
+    # Only here: importing it takes seconds, and few have it.
+    from sora_jax.data.intake import beam_pipeline
+  except ImportError as e:
+    raise ValueError(f"--beam needs `pip install 'sora_jax[beam]'` ({e})") from e
+  return beam_pipeline.run(jobs, how.beam, how.ledger.with_name("beam"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,6 +57,47 @@ def hold_out(
   ]
 
 
+def follow(
+  clips: Sequence[Clip], marks: Sequence[str | None], leaders: Sequence[int]
+) -> list[str | None]:
+  """Marks of clips, where those without one take that of what they are a copy of.
+
+  A clip of which one copy is held out and another is trained on is held out. Where it
+  is marked itself it stays what it is, and a warning names both.
+
+  Args:
+    clips: that were found.
+    marks: the split of each that a manifest says, or None.
+    leaders: see `copies.leaders`.
+  """
+  sides: dict[int, dict[str, int]] = {}
+  for i, (mark, leader) in enumerate(zip(marks, leaders, strict=True)):
+    if mark:
+      sides.setdefault(leader, {}).setdefault(mark, i)
+  both = [i for i, leader in enumerate(leaders)
+          if marks[i] == "train" and "heldout" in sides[leader]]  # fmt: skip
+  for i in both[:5]:
+    other = clips[sides[leaders[i]]["heldout"]]
+    logging.warning(
+      "%s is marked to be trained on, but shows the same as %s, which is held out",
+      clips[i].path, other.path,
+    )  # fmt: skip
+  if both:
+    logging.warning(
+      "%d clips are trained on that show the same as held-out ones: what is measured "
+      "on those is too good; mark copies alike, or leave their marks away", len(both),
+    )  # fmt: skip
+  # Of the two, "heldout" is the lesser by name.
+  made = [
+    mark or min(sides.get(leader, ()), default=None)
+    for mark, leader in zip(marks, leaders, strict=True)
+  ]
+  followed = sum(a == "heldout" and not b for a, b in zip(made, marks, strict=True))
+  if followed:
+    logging.info("%d unmarked clips are copies of held-out ones: held out", followed)
+  return made
+
+
 def _choose(order, members, clips, share, wanted) -> list[str]:
   """Groups to hold out, of those in the order of their numbers; never all of them."""
   if len(order) > 1:

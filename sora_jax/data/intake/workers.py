@@ -44,34 +44,27 @@ def run(jobs: Iterable[Job], workers: int) -> Iterator[tuple[Job, Job]]:
       yield job, do(job)
     return
   source, lock = iter(jobs), threading.Lock()
-  processes: set[_Worker] = set()
+  processes = [Process() for _ in range(workers)]
   done: queue.Queue = queue.Queue(2 * workers)
   stop = threading.Event()
 
-  def work():
-    worker = None
+  def work(process):
     try:
       while not stop.is_set():
         with lock:
           job = next(source, None)
         if job is None:
           break
-        if worker is None:
-          worker = _Worker()
-          processes.add(worker)
-        result = worker.ask(job)
-        if result is None:
-          processes.remove(worker)
-          result, worker = {"reason": worker.end(), "crashed": True}, None
-        done.put((job, result))
+        done.put((job, process.do(job)))
     except BaseException as e:  # raised where the results are read
       done.put((None, e))
     finally:
-      if worker:
-        worker.end()
+      process.end()
       done.put((None, None))
 
-  threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+  threads = [
+    threading.Thread(target=work, args=(process,), daemon=True) for process in processes
+  ]
   for thread in threads:
     thread.start()
   left = workers
@@ -89,9 +82,9 @@ def run(jobs: Iterable[Job], workers: int) -> Iterator[tuple[Job, Job]]:
     while any(thread.is_alive() for thread in threads):
       # Who reads has stopped, and does not wait for long jobs. A process may have been
       # about to start, so this is said until all threads have heard it.
-      unfinished: tuple[_Worker, ...] = tuple(processes) if left else ()
-      for worker in unfinished:
-        worker.kill()
+      if left:
+        for process in processes:
+          process.kill()
       with contextlib.suppress(queue.Empty):  # whoever waits to put one can end
         done.get(timeout=0.05)
 
@@ -128,39 +121,55 @@ def serve() -> None:
     results.flush()
 
 
-class _Worker:
-  """A process that does one job after the other."""
+class Process:
+  """Does one job after the other in a process, and in another one once it has died."""
 
   def __init__(self):
-    # It finds what this process finds: the package, and a user's score function.
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    self._process = subprocess.Popen(
-      [sys.executable, "-c", _START],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-      text=True,
-    )
+    self._process: Any = None  # a Popen with pipes
 
-  def ask(self, job: Job) -> Job | None:
-    """The result of a job; None if the process has died of it."""
-    try:
+  def do(self, job: Job) -> Job:
+    """The result of a job, as the function `do` has it, or that it was a crash."""
+    if self._process is None:
+      self._process = _start()
+    line = ""
+    # Who died of the job before takes no other one, and tells nothing.
+    with contextlib.suppress(OSError):
       self._process.stdin.write(json.dumps(job) + "\n")
       self._process.stdin.flush()
       line = self._process.stdout.readline()
-    except OSError:
-      return None
-    return json.loads(line) if line.endswith("\n") else None
+    if line.endswith("\n"):
+      return json.loads(line)
+    return {"reason": _how_it_ended(self.end()), "crashed": True}
 
   def kill(self) -> None:
     """Ends the process in the middle of a job."""
-    self._process.kill()
+    if process := self._process:
+      process.kill()
 
-  def end(self) -> str:
-    """Ends the process and says how it has ended, for the file it was at."""
+  def end(self) -> int:
+    """Ends the process, if there is one; its exit code, negative for a signal."""
+    process, self._process = self._process, None
+    if process is None:
+      return 0
     with contextlib.suppress(OSError):
-      self._process.stdin.close()
-    code = self._process.wait()
-    self._process.stdout.close()
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return f"its decoder has crashed the process that measured it ({how})"
+      process.stdin.close()
+    code = process.wait()
+    process.stdout.close()
+    return code
+
+
+def _start() -> subprocess.Popen:
+  # It finds what this process finds: the package, and a user's score function.
+  path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+  return subprocess.Popen(
+    [sys.executable, "-c", _START],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    text=True,
+  )
+
+
+def _how_it_ended(code: int) -> str:
+  how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+  return f"its decoder has crashed the process that measured it ({how})"

@@ -1,4 +1,4 @@
-"""Images in files: one frame [H, W, 3], upright, without transparency."""
+"""Images in files: one frame [H, W, 3], upright, in sRGB, without transparency."""
 
 import pathlib
 
@@ -7,7 +7,7 @@ import PIL.Image
 import PIL.ImageOps
 import PIL.PngImagePlugin
 
-from sora_jax.data.video import media
+from sora_jax.data.video import colour_profile, media
 
 
 def read(path) -> np.ndarray:
@@ -24,14 +24,19 @@ def read(path) -> np.ndarray:
       image.load()
       image = PIL.ImageOps.exif_transpose(image)
       if image.mode.startswith("I"):  # 16 bit grey, which Pillow would clip
-        grey = np.asarray(image).astype(np.float32) / 257
-        image = PIL.Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-      if image.has_transparency_data:
-        return over_white(np.asarray(image.convert("RGBA")))
-      return np.asarray(image.convert("RGB"))
+        levels = np.asarray(image).astype(np.float32) / 257
+        grey = PIL.Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+        grey.info.update(image.info)
+        image = grey
+      image = colour_profile.to_srgb(path, image)
+      pixels = np.asarray(image)
+      return over_white(pixels) if image.mode == "RGBA" else pixels
   except media.ClipError:
     raise
-  except (*media.DECODE_ERRORS, PIL.Image.DecompressionBombError) as e:
+  except PIL.Image.DecompressionBombError as e:  # found before anything is allocated
+    reason = str(e).partition(", could be")[0]
+    raise media.ClipError(path, f"too large: {reason}") from e
+  except media.DECODE_ERRORS as e:
     raise media.ClipError(path, f"not an image ({media.short_message(e)})") from e
 
 

@@ -1,8 +1,8 @@
 """What media files have in common: their kinds, how they are opened, how they fail."""
 
-import io
 import os
 import pathlib
+from typing import BinaryIO
 
 import av
 
@@ -16,6 +16,11 @@ VIDEO_SUFFIXES = (
   ".mp4", ".mov", ".webm", ".mkv", ".gif", ".m4v", ".avi", ".ts", ".m2ts", ".mts",
   ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv",
 )  # fmt: skip
+
+# Pixels of a video's frame at most: a file of a few bytes may say that it is larger
+# than memory, and decoders keep up to 16 of them. 8K has 33 million. Images have
+# Pillow's own limit.
+MOST_PIXELS = 1 << 26
 
 # What FFmpeg and Pillow raise on bytes that are not what they claim to be.
 DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, SyntaxError, EOFError)
@@ -46,8 +51,8 @@ def check_file(path) -> None:
     raise ClipError(path, f"cannot be read ({e.strerror})") from e
 
 
-def opened(path) -> str | io.BytesIO:
-  """What PyAV and Pillow open: the path, or the bytes of what is in a larger file.
+def opened(path) -> str | BinaryIO:
+  """What PyAV and Pillow open: a path, or a file where none is on this disk.
 
   Raises:
     ClipError: what holds it cannot be read.
@@ -94,6 +99,16 @@ def open_video(path) -> av.container.InputContainer:
   if videos[0].codec_context is None:
     container.close()
     raise ClipError(path, "its codec is none that FFmpeg knows")
+  context = videos[0].codec_context
+  if context.width * context.height > MOST_PIXELS:
+    container.close()
+    raise ClipError(
+      path,
+      f"its header says {context.width}x{context.height} pixels, more than the "
+      f"{MOST_PIXELS} that are read",
+    )
+  # Frames that grow in the middle of a file are for the decoder to refuse.
+  context.options = {"max_pixels": str(MOST_PIXELS)}
   # Pipelines decode in many processes, so each one keeps to a single thread.
   videos[0].thread_count = 1
   return container

@@ -4,6 +4,8 @@ Frames are chosen by their presentation time, never by counting, so that variabl
 rates, B-frames and cuts come out right.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from sora_jax.data.video import colour, images, media, resizing
@@ -38,6 +40,24 @@ def read(
   Raises:
     ClipError: the file cannot be decoded, or holds fewer frames than asked for.
   """
+  return np.stack(list(stream(path, start=start, frames=frames, fps=fps, size=size,
+                              fit=fit, crop=crop)))  # fmt: skip
+
+
+def stream(
+  path,
+  *,
+  start: float = 0.0,
+  frames: int | None = None,
+  fps: float | None = None,
+  size: tuple[int, int] | None = None,
+  fit: str = "crop",
+  crop: tuple[float, float, float, float] | None = None,
+) -> Iterator[np.ndarray]:
+  """Yields the frames of `read`, uint8 [H, W, 3], one by one, for any length.
+
+  ClipError comes where the damage is, after the frames before it.
+  """
   media.check_file(path)
   if frames is not None and frames < 1:
     raise ValueError(f"frames must be at least 1, not {frames}")
@@ -47,34 +67,32 @@ def read(
     if frames not in (None, 1):
       raise media.ClipError(path, f"too short: 1 frame, {frames} asked for")
     whole_HWC = resizing.crop_frame(images.read(path), crop)
-    return resizing.fit_frame(whole_HWC, size, fit)[None]
+    yield resizing.fit_frame(whole_HWC, size, fit)
+    return
   with media.open_video(path) as container:
     # What is cut off goes by shares of whole frames, so those are made first.
     whole_size = None if crop else size
     convert = colour.Converter(path, media.video_stream(container), whole_size, fit)
-    video: list[np.ndarray] = []
-    last = None
+    count, last, shown_HWC = 0, None, np.zeros(0, np.uint8)
     try:
       for frame in _choose(container, path, start, frames, fps):
-        if frame is last:
-          video.append(video[-1])
-        elif crop:
-          part_HWC = resizing.crop_frame(convert(frame), crop)
-          video.append(resizing.fit_frame(part_HWC, size, fit))
-        else:
-          video.append(convert(frame))
-        last = frame
+        if frame is not last:
+          shown_HWC = convert(frame)
+          if crop:
+            part_HWC = resizing.crop_frame(shown_HWC, crop)
+            shown_HWC = resizing.fit_frame(part_HWC, size, fit)
+        last, count = frame, count + 1
+        yield shown_HWC
     except media.VIDEO_ERRORS as e:
       raise media.damaged(path, e) from e
-  if frames is not None and len(video) < frames:
+  if frames is not None and count < frames:
     at = "" if fps is None else f" at {fps:g} fps"
     raise media.ClipError(
       path,
-      f"too short: {len(video)} frames{at} from {start:g} s, {frames} asked for",
+      f"too short: {count} frames{at} from {start:g} s, {frames} asked for",
     )
-  if not video:
+  if not count:
     raise media.ClipError(path, f"no frames from {start:g} s on")
-  return np.stack(video)
 
 
 def _choose(container, path, start, count, fps):
