@@ -35,24 +35,20 @@ def of_tree(tree: Any) -> dict[str, Row]:
   on the devices, at the speed of their memory; all processes must call it then. Arrays
   in the memory of this host are added up there, which needs no compilation.
   """
-  return _started(tree, copied=False)()
+  return start_tree(tree)()
 
 
 def start_tree(tree: Any) -> Callable[[], dict[str, Row]]:
-  """`of_tree` in two parts: arrays may be changed, or donated, after the first.
+  """`of_tree` in two parts: arrays of JAX may be donated after the first.
 
-  The second one, what is returned, may be called in any thread. The first takes no
-  time on accelerators, and that of a copy where arrays are in the memory of this host.
+  The second one, what is returned, may be called in any thread. The first waits for
+  nothing but arrays that are still computed. An array in the memory of this host is
+  seen through a view, and not copied: what donates it computes into other memory as
+  long as there is one, as there is of each array that Orbax still writes.
   """
-  return _started(tree, copied=True)
-
-
-def _started(tree, copied: bool) -> Callable[[], dict[str, Row]]:
   leaves = {path_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
   away = {name: x for name, x in leaves.items() if not _is_here(x)}
-  here = {name: x for name, x in leaves.items() if name not in away}
-  if copied:
-    here = {name: np.array(x) for name, x in here.items()}
+  here = {name: np.asarray(x) for name, x in leaves.items() if name not in away}
   started = _on_devices(away) if away else {}
   described = {name: row(leaf, ()) for name, leaf in leaves.items()}
 
@@ -150,7 +146,7 @@ def _is_here(array) -> bool:
 def _on_host(arrays: dict) -> dict[str, tuple[int, int]]:
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     # The threads really work at once: numpy holds no lock in its loops.
-    return {name: _sums(np.asarray(x), 0, pool.map) for name, x in arrays.items()}
+    return {name: _sums(x, 0, pool.map) for name, x in arrays.items()}
 
 
 def _sums(array: np.ndarray, place: int, map_parts=map) -> tuple[int, int]:
