@@ -5,10 +5,14 @@ Commands: the weights, once, and then a run, on every host of a slice (see launc
   python -m sora_jax.main --config=configs/finetune_wan.py:lora-1.3b \
     --config.data.source=VIDEOS --config.dit.init_from=CKPT --workdir=RUN
   python -m sora_jax.sample --checkpoint=RUN --prompt=...
-Wan 2.2 A14B is two models, which are trained one after the other by the variants that
-end in -high and -low, in two runs:
-  python -m sora_jax.sample --checkpoint=CKPT --lora=HIGH/dit/adapter.safetensors \\
-    --lora_low=LOW/dit/adapter.safetensors --prompt=...
+Wan 2.2 A14B is two models, each of which a run of its own trains, by the variants that
+end in -high and -low. A run is sampled and exported with the other one of where it
+began, so that the second of these has both:
+  python -m sora_jax.main --config=configs/finetune_wan.py:lora-t2v-a14b-high \
+    --config.data.source=VIDEOS --config.dit.init_from=CKPT --workdir=HIGH
+  python -m sora_jax.main --config=configs/finetune_wan.py:lora-t2v-a14b-low \
+    --config.data.source=VIDEOS --config.dit.init_from=HIGH \
+    --config.text.folder=CKPT --workdir=BOTH
 RUN/dit/adapter.safetensors is for other programs (diffusers' load_lora_weights), and
 for `sample --checkpoint=CKPT --lora=...`.
 
@@ -79,7 +83,7 @@ def get_config(variant: str = "lora-1.3b") -> ConfigDict:
     boundary = pipeline_config.usual_boundary(dit.PRESETS[dit_name])
     c.dit.low_noise = variant.endswith("-low")
     c.dit.loss.levels = (0.0, boundary) if c.dit.low_noise else (boundary, 1.0)
-    # Samples need the other expert, too: `sample --lora=... --lora_low=...`.
+    # Samples need the other expert, too, and so much more memory.
     c.stages = ("data", "vae", "encode", "dit")
   elif dit.PRESETS[dit_name].condition_channels:
     c.stages = ("data", "vae", "encode", "dit")  # samples need images

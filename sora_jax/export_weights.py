@@ -4,8 +4,9 @@
 
 Writes vae/, text_encoder/ with tokenizer/, and transformer/, as far as the checkpoint
 has them, for the `from_pretrained` of diffusers and transformers. With all of them it
-is a folder for diffusers' WanPipeline; a run has the encoders of the checkpoint that it
-began with. What was imported leaves bit for bit as it came.
+is a folder for diffusers' WanPipeline; a run has the encoders, and the other one of two
+experts, of the checkpoint that it began with. What was imported leaves bit for bit as
+it came.
 """
 
 import pathlib
@@ -16,7 +17,7 @@ import numpy as np
 from absl import flags, logging
 
 from sora_jax.data import t5_tokenizer
-from sora_jax.encoders import image_encoder
+from sora_jax.encoders import expert_folders, image_encoder
 from sora_jax.models.meta import METAS, DiTMeta, Noise
 from sora_jax.run import cli
 from sora_jax.runtime import checkpoint, files, safetensors_io, sharding
@@ -56,8 +57,7 @@ def run(
   """
   source, out = pathlib.Path(source), pathlib.Path(out)
   found = {}
-  for name in NETWORKS:
-    folder = _folder(source, name)
+  for name, folder in _folders(source).items():
     if (name in networks or not networks) and (folder / "model.json").exists():
       found[name] = (folder, *_open(name, folder))
   if missing := [name for name in networks if name not in found]:
@@ -85,6 +85,15 @@ def run(
   return [out / _PLACES[name][0] for name in found]
 
 
+def _folders(source) -> dict[str, pathlib.Path]:
+  """Network -> folder of its model, which may not be there."""
+  folders = {name: _folder(source, name) for name in NETWORKS}
+  if (folders["dit"] / "model.json").exists():
+    del folders["dit"]  # of a run it may be the other expert
+    folders |= expert_folders.find(source, whole=False)
+  return folders
+
+
 def _folder(source, name):
   """Of a network's model; a run reads the encoders of the checkpoint it began with."""
   folder, dit = source / name / "model", source / "dit" / "model"
@@ -109,7 +118,7 @@ def _folder(source, name):
 def _open(name, folder):
   """Its meta, what it is as a published model, and its leaves by path."""
   params, values = checkpoint.stream_model(folder)
-  meta = METAS[name].from_json(values, folder)
+  meta = METAS[folder.parent.name].from_json(values, folder)
   stats = None
   if name in ("dit", "dit_low"):
     _check_dit(folder, meta)

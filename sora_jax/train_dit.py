@@ -114,6 +114,7 @@ def _meta(recipe, workdir, captioned) -> DiTMeta:
     sampling=base.sampling if base else None,
     boundary=base.boundary if base else 0.0,
     image=base.image if base else "",
+    low_noise=stage.low_noise,
   )
 
 

@@ -261,6 +261,8 @@ class DiTMeta(_Meta):
     id: of the weights.
     boundary: noise level below which the second expert makes the video, of a model that
       has two (Wan 2.2 A14B); 0 = one network for all levels.
+    low_noise: whether it is that second expert, although it is in the folder dit/model:
+      that of a run which has trained it.
     image: id of the image encoder whose features it reads; "" for most, and while an
       imported checkpoint has none.
     sampling: of a published model; None for one that was trained from nothing here,
@@ -283,6 +285,7 @@ class DiTMeta(_Meta):
   boundary: float = 0.0
   image: str = ""
   sampling: Sampling | None = None
+  low_noise: bool = False
 
   network: ClassVar[str] = "dit"
   noun: ClassVar[str] = "a DiT"
@@ -292,9 +295,10 @@ class DiTMeta(_Meta):
     return isinstance(values.get("text"), dict)
 
   def facts(self):
-    """As of the others; models of one network say nothing of a boundary."""
+    """As of the others; models of one network say nothing of experts."""
     facts = super().facts()
-    return facts if self.boundary else {k: facts[k] for k in facts if k != "boundary"}
+    idle = set() if self.boundary else {"boundary", "low_noise"}
+    return {name: value for name, value in facts.items() if name not in idle}
 
   @property
   def frozen_text(self) -> FrozenText | None:

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax.encoders import image_encoder
+from sora_jax.encoders import expert_folders, image_encoder
 from sora_jax.models import lora
-from sora_jax.models.meta import DiTMeta, ImageMeta, LowNoiseDiTMeta, TextMeta, VAEMeta
+from sora_jax.models.meta import DiTMeta, ImageMeta, TextMeta, VAEMeta
 from sora_jax.run import recipe as recipes
 from sora_jax.runtime import checkpoint, fields, sharding
 from sora_jax.tasks import Task
@@ -49,8 +49,7 @@ def check(recipe: recipes.Recipe, trained=None) -> None:
 
 def _check_dit(recipe, trained):
   stage = recipe.dit
-  folder = _base(stage)
-  meta = _meta(_kind(stage), folder, "config.dit.init_from")
+  folder, meta = _base(stage)
   if bool(meta.frozen_text) != bool(recipe.text.folder):
     raise ValueError(
       f"{folder} was trained "
@@ -119,19 +118,26 @@ def _check_latents(recipe, wanted: str, trained):
 
 def base_meta(recipe: recipes.Recipe) -> DiTMeta | None:
   """What the model that the DiT begins with says of itself; None without one."""
-  stage = recipe.dit
-  if not stage.init_from:
-    return None
-  return _meta(_kind(stage), _base(stage), "config.dit.init_from")
+  return _base(recipe.dit)[1] if recipe.dit.init_from else None
 
 
-def _kind(stage) -> type[DiTMeta]:
-  return LowNoiseDiTMeta if stage.low_noise else DiTMeta
+def _base(stage) -> tuple[pathlib.Path, DiTMeta]:
+  """(folder, meta) of the model that training begins with, or of the expert to train.
 
-
-def _base(stage) -> pathlib.Path:
-  """Folder of the model that training begins with."""
-  return pathlib.Path(stage.init_from) / _kind(stage).network / "model"
+  Raises:
+    ValueError: naming the key, if there is none.
+  """
+  name = expert_folders.LOW if stage.low_noise else expert_folders.HIGH
+  try:
+    folders = expert_folders.find(stage.init_from, whole=False)
+    if name not in folders:
+      raise ValueError(
+        f"{stage.init_from} has no expert for what config.dit.low_noise="
+        f"{stage.low_noise} says ({', '.join(map(str, folders.values()))})"
+      )
+    return folders[name], expert_folders.read_meta(folders[name])
+  except ValueError as error:
+    raise ValueError(f"config.dit.init_from: {error}") from error
 
 
 def _vae_id(folder) -> str | None:
@@ -193,10 +199,9 @@ def begin(
   stage = recipe.dit
   if not stage.init_from:
     return task, rules, None
-  folder = _base(stage)
+  folder, meta = _base(stage)
   place = pathlib.Path(workdir) / "vae" / "model"
   vae = VAEMeta.from_json(checkpoint.load_meta(place), place).id
-  meta = _kind(stage).from_json(checkpoint.load_meta(folder), folder)
   _equal(f"VAE of {workdir}", vae, meta.vae, folder)
   vocabulary = pathlib.Path(workdir) / "dit" / "tokenizer.model"
   if not recipe.text.folder and jax.process_index() == 0 and not vocabulary.exists():
@@ -266,7 +271,7 @@ def finish(recipe: recipes.Recipe, adapters, folder, rules: sharding.Rules, mesh
     lora_files.write(folder / ADAPTER, pairs, recipe.dit.model, config.alpha)
     logging.info("the adapter is in %s", folder / ADAPTER)
   base, _ = checkpoint.load_model(
-    _base(recipe.dit),
+    _base(recipe.dit)[0],
     lambda shapes: sharding.param_shardings(shapes, rules, mesh),
     jnp.float32,
   )

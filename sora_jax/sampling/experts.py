@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from sora_jax.diffusion import solvers
+from sora_jax.encoders import expert_folders
 from sora_jax.models.meta import DiTMeta, LowNoiseDiTMeta
-from sora_jax.runtime import checkpoint, sharding
+from sora_jax.runtime import checkpoint, fields, sharding
 from sora_jax.runtime.residency import Residency
 from sora_jax.tasks import dit as dit_task
 from sora_jax.weights import merge
@@ -76,7 +77,7 @@ def load(
   """(meta, what loads the params) of the DiT in a checkpoint's folder, or its experts.
 
   Args:
-    folder: with dit/model, and dit_low/model of a model with two experts.
+    folder: of a checkpoint, or of a run, see `expert_folders`.
     mesh: that params are sharded over.
     loras: files of adapters that are merged in, and how strongly.
     loras_low: the same of the second expert.
@@ -86,42 +87,41 @@ def load(
     ValueError: if a model is missing, if the experts are not of one model, or for
       adapters of an expert that there is not.
   """
-  meta = _meta(DiTMeta, folder)
-  files = {DiTMeta.network: loras}
-  if meta.boundary:
-    _check_both(folder, meta)
-    low = _meta(LowNoiseDiTMeta, folder)
-    for key in ("model", "text", "boundary", "vae"):
-      ours, other = getattr(meta, key), getattr(low, key)
-      if ours != other:
-        raise ValueError(
-          f"{folder}: dit/model and dit_low/model are of different models: their {key} "
-          f"is {ours!r} and {other!r}"
-        )
-    files[LowNoiseDiTMeta.network] = loras_low
+  models = list(expert_folders.find(folder).values())
+  meta = expert_folders.read_meta(folder / DiTMeta.network / "model")
+  if len(models) == 2:
+    _check_alike(*models)
   elif loras_low:
     raise ValueError(f"{folder}: its DiT is one network for all levels, no experts")
 
-  def loader(name, own):
-    return lambda: _load(folder / name / "model", meta, mesh, own, weights)
+  def loader(model, own):
+    return lambda: _load(model, meta, mesh, own, weights)
 
-  return meta, [loader(name, own) for name, own in files.items()]
-
-
-def _check_both(folder, meta):
-  """Raises ValueError for a run, which has trained one expert alone."""
-  if meta.init_from and not (folder / LowNoiseDiTMeta.network).is_dir():
-    raise ValueError(
-      f"{folder} has one of two experts: sample the model that it began with, "
-      f"--checkpoint={meta.init_from}, with the adapters of this run, --lora="
-      f"{folder}/dit/adapter.safetensors, or --lora_low if it was trained for the low "
-      "noise levels"
-    )
+  files = (loras, loras_low)[: len(models)]
+  return meta, [loader(*both) for both in zip(models, files, strict=True)]
 
 
-def _meta(kind, folder):
-  model = folder / kind.network / "model"
-  return kind.from_json(checkpoint.load_meta(model), model)
+def _check_alike(high, low):
+  """Raises ValueError for experts that are not of one model."""
+  ours, others = (_traits(expert_folders.read_meta(model)) for model in (high, low))
+  for key, value in ours.items():
+    if value != others[key]:
+      raise ValueError(
+        f"{high} and {low} are of different models: their {key} is {value!r} and "
+        f"{others[key]!r}"
+      )
+
+
+def _traits(meta):
+  """What both experts of a model have in common."""
+  traits = {
+    f"model.{field.name}": getattr(meta.model, field.name)
+    for field in dataclasses.fields(meta.model)
+    if fields.change_of(field) != fields.FREE
+  }
+  if text := meta.frozen_text:  # of which a run also says where it was
+    traits |= {"text.features": text.features, "text.pad_to": text.pad_to}
+  return {**traits, "boundary": meta.boundary, "vae": meta.vae}
 
 
 def _load(model, meta, mesh, loras, weights):

@@ -32,6 +32,7 @@ SAID = json.loads((GOLDEN / "wan_models.json").read_text())
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
 # As in make_wan_models.py: flow shift, guidance of either expert, steps.
 SHIFT = {"t2v-a14b": 5.0, "i2v-a14b": 5.0, "i2v-2.1": 3.0, "flf2v-2.1": 5.0}
+NAMES = ("dit", "dit_low")  # networks of two experts
 GUIDANCE = {"t2v-a14b": (4.0, 3.0), "i2v-a14b": (3.5, 3.5)}
 # One network takes little time to compile; of the others the golden values of unipc/8
 # and euler/50 are there, too.
@@ -197,15 +198,61 @@ def test_what_tells_a_model_apart_is_loaded_once(imported):
   assert residency.held == ["vae"]
 
 
-def test_a_run_of_one_expert_says_how_it_is_sampled(imported, tmp_path):
-  meta = checkpoint.load_meta(imported("t2v-a14b") / "dit" / "model")
-  params = {"dit": {"x": np.zeros(1, np.float32)}}
-  checkpoint.save_model(
-    tmp_path / "dit" / "model", params, {**meta, "init_from": "runs/wan"}
-  )
-  message = "one of two experts: .*--checkpoint=runs/wan, .*--lora=.* or --lora_low"
+def run_of(folder, base, network, shift, begun=None):
+  """A run that has changed one expert of a model by a number, and nothing else."""
+  params, meta = checkpoint.load_model(base / network / "model")
+  params = jax.tree.map(lambda leaf: leaf + np.float32(shift), params)
+  meta |= {"network": "dit", "init_from": str(begun or base)}
+  meta |= {"low_noise": True} if network == "dit_low" else {}
+  meta["text"] = {**meta["text"], "folder": str(base)}
+  checkpoint.save_model(folder / "dit" / "model", params, meta)
+  vae, meta = checkpoint.load_model(base / "vae" / "model")
+  checkpoint.save_model(folder / "vae" / "model", vae, meta)
+  return folder
+
+
+def test_a_run_of_one_expert_samples_and_exports_with_the_other(imported, tmp_path):
+  base, mesh = imported("t2v-a14b"), sharding.make_mesh(devices=jax.devices()[:1])
+  high = run_of(tmp_path / "high", base, "dit", 1.0)
+  low = run_of(tmp_path / "low", base, "dit_low", 2.0)
+  both = run_of(tmp_path / "both", base, "dit_low", 2.0, begun=high)
+  imports = [checkpoint.load_model(base / name / "model")[0] for name in NAMES]
+
+  def shifts(folder):
+    """What was added to the params of either expert."""
+    loaded = [load() for load in experts.load(folder, mesh)[1]]
+    assert len(loaded) == 2
+    changes = jax.tree.map(lambda a, b: np.mean(np.asarray(a) - b), loaded, imports)
+    return [np.round(np.mean(jax.tree.leaves(change)), 3) for change in changes]
+
+  assert shifts(base) == [0, 0]
+  assert shifts(high) == [1, 0] and shifts(low) == [0, 2] and shifts(both) == [1, 2]
+  export_weights.run(both, tmp_path / "out", networks=NAMES)
+  for part, shift in (("transformer", 1.0), ("transformer_2", 2.0)):
+    [path] = (tmp_path / "out" / part).glob("*.safetensors")
+    theirs = load_file(base.parent / "t2v-a14b" / part / path.name)
+    name = "blocks.0.attn1.to_q.bias"
+    np.testing.assert_allclose(load_file(path)[name], theirs[name] + shift, atol=1e-6)
+
+
+def test_one_of_two_experts_alone_is_an_error(imported, tmp_path):
+  base = imported("t2v-a14b")
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  low = run_of(tmp_path / "low", base, "dit_low", 2.0, begun=tmp_path / "gone")
+  message = "low is one of two experts .* for high .* neither has .*gone, .*--lora_low"
   with pytest.raises(ValueError, match=message):
-    experts.load(tmp_path, sharding.make_mesh(devices=jax.devices()[:1]))
+    experts.load(low, mesh)
+  export_weights.run(low, tmp_path / "out")
+  assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+    "transformer_2", "vae",
+  ]  # fmt: skip
+  params, meta = checkpoint.load_model(base / "dit_low" / "model")
+  other = tmp_path / "other"
+  run_of(other, base, "dit", 0.0)
+  meta = {**meta, "model": {**meta["model"], "depth": 7}}
+  checkpoint.save_model(other / "dit_low" / "model", params, meta)
+  with pytest.raises(ValueError, match="of different models: their model.depth is"):
+    experts.load(other, mesh)
 
 
 def test_a_run_reads_the_image_encoder_that_it_began_with(imported, tmp_path):
