@@ -1,5 +1,6 @@
 """Images with an ICC profile, against the formulas of their colour spaces."""
 
+import itertools
 import struct
 
 import numpy as np
@@ -33,16 +34,16 @@ def to_xyz(primaries):
   return xyz * np.linalg.solve(xyz, [x / y, 1, (1 - x - y) / y])
 
 
-def profile(space, tags):
-  """An ICC profile of version 2 with these tags."""
+def profile(space, tags, kind=b"mntr", between=b"XYZ "):
+  """An ICC profile of version 2 with these tags, into a space between devices."""
   table, body = b"", b""
   start = 128 + 4 + 12 * len(tags)
   for name, data in tags.items():
     table += name + struct.pack(">II", start + len(body), len(data))
     body += data + bytes(-len(data) % 4)
   content = struct.pack(">I", len(tags)) + table + body
-  header = struct.pack(">I4sI4s4s4s", 128 + len(content), b"", 0x02400000, b"mntr",
-                       space, b"XYZ ")  # fmt: skip
+  header = struct.pack(">I4sI4s4s4s", 128 + len(content), b"", 0x02400000, kind,
+                       space, between)  # fmt: skip
   header += bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1.0, 0.8249)
   return header + bytes(128 - len(header)) + content
 
@@ -66,6 +67,33 @@ def rgb_profile(primaries, gamma=2.2):
 
 GREY = profile(b"GRAY", {b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1.0, 0.8249),
                          b"kTRC": curve(1.0)})  # fmt: skip
+
+
+def cmyk_profile(colour_of):
+  """An ICC profile whose inks, all or nothing of each, make colours of sRGB.
+
+  colour_of: (c, m, y, k), each 0 or 1 -> (r, g, b), 0 to 255.
+  """
+  grid = [colour_of(*inks) for inks in itertools.product((0, 1), repeat=4)]
+  lab = encoded_lab(np.array(grid))
+  line = bytes(range(256))
+  table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0])
+  table += fixed(1, 0, 0, 0, 1, 0, 0, 0, 1) + 4 * line + lab.tobytes() + 3 * line
+  tags = {b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1.0, 0.8249), b"A2B0": table}
+  return profile(b"CMYK", tags, b"prtr", b"Lab ")
+
+
+def encoded_lab(colours):
+  """Colours of sRGB as bytes of CIE L*a*b* under D50 (ICC.1, 10.10)."""
+  signal = colours / 255
+  linear = np.where(
+    signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4
+  )
+  xyz = linear @ (TO_D50 @ to_xyz(SRGB)).T / (0.9642, 1.0, 0.8249)
+  f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+  x, y, z = f.T
+  lab = np.stack([(116 * y - 16) * 255 / 100, 500 * (x - y) + 128, 200 * (y - z) + 128])
+  return np.round(np.clip(lab.T, 0, 255)).astype(np.uint8)
 
 
 def encoded(linear):
@@ -143,6 +171,31 @@ def test_grey_that_is_linear(tmp_path, mode):
   got = squares(reader.read(tmp_path / "a.png")[0])
   want = encoded(levels / 255)[:, None].repeat(3, 1)
   assert np.abs(got - want).max() <= 1.5
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tiff"])
+def test_inks_of_a_press(tmp_path, suffix):
+  """Those of a press are duller than Pillow's, which has 0, 255, 255 for cyan."""
+
+  def colour_of(*amounts):
+    colour = np.full(3, 255.0)
+    inks = ((0, 150, 230), (220, 20, 130), (250, 235, 30), (60, 60, 60))
+    for amount, ink in zip(amounts, inks, strict=True):
+      colour *= np.array(ink) / 255 if amount else 1
+    return np.round(colour)
+
+  inks = np.array(list(itertools.product((0, 1), repeat=4)))
+  values = (255 * inks).astype(np.uint8).repeat(8, 0)[None].repeat(8, 0)
+  made = PIL.Image.fromarray(values, "CMYK")
+  options = {"quality": 100, "subsampling": 0} if suffix == ".jpg" else {}
+  path = tmp_path / f"a{suffix}"
+  made.save(path, icc_profile=cmyk_profile(colour_of), **options)
+  error = np.abs(squares(reader.read(path)[0]) - [colour_of(*each) for each in inks])
+  assert error.max() <= 6  # bytes of L*a*b* are coarse
+  made.save(path, **options)
+  plain = squares(reader.read(path)[0])
+  assert np.abs(plain[inks.sum(1) == 0] - 255).max() <= 2
+  assert np.abs(plain[inks[:, 3] == 1]).max() <= 2
 
 
 def test_srgb_keeps_its_very_numbers(tmp_path):

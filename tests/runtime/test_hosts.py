@@ -68,8 +68,10 @@ def test_two_then_one_then_four_processes_equal_one(tiny_run, commands, tmp_path
   flags = (*tiny.tiny_flags(tmp_path), "--config.stages=('dit',)")
   log, second = stopped(commands.start("main", *flags), first + 1)
   assert f"from step {first} to" in log
-  log = commands.hosts(4, tmp_path, TENSOR)
+  log = commands.hosts(4, tmp_path, TENSOR, "--config.stages=('dit',)")
   assert f"from step {second} to {tiny.STEPS}" in log
+  # Two that share their rows, too: each process traces all programs anew.
+  commands.hosts(2, tmp_path, TENSOR)
 
   assert_equal_losses(losses(tmp_path, "dit"), losses(tiny_run.workdir, "dit"))
   for stage in ("sample", "evaluate"):
