@@ -11,8 +11,7 @@ began, so that the second of these has both:
   python -m sora_jax.main --config=configs/finetune_wan.py:lora-t2v-a14b-high \
     --config.data.source=VIDEOS --config.dit.init_from=CKPT --workdir=HIGH
   python -m sora_jax.main --config=configs/finetune_wan.py:lora-t2v-a14b-low \
-    --config.data.source=VIDEOS --config.dit.init_from=HIGH \
-    --config.text.folder=CKPT --workdir=BOTH
+    --config.data.source=VIDEOS --config.dit.init_from=HIGH --workdir=BOTH
 RUN/dit/adapter.safetensors is for other programs (diffusers' load_lora_weights), and
 for `sample --checkpoint=CKPT --lora=...`.
 

@@ -17,8 +17,8 @@ import numpy as np
 from absl import flags, logging
 
 from sora_jax.data import t5_tokenizer
-from sora_jax.encoders import expert_folders, image_encoder
-from sora_jax.models.meta import METAS, DiTMeta, Noise
+from sora_jax.encoders import model_folders
+from sora_jax.models.meta import METAS, Noise
 from sora_jax.run import cli
 from sora_jax.runtime import checkpoint, files, safetensors_io, sharding
 from sora_jax.runtime.safetensors_io import PARAM_DTYPES
@@ -86,33 +86,32 @@ def run(
 
 
 def _folders(source) -> dict[str, pathlib.Path]:
-  """Network -> folder of its model, which may not be there."""
-  folders = {name: _folder(source, name) for name in NETWORKS}
-  if (folders["dit"] / "model.json").exists():
-    del folders["dit"]  # of a run it may be the other expert
-    folders |= expert_folders.find(source, whole=False)
-  return folders
+  """Network -> folder of its model, which may not be there.
 
-
-def _folder(source, name):
-  """Of a network's model; a run reads the encoders of the checkpoint it began with."""
-  folder, dit = source / name / "model", source / "dit" / "model"
-  if folder.exists() or name not in ("text", "image") or not dit.exists():
-    return folder
-  meta = DiTMeta.from_json(checkpoint.load_meta(dit), dit)
-  if name == "image":
-    place, wanted = image_encoder.find(source), meta.image
-  else:
-    frozen = meta.frozen_text
-    place, wanted = (frozen.folder, frozen.features) if frozen else ("", "")
-  if not wanted or not place:
-    return folder
-  other = pathlib.Path(place) / name / "model"
-  if not (other / "model.json").exists():
-    logging.warning("%s is not there: no pipeline without it", other)
-  elif checkpoint.load_meta(other).get("id") != wanted:
-    raise ValueError(f"{other} is another one than {dit} was trained with ({wanted})")
-  return other
+  Raises:
+    ValueError: if an encoder is another one than the DiT was trained with.
+  """
+  own = {name: source / name / "model" for name in NETWORKS}
+  if not (own["dit"] / "model.json").exists():
+    return own
+  meta = model_folders.read_meta(own["dit"])
+  experts = model_folders.of_dit(source, whole=False)
+  encoders = {}
+  if meta.frozen_text and meta.frozen_text.features:
+    encoders["text"] = model_folders.of_text(source), meta.frozen_text.features
+  if meta.image:
+    encoders["image"] = model_folders.of_images(source), meta.image
+  for name, (folder, wanted) in encoders.items():
+    if not (folder / "model.json").exists():
+      logging.warning("%s is not there: no pipeline without it", folder)
+    elif checkpoint.load_meta(folder).get("id") != wanted:
+      raise ValueError(
+        f"{folder} is another one than {own['dit']} was trained with ({wanted})"
+      )
+    own[name] = folder
+  del own["dit"]  # of a run it may be the second expert
+  found = own | experts
+  return {name: found[name] for name in NETWORKS if name in found}
 
 
 def _open(name, folder):

@@ -17,7 +17,7 @@ from sora_jax.data.bad_clips import report_bad_clips
 from sora_jax.data.batches import Batches, first_batches
 from sora_jax.data.clips import read_manifest
 from sora_jax.data.packed_dataset import PackedDataset
-from sora_jax.encoders import autoencoder
+from sora_jax.encoders import autoencoder, model_folders
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.models import attention, dit
 from sora_jax.models.meta import DiTMeta, FrozenText, Noise
@@ -96,7 +96,8 @@ def _meta(recipe, workdir, captioned) -> DiTMeta:
   encoder = stage.text
   if text.folder:
     empty_text = records.read_empty_text(workdir / "encode" / records.EMPTY_TEXT)
-    encoder = FrozenText(empty_text.encoder, text.pad_to, text.folder)
+    place = model_folders.of_text(text.folder).parents[1]
+    encoder = FrozenText(empty_text.encoder, text.pad_to, str(place))
   return DiTMeta(
     model=stage.model,
     text=encoder,

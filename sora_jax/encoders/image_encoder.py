@@ -1,7 +1,5 @@
 """A frozen vision tower of CLIP as others use it: images to features."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +7,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
+from sora_jax.encoders import model_folders
 from sora_jax.models.clip_vision import CLIPVisionEncoder, without_last
-from sora_jax.models.meta import DiTMeta, ImageMeta
+from sora_jax.models.meta import ImageMeta
 from sora_jax.models.partition import PARAMS
 from sora_jax.runtime import checkpoint, sharding
 from sora_jax.runtime.residency import Residency
@@ -20,22 +19,6 @@ RULES = (
   (r"blocks/(attention_out|mlp_down)/kernel", P(None, "tensor", PARAMS)),
   (r"(class_embed|patch_embed/kernel|position_embed/embedding|.*/(bias|scale))", P()),
 )
-
-
-def find(folder) -> pathlib.Path:
-  """Folder of the checkpoint whose image encoder the DiT of a folder reads.
-
-  It is in the folder itself, or where the training of the DiT began.
-  """
-  place, seen = pathlib.Path(folder), set()
-  while not (place / "image" / "model").is_dir() and place not in seen:
-    seen.add(place)
-    model = place / "dit" / "model"
-    if not (model / "model.json").is_file():
-      break
-    meta = DiTMeta.from_json(checkpoint.load_meta(model), model)
-    place = pathlib.Path(meta.init_from or place)
-  return place
 
 
 class FrozenImageEncoder:
@@ -65,7 +48,7 @@ class FrozenImageEncoder:
     Raises:
       ValueError: if there is no complete image encoder, or one of another id.
     """
-    folder = find(folder) / "image" / "model"
+    folder = model_folders.of_images(folder)
     self.meta = ImageMeta.from_json(checkpoint.load_meta(folder), folder)
     if expected and self.meta.id != expected:
       raise ValueError(

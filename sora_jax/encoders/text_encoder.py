@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from sora_jax.data import t5_tokenizer
 from sora_jax.data.clip_tokenizer import ClipTokenizer
+from sora_jax.encoders import model_folders
 from sora_jax.models.clip_text import CLIPTextConfig, CLIPTextEncoder
 from sora_jax.models.meta import TextMeta
 from sora_jax.models.partition import PARAMS
@@ -51,10 +52,10 @@ class FrozenTextEncoder:
     expected: str = "",
     residency: Residency | None = None,
   ):
-    """Loads folder/text/model as `import_weights` writes it, with its tokenizer.
+    """Loads text/model as `import_weights` writes it, with its tokenizer.
 
     Args:
-      folder: of the checkpoint.
+      folder: of the checkpoint, or of a run that was trained on its features.
       mesh: that params and batches are sharded over.
       dtype: of params and of most of the computation: frozen params need no float32.
       expected: the id that it must have, where features of it are in use already.
@@ -64,7 +65,7 @@ class FrozenTextEncoder:
       ValueError: if there is no complete text encoder, no tokenizer or one of more
         pieces than the encoder has, or one of another id than expected.
     """
-    folder = pathlib.Path(folder) / "text" / "model"
+    folder = model_folders.of_text(folder)
     meta = TextMeta.from_json(checkpoint.load_meta(folder), folder)
     if expected and meta.id != expected:
       raise ValueError(

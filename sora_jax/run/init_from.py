@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sora_jax.encoders import expert_folders, image_encoder
+from sora_jax.encoders import model_folders
 from sora_jax.models import lora
 from sora_jax.models.meta import DiTMeta, ImageMeta, TextMeta, VAEMeta
 from sora_jax.run import recipe as recipes
@@ -62,7 +62,7 @@ def _check_dit(recipe, trained):
     )
   _compare("config.dit.model", stage.model, meta.model, folder)
   if meta.frozen_text:
-    place = pathlib.Path(recipe.text.folder) / "text" / "model"
+    place = model_folders.of_text(recipe.text.folder)
     encoder = _meta(TextMeta, place, "config.text.folder")
     _equal("features of config.text.folder", encoder.id, meta.frozen_text.features,
            folder)  # fmt: skip
@@ -70,7 +70,7 @@ def _check_dit(recipe, trained):
   else:
     _compare("config.dit.text", stage.text, meta.text_encoder, folder)
   if meta.model.image_width:
-    place = image_encoder.find(stage.init_from) / "image" / "model"
+    place = model_folders.of_images(stage.init_from)
     images = _meta(ImageMeta, place, "config.dit.init_from")
     _equal(f"image encoder {place}", images.id, meta.image, folder)
   for key in ("process", "target"):
@@ -127,15 +127,15 @@ def _base(stage) -> tuple[pathlib.Path, DiTMeta]:
   Raises:
     ValueError: naming the key, if there is none.
   """
-  name = expert_folders.LOW if stage.low_noise else expert_folders.HIGH
+  name = model_folders.LOW if stage.low_noise else model_folders.HIGH
   try:
-    folders = expert_folders.find(stage.init_from, whole=False)
+    folders = model_folders.of_dit(stage.init_from, whole=False)
     if name not in folders:
       raise ValueError(
         f"{stage.init_from} has no expert for what config.dit.low_noise="
         f"{stage.low_noise} says ({', '.join(map(str, folders.values()))})"
       )
-    return folders[name], expert_folders.read_meta(folders[name])
+    return folders[name], model_folders.read_meta(folders[name])
   except ValueError as error:
     raise ValueError(f"config.dit.init_from: {error}") from error
 

@@ -18,6 +18,7 @@ import jax
 from absl import logging
 
 from sora_jax.data.clips import recaption_summary
+from sora_jax.encoders import model_folders
 from sora_jax.models.meta import TextMeta
 from sora_jax.run import changes, init_from, latent_shards, stage_file
 from sora_jax.run import recipe as recipes
@@ -158,7 +159,7 @@ def _mesh(recipe):
 def _check_text(recipe):
   """Raises ValueError unless the text encoder is there, as wide as the config says."""
   if recipe.text.folder:
-    folder = pathlib.Path(recipe.text.folder) / "text" / "model"
+    folder = model_folders.of_text(recipe.text.folder)
     width = TextMeta.from_json(checkpoint.load_meta(folder), folder).model.width
     if width != recipe.text.width:
       raise ValueError(

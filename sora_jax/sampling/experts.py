@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sora_jax.diffusion import solvers
-from sora_jax.encoders import expert_folders
+from sora_jax.encoders import model_folders
 from sora_jax.models.meta import DiTMeta, LowNoiseDiTMeta
 from sora_jax.runtime import checkpoint, fields, sharding
 from sora_jax.runtime.residency import Residency
@@ -77,7 +77,7 @@ def load(
   """(meta, what loads the params) of the DiT in a checkpoint's folder, or its experts.
 
   Args:
-    folder: of a checkpoint, or of a run, see `expert_folders`.
+    folder: of a checkpoint, or of a run, see `model_folders`.
     mesh: that params are sharded over.
     loras: files of adapters that are merged in, and how strongly.
     loras_low: the same of the second expert.
@@ -87,8 +87,8 @@ def load(
     ValueError: if a model is missing, if the experts are not of one model, or for
       adapters of an expert that there is not.
   """
-  models = list(expert_folders.find(folder).values())
-  meta = expert_folders.read_meta(folder / DiTMeta.network / "model")
+  models = list(model_folders.of_dit(folder).values())
+  meta = model_folders.read_meta(folder / DiTMeta.network / "model")
   if len(models) == 2:
     _check_alike(*models)
   elif loras_low:
@@ -103,7 +103,7 @@ def load(
 
 def _check_alike(high, low):
   """Raises ValueError for experts that are not of one model."""
-  ours, others = (_traits(expert_folders.read_meta(model)) for model in (high, low))
+  ours, others = (_traits(model_folders.read_meta(model)) for model in (high, low))
   for key, value in ours.items():
     if value != others[key]:
       raise ValueError(

@@ -30,10 +30,7 @@ def of_checkpoint(
   """
   if not (text := meta.frozen_text):
     return None
-  place = folder
-  if not (folder / "text" / "model").is_dir():
-    place = pathlib.Path(text.folder or folder)
-  encoder = FrozenTextEncoder(place, mesh, dtype, text.features, residency)
+  encoder = FrozenTextEncoder(folder, mesh, dtype, text.features, residency)
   return _remembering(encoder.encode) if remember else encoder.encode
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -82,13 +83,26 @@ class Runs:
     return work
 
   def start(self, workdir, stages: str = DIT, flags=(), processes=1, extra=None):
-    """Starts the main job; flags: further ones. extra: further environment."""
-    commands = dataclasses.replace(self.commands, extra=extra or {})
+    """Starts the main job, as a user does; its log is in `stdout`.
+
+    flags: further ones. extra: further environment.
+    """
+    command = [sys.executable, "-m", "sora_jax.main"]
+    if processes > 1:
+      launcher = tiny.ROOT / "launch" / "local.py"
+      command = [sys.executable, launcher, f"--processes={processes}", "--grace=20"]
+      command.append("--")
     overrides = [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
     flags = [*overrides, f"--config.stages={stages}", *flags]
-    if processes > 1:
-      return commands.start_hosts(processes, workdir, *flags)
-    return commands.start("main", *tiny.tiny_flags(workdir), *flags)
+    return subprocess.Popen(
+      [*command, *tiny.tiny_flags(workdir), *flags],
+      env={**self.commands.environment(), **(extra or {})},
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      errors="replace",
+    )
 
   def whole_of(self, processes: int, flags=()) -> pathlib.Path:
     """An uninterrupted run whose stage dit was trained by several processes."""
@@ -147,7 +161,7 @@ class Runs:
     return Outcome(True, False, lost, equal, bool(warnings), note)
 
   def _finish(self, process, expected: int | None = 0):
-    _, log = process.communicate(timeout=600)
+    log, _ = process.communicate(timeout=600)
     assert expected is None or process.returncode == expected, log
     return process.returncode, self.keep(log)
 
@@ -191,7 +205,7 @@ class Followed:
     return "".join(self._lines)
 
   def _read(self):
-    for line in self.process.stderr:
+    for line in self.process.stdout:
       self._lines.append(line)
 
 

@@ -4,7 +4,8 @@ import random
 import shutil
 
 import pytest
-from faults import catalogue, fuzz
+from faults import catalogue, fuzz, stores
+from faults.runs import Runs
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "model", "shard"])
@@ -19,6 +20,15 @@ def test_no_flipped_bit_is_read_as_another_value(tiny_run, tmp_path, what):
   found = [o for name, o in outcomes if o.refused]
   # A bit of what nobody reads changes nothing.
   assert len(found) >= len(outcomes) // 2
+
+
+def test_a_run_whose_media_are_gone(tiny_run, tmp_path):
+  """By a process of its own, as all of the harness starts them."""
+  runs = Runs(tmp_path, seed=0)
+  runs.whole = tiny_run.workdir
+  name, outcome = next(stores.media_gone(runs, 1))
+  assert name == "all media gone before the VAE trains"
+  assert outcome.refused and not outcome.went_on and outcome.note == "code 1"
 
 
 def test_inputs_of_fuzzing_are_counted():

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from sora_jax import export_weights, import_weights
 from sora_jax.diffusion.solvers import Options
-from sora_jax.encoders import image_encoder
+from sora_jax.encoders import model_folders
 from sora_jax.encoders.autoencoder import Autoencoder
 from sora_jax.encoders.image_encoder import FrozenImageEncoder
 from sora_jax.runtime import checkpoint, sharding
@@ -255,17 +255,23 @@ def test_one_of_two_experts_alone_is_an_error(imported, tmp_path):
     experts.load(other, mesh)
 
 
-def test_a_run_reads_the_image_encoder_that_it_began_with(imported, tmp_path):
-  base = imported("i2v-2.1")
+def test_a_run_reads_the_encoders_that_it_began_with(imported, tmp_path):
+  base, texts = imported("i2v-2.1"), tmp_path / "texts"
+  (texts / "text" / "model").mkdir(parents=True)
   meta = checkpoint.load_meta(base / "dit" / "model")
   params = {"dit": {"x": np.zeros(1, np.float32)}}
-  assert image_encoder.find(base) == base
   # A run that began with a run.
-  for name, begun in (("first", base), ("second", tmp_path / "first")):
-    changed = {**meta, "init_from": str(begun)}
+  for name, *begun in (("first", base, texts), ("second", *2 * (tmp_path / "first",))):
+    text = {"features": "t", "pad_to": 512, "folder": str(begun[1])}
+    changed = {**meta, "init_from": str(begun[0]), "text": text}
     checkpoint.save_model(tmp_path / name / "dit" / "model", params, changed)
-  assert image_encoder.find(tmp_path / "second") == base
-  assert image_encoder.find(tmp_path) == tmp_path
+  for name in ("first", "second"):
+    assert model_folders.of_images(tmp_path / name) == base / "image" / "model"
+    assert model_folders.of_text(tmp_path / name) == texts / "text" / "model"
+  assert model_folders.of_images(base) == base / "image" / "model"
+  # Where there is none they name the place where it should be.
+  assert model_folders.of_images(tmp_path) == tmp_path / "image" / "model"
+  assert model_folders.of_text(base) == base / "text" / "model"
 
 
 def test_prompts_change_experts_at_their_own_call():

@@ -1,0 +1,82 @@
+"""Where the networks of a DiT are: in its own folder, or where its training began.
+
+An imported checkpoint has all: dit/model, of two experts also dit_low/model, text/model
+and image/model. A run has trained one DiT, which is its dit/model, also where it is the
+second of two experts; the others are found by what that says of itself.
+"""
+
+import pathlib
+
+from sora_jax.models.meta import METAS, DiTMeta, ImageMeta, LowNoiseDiTMeta, TextMeta
+from sora_jax.runtime import checkpoint
+
+HIGH, LOW = DiTMeta.network, LowNoiseDiTMeta.network
+
+
+def read_meta(model: pathlib.Path) -> DiTMeta:
+  """Meta of a folder dit/model or dit_low/model. Raises as `DiTMeta.from_json`."""
+  return METAS[model.parent.name].from_json(checkpoint.load_meta(model), model)
+
+
+def of_text(folder) -> pathlib.Path:
+  """text/model of a folder, or of the checkpoint whose features its DiT has read."""
+
+  def before(meta):
+    return meta.frozen_text.folder if meta.frozen_text else ""
+
+  return _first_with(TextMeta.network, folder, before)
+
+
+def of_images(folder) -> pathlib.Path:
+  """image/model of a folder, or of the checkpoint that its DiT began with."""
+  return _first_with(ImageMeta.network, folder, lambda meta: meta.init_from)
+
+
+def _first_with(network, folder, before) -> pathlib.Path:
+  """Folder of a network's model, which is not there if no place has it."""
+  place, seen = pathlib.Path(folder), []
+  while not (place / network / "model").is_dir() and place not in seen:
+    seen.append(place)
+    model = place / HIGH / "model"
+    if (model / "model.json").is_file():
+      place = pathlib.Path(before(read_meta(model)) or place)
+  return place / network / "model"
+
+
+def of_dit(folder, whole: bool = True) -> dict[str, pathlib.Path]:
+  """HIGH, and LOW of two experts -> folder of its model, in the order of sampling.
+
+  Of a run that began with another run each expert is that of the last one to train it.
+
+  Args:
+    folder: of a checkpoint, or of a run.
+    whole: whether one of two experts alone is an error.
+
+  Raises:
+    ValueError: if there is no DiT, or one of two experts alone.
+  """
+  place, seen = pathlib.Path(folder), []
+  if not read_meta(place / HIGH / "model").boundary:
+    return {HIGH: place / HIGH / "model"}
+  found: dict[str, pathlib.Path] = {}
+  while place not in seen and (place / HIGH / "model" / "model.json").is_file():
+    seen.append(place)
+    found = {**_experts(place), **found}
+    place = pathlib.Path(read_meta(place / HIGH / "model").init_from or place)
+  if whole and len(found) < 2:
+    kind = "low" if HIGH in found else "high"
+    began = "" if place in seen else f", and neither has {place}, where it began"
+    raise ValueError(
+      f"{folder} is one of two experts and has none for {kind} noise levels{began}: "
+      "put it back, or sample a whole model with the adapter of this run (--lora; "
+      "--lora_low of the expert for low noise)"
+    )
+  return {name: found[name] for name in (HIGH, LOW) if name in found}
+
+
+def _experts(place) -> dict[str, pathlib.Path]:
+  """Those in a folder itself."""
+  model, low = place / HIGH / "model", place / LOW / "model"
+  if read_meta(model).low_noise:
+    return {LOW: model}
+  return {HIGH: model, LOW: low} if low.is_dir() else {HIGH: model}
