@@ -30,9 +30,11 @@ def test_more_steps_of_a_finished_run(tiny_run, commands, tmp_path, stage, decay
   run, whole = tmp_path / "run", tmp_path / "whole"
   for folder in (run, whole):
     shutil.copytree(tiny_run.workdir, folder)
-    for name in MADE_FROM[stage]:
-      shutil.rmtree(folder / name)
-  commands.main(run, only, unseen, *schedule)
+    if schedule or folder == whole:
+      for name in MADE_FROM[stage]:
+        shutil.rmtree(folder / name)
+  if schedule:
+    commands.main(run, only, unseen, *schedule)
   # What was made with the shorter training is made again with the longer one.
   log = commands.main(run, longer, *((only,) if stage == "vae" else ()), *schedule)
   assert f"config.{stage}.train.steps is 16 and was 8: goes on" in log
