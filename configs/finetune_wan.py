@@ -17,7 +17,8 @@ for `sample --checkpoint=CKPT --lora=...`.
 
 Hardware and time, estimated from FLOPs at 40 % of the peak and not measured, for 1000
 steps on TPU v6e: 8 chips, 0.7 hours for lora-1.3b, 0.9 for full-1.3b, 1.2 for lora-5b
-and 4 for lora-14b; 64 chips, 5 hours for full-14b.
+and 4 for lora-14b; 64 chips, 5 hours for full-14b. `plan`, which compiles the step,
+says 9.5 hours for lora-14b (4.7 of 4 rows a step: see sora_jax/weights/README.md).
 Metric: eval/loss in dit/metrics.jsonl, of the held-out clips.
 """
 
