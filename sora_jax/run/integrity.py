@@ -140,6 +140,7 @@ def _other_checkpoint(name, step: int, good: list[int]) -> str:
 
 def _checkpoint_fault(folder, step) -> tuple[str, str]:
   """(state, note) of a checkpoint."""
+  folder = folder.absolute()  # Orbax finds no metadata by a relative path
   try:
     rows = train_checkpoints.read_sealed(epath.Path(folder), step)["arrays"]
     with lazy_arrays.checkpointer() as reader:

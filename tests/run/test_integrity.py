@@ -1,6 +1,7 @@
 """What `check` says of a run: whole, not checked, lost, and how to get it back."""
 
 import json
+import pathlib
 import shutil
 
 import pytest
@@ -39,6 +40,11 @@ def test_a_finished_run_is_whole(tiny_run, found):
     "vae/checkpoints/6", "vae/checkpoints/8", "vae/model",
     "dit/checkpoints/6", "dit/checkpoints/8", "dit/model", "encode: shards",
   }  # fmt: skip
+
+
+def test_a_relative_folder_is_that_folder(tiny_run, found, monkeypatch):
+  monkeypatch.chdir(tiny_run.workdir)
+  assert states(pathlib.Path()) == found
 
 
 def old_stage(workdir):
