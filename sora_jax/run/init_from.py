@@ -121,6 +121,11 @@ def base_meta(recipe: recipes.Recipe) -> DiTMeta | None:
   return _base(recipe.dit)[1] if recipe.dit.init_from else None
 
 
+def base_folder(stage: recipes.DiTStage) -> pathlib.Path:
+  """Folder of the model that training begins with. ValueError if there is none."""
+  return _base(stage)[0]
+
+
 def _base(stage) -> tuple[pathlib.Path, DiTMeta]:
   """(folder, meta) of the model that training begins with, or of the expert to train.
 

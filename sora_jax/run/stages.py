@@ -267,15 +267,11 @@ def _inputs(name, recipe) -> tuple[str, ...]:
 
 def _models(name, recipe) -> dict:
   """Models of other runs that a stage begins with: key of the config -> folder."""
-  folders = {
-    "vae": {"config.vae.folder": recipe.vae.folder},
-    "dit": {"config.dit.init_from": recipe.dit.init_from},
-  }
-  return {
-    key: pathlib.Path(folder) / name / "model"
-    for key, folder in folders.get(name, {}).items()
-    if folder
-  }
+  if name == "vae" and (folder := recipe.vae.folder):
+    return {"config.vae.folder": pathlib.Path(folder) / "vae" / "model"}
+  if name == "dit" and recipe.dit.init_from:
+    return {"config.dit.init_from": init_from.base_folder(recipe.dit)}
+  return {}
 
 
 def _chosen(section) -> dict:

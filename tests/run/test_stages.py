@@ -9,7 +9,8 @@ import types
 import pytest
 import sealed
 
-from sora_jax.models.meta import TextMeta
+from sora_jax.models.dit import DiTConfig
+from sora_jax.models.meta import DiTMeta, FrozenText, LowNoiseDiTMeta, TextMeta
 from sora_jax.models.t5 import T5Config
 from sora_jax.run import latent_shards, stages
 from sora_jax.run import recipe as recipes
@@ -404,8 +405,10 @@ def _write_text_meta(folder):
 
 
 def test_models_that_a_run_begins_with(runs, tmp_path, monkeypatch):
-  monkeypatch.setattr(stages.init_from, "check", lambda *_: None)
   workdir, base = tmp_path / "run", tmp_path / "base"
+  monkeypatch.setattr(stages.init_from, "check", lambda *_: None)
+  place = base / "dit" / "model"
+  monkeypatch.setattr(stages.init_from, "base_folder", lambda stage: place)
 
   def write(steps):
     for name in ("vae", "dit"):
@@ -431,6 +434,36 @@ def test_models_that_a_run_begins_with(runs, tmp_path, monkeypatch):
     message = f"stage {name} .* from another {key} than the one in {place} now"
     with pytest.raises(ValueError, match=message):
       stages.run([name], recipe, workdir)
+  assert runs == ALL
+
+
+def test_the_expert_that_a_run_begins_with(runs, tmp_path, monkeypatch):
+  """The other one of two does not change what it makes."""
+  monkeypatch.setattr(stages.init_from, "check", lambda *_: None)
+  workdir, base = tmp_path / "run", tmp_path / "base"
+  sizes = {
+    "model": DiTConfig(), "text": FrozenText("t", 24), "max_text_tokens": 24,
+    "tokens": 128, "text_tokens": 96, "segments": 4, "reference_fps": 16.0,
+    "conditional": True, "vae": "v", "boundary": 0.875,
+  }  # fmt: skip
+
+  def write(kind, weights_id):
+    path = base / kind.network / "model"
+    path.mkdir(parents=True, exist_ok=True)
+    meta = kind(**sizes, id=weights_id).to_json()
+    (path / "model.json").write_text(json.dumps({"params": "params-0", "meta": meta}))
+
+  write(DiTMeta, "1")
+  write(LowNoiseDiTMeta, "1")
+  recipe = change(change(BASE, "dit.init_from", str(base)), "dit.low_noise", True)
+  stages.run(ALL, recipe, workdir)
+  write(DiTMeta, "2")
+  stages.run(["dit"], recipe, workdir)
+  write(LowNoiseDiTMeta, "2")
+  with pytest.raises(
+    ValueError, match=r"another config\.dit\.init_from .*dit_low/model"
+  ):
+    stages.run(["dit"], recipe, workdir)
   assert runs == ALL
 
 
