@@ -53,13 +53,16 @@ def run(
 
   Raises:
     ValueError: if the checkpoint has none of the networks, or one that diffusers does
-      not; if a folder is there already. Then nothing was written.
+      not; if its experts are not of one model; if a folder is there already. Then
+      nothing was written.
   """
   source, out = pathlib.Path(source), pathlib.Path(out)
   found = {}
   for name, folder in _folders(source).items():
     if (name in networks or not networks) and (folder / "model.json").exists():
       found[name] = (folder, *_open(name, folder))
+  if {"dit", "dit_low"} <= set(found):
+    model_folders.check_alike(found["dit"][0], found["dit_low"][0])
   if missing := [name for name in networks if name not in found]:
     raise ValueError(f"{source} has no {' and no '.join(missing)}")
   if not found:
@@ -96,6 +99,13 @@ def _folders(source) -> dict[str, pathlib.Path]:
     return own
   meta = model_folders.read_meta(own["dit"])
   experts = model_folders.of_dit(source, whole=False)
+  if meta.boundary and len(experts) < 2:
+    began = f", nor in {meta.init_from}, where it began" if meta.init_from else ""
+    logging.warning(
+      "the other one of two experts is not in %s%s: no pipeline without it",
+      source,
+      began,
+    )
   encoders = {}
   if meta.frozen_text and meta.frozen_text.features:
     encoders["text"] = model_folders.of_text(source), meta.frozen_text.features

@@ -5,10 +5,11 @@ and image/model. A run has trained one DiT, which is its dit/model, also where i
 second of two experts; the others are found by what that says of itself.
 """
 
+import dataclasses
 import pathlib
 
 from sora_jax.models.meta import METAS, DiTMeta, ImageMeta, LowNoiseDiTMeta, TextMeta
-from sora_jax.runtime import checkpoint
+from sora_jax.runtime import checkpoint, fields
 
 HIGH, LOW = DiTMeta.network, LowNoiseDiTMeta.network
 
@@ -38,7 +39,7 @@ def _first_with(network, folder, before) -> pathlib.Path:
   while not (place / network / "model").is_dir() and place not in seen:
     seen.append(place)
     model = place / HIGH / "model"
-    if (model / "model.json").is_file():
+    if _is_there(model):
       place = pathlib.Path(before(read_meta(model)) or place)
   return place / network / "model"
 
@@ -56,27 +57,59 @@ def of_dit(folder, whole: bool = True) -> dict[str, pathlib.Path]:
     ValueError: if there is no DiT, or one of two experts alone.
   """
   place, seen = pathlib.Path(folder), []
-  if not read_meta(place / HIGH / "model").boundary:
-    return {HIGH: place / HIGH / "model"}
+  high, low = (place / name / "model" for name in (HIGH, LOW))
+  alone = _is_there(low) and not _is_there(high)
+  if not read_meta(low if alone else high).boundary:
+    return {HIGH: high}
   found: dict[str, pathlib.Path] = {}
-  while place not in seen and (place / HIGH / "model" / "model.json").is_file():
+  while place not in seen:
     seen.append(place)
     found = {**_experts(place), **found}
-    place = pathlib.Path(read_meta(place / HIGH / "model").init_from or place)
+    if _is_there(place / HIGH / "model"):
+      place = pathlib.Path(read_meta(place / HIGH / "model").init_from or place)
   if whole and len(found) < 2:
     kind = "low" if HIGH in found else "high"
-    began = "" if place in seen else f", and neither has {place}, where it began"
+    places = " nor ".join(str(other.absolute()) for other in seen[1:])
+    began = f", and neither has {places}, where it began" if places else ""
     raise ValueError(
       f"{folder} is one of two experts and has none for {kind} noise levels{began}: "
-      "put it back, or sample a whole model with the adapter of this run (--lora; "
+      "put it there, or sample a whole model with the adapter of this run (--lora; "
       "--lora_low of the expert for low noise)"
     )
   return {name: found[name] for name in (HIGH, LOW) if name in found}
 
 
+def check_alike(high: pathlib.Path, low: pathlib.Path) -> None:
+  """Raises ValueError for folders of two experts that are not of one model."""
+  ours, others = _traits(read_meta(high)), _traits(read_meta(low))
+  for key, value in ours.items():
+    if value != others[key]:
+      raise ValueError(
+        f"{high} and {low} are of different models: their {key} is {value!r} and "
+        f"{others[key]!r}"
+      )
+
+
+def _traits(meta):
+  """What both experts of a model have in common."""
+  traits = {
+    f"model.{field.name}": getattr(meta.model, field.name)
+    for field in dataclasses.fields(meta.model)
+    if fields.change_of(field) != fields.FREE
+  }
+  if text := meta.frozen_text:  # of which a run also says where it was
+    traits |= {"text.features": text.features, "text.pad_to": text.pad_to}
+  return {**traits, "boundary": meta.boundary, "vae": meta.vae}
+
+
 def _experts(place) -> dict[str, pathlib.Path]:
-  """Those in a folder itself."""
+  """Those in a folder itself, which may have one of them alone, or none."""
   model, low = place / HIGH / "model", place / LOW / "model"
-  if read_meta(model).low_noise:
-    return {LOW: model}
-  return {HIGH: model, LOW: low} if low.is_dir() else {HIGH: model}
+  found = {LOW: low} if low.is_dir() else {}
+  if _is_there(model):
+    found[LOW if read_meta(model).low_noise else HIGH] = model
+  return found
+
+
+def _is_there(model) -> bool:
+  return (model / "model.json").is_file()

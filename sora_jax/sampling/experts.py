@@ -16,7 +16,7 @@ import numpy as np
 from sora_jax.diffusion import solvers
 from sora_jax.encoders import model_folders
 from sora_jax.models.meta import DiTMeta, LowNoiseDiTMeta
-from sora_jax.runtime import checkpoint, fields, sharding
+from sora_jax.runtime import checkpoint, sharding
 from sora_jax.runtime.residency import Residency
 from sora_jax.tasks import dit as dit_task
 from sora_jax.weights import merge
@@ -90,7 +90,7 @@ def load(
   models = list(model_folders.of_dit(folder).values())
   meta = model_folders.read_meta(folder / DiTMeta.network / "model")
   if len(models) == 2:
-    _check_alike(*models)
+    model_folders.check_alike(*models)
   elif loras_low:
     raise ValueError(f"{folder}: its DiT is one network for all levels, no experts")
 
@@ -99,29 +99,6 @@ def load(
 
   files = (loras, loras_low)[: len(models)]
   return meta, [loader(*both) for both in zip(models, files, strict=True)]
-
-
-def _check_alike(high, low):
-  """Raises ValueError for experts that are not of one model."""
-  ours, others = (_traits(model_folders.read_meta(model)) for model in (high, low))
-  for key, value in ours.items():
-    if value != others[key]:
-      raise ValueError(
-        f"{high} and {low} are of different models: their {key} is {value!r} and "
-        f"{others[key]!r}"
-      )
-
-
-def _traits(meta):
-  """What both experts of a model have in common."""
-  traits = {
-    f"model.{field.name}": getattr(meta.model, field.name)
-    for field in dataclasses.fields(meta.model)
-    if fields.change_of(field) != fields.FREE
-  }
-  if text := meta.frozen_text:  # of which a run also says where it was
-    traits |= {"text.features": text.features, "text.pad_to": text.pad_to}
-  return {**traits, "boundary": meta.boundary, "vae": meta.vae}
 
 
 def _load(model, meta, mesh, loras, weights):

@@ -7,6 +7,7 @@ and sampled.
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -235,7 +236,7 @@ def test_a_run_of_one_expert_samples_and_exports_with_the_other(imported, tmp_pa
     np.testing.assert_allclose(load_file(path)[name], theirs[name] + shift, atol=1e-6)
 
 
-def test_one_of_two_experts_alone_is_an_error(imported, tmp_path):
+def test_one_of_two_experts_alone_is_an_error(imported, tmp_path, caplog):
   base = imported("t2v-a14b")
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   low = run_of(tmp_path / "low", base, "dit_low", 2.0, begun=tmp_path / "gone")
@@ -243,6 +244,7 @@ def test_one_of_two_experts_alone_is_an_error(imported, tmp_path):
   with pytest.raises(ValueError, match=message):
     experts.load(low, mesh)
   export_weights.run(low, tmp_path / "out")
+  assert f"not in {low}, nor in {tmp_path / 'gone'}, where it began" in caplog.text
   assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
     "transformer_2", "vae",
   ]  # fmt: skip
@@ -253,6 +255,27 @@ def test_one_of_two_experts_alone_is_an_error(imported, tmp_path):
   checkpoint.save_model(other / "dit_low" / "model", params, meta)
   with pytest.raises(ValueError, match="of different models: their model.depth is"):
     experts.load(other, mesh)
+  # Two of different models make no pipeline.
+  high = run_of(tmp_path / "high", base, "dit", 0.0)
+  params, meta = checkpoint.load_model(high / "dit" / "model")
+  changed = {**meta, "vae": "another"}
+  checkpoint.save_model(high / "dit" / "model", params, changed)
+  with pytest.raises(ValueError, match="of different models: their vae is 'another'"):
+    export_weights.run(high, tmp_path / "mixed")
+  assert not (tmp_path / "mixed").exists()
+
+
+def test_a_checkpoint_of_one_expert_alone_is_used(imported, tmp_path):
+  base, alone = imported("t2v-a14b"), tmp_path / "alone"
+  shutil.copytree(base / "dit_low", alone / "dit_low")
+  low = alone / "dit_low" / "model"
+  assert model_folders.of_dit(alone, whole=False) == {"dit_low": low}
+  high = run_of(tmp_path / "high", base, "dit", 1.0, begun=alone)
+  both = {"dit": high / "dit" / "model", "dit_low": low}
+  assert model_folders.of_dit(high) == both
+  run = run_of(tmp_path / "low", base, "dit_low", 2.0, begun=alone)
+  with pytest.raises(ValueError, match=f"for high .* neither has {alone}, where it"):
+    model_folders.of_dit(run)
 
 
 def test_a_run_reads_the_encoders_that_it_began_with(imported, tmp_path):
