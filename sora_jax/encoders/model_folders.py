@@ -56,27 +56,43 @@ def of_dit(folder, whole: bool = True) -> dict[str, pathlib.Path]:
   Raises:
     ValueError: if there is no DiT, or one of two experts alone.
   """
+  found, missing = _find_dit(folder)
+  if whole and missing:
+    raise ValueError(
+      f"{missing}: put it there, or sample a whole model with the adapter of this run "
+      "(--lora; --lora_low of the expert for low noise)"
+    )
+  return found
+
+
+def of_expert(folder, network: str) -> pathlib.Path:
+  """Folder of one of `of_dit`, HIGH or LOW. ValueError if there is none."""
+  found, missing = _find_dit(folder)
+  if network not in found:
+    raise ValueError(missing or f"{folder} is one network for all noise levels")
+  return found[network]
+
+
+def _find_dit(folder) -> tuple[dict[str, pathlib.Path], str]:
+  """(what `of_dit` gives, which expert is missing and where it was looked for)."""
   place, seen = pathlib.Path(folder), []
   high, low = (place / name / "model" for name in (HIGH, LOW))
   alone = _is_there(low) and not _is_there(high)
   if not read_meta(low if alone else high).boundary:
-    return {HIGH: high}
+    return {HIGH: high}, ""
   found: dict[str, pathlib.Path] = {}
   while place not in seen:
     seen.append(place)
     found = {**_experts(place), **found}
     if _is_there(place / HIGH / "model"):
       place = pathlib.Path(read_meta(place / HIGH / "model").init_from or place)
-  if whole and len(found) < 2:
+  missing = ""
+  if len(found) < 2:
     kind = "low" if HIGH in found else "high"
-    places = " nor ".join(str(other.absolute()) for other in seen[1:])
-    began = f", and neither has {places}, where it began" if places else ""
-    raise ValueError(
-      f"{folder} is one of two experts and has none for {kind} noise levels{began}: "
-      "put it there, or sample a whole model with the adapter of this run (--lora; "
-      "--lora_low of the expert for low noise)"
-    )
-  return {name: found[name] for name in (HIGH, LOW) if name in found}
+    missing = f"{folder} is one of two experts and has none for {kind} noise levels"
+    if places := " nor ".join(str(other.absolute()) for other in seen[1:]):
+      missing += f", and neither has {places}, where it began"
+  return {name: found[name] for name in (HIGH, LOW) if name in found}, missing
 
 
 def check_alike(high: pathlib.Path, low: pathlib.Path) -> None:

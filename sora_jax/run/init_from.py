@@ -134,15 +134,11 @@ def _base(stage) -> tuple[pathlib.Path, DiTMeta]:
   """
   name = model_folders.LOW if stage.low_noise else model_folders.HIGH
   try:
-    folders = model_folders.of_dit(stage.init_from, whole=False)
-    if name not in folders:
-      raise ValueError(
-        f"{stage.init_from} has no expert for what config.dit.low_noise="
-        f"{stage.low_noise} says ({', '.join(map(str, folders.values()))})"
-      )
-    return folders[name], model_folders.read_meta(folders[name])
+    folder = model_folders.of_expert(stage.init_from, name)
+    return folder, model_folders.read_meta(folder)
   except ValueError as error:
-    raise ValueError(f"config.dit.init_from: {error}") from error
+    asked = " (config.dit.low_noise=True)" if stage.low_noise else ""
+    raise ValueError(f"config.dit.init_from: {error}{asked}") from error
 
 
 def _vae_id(folder) -> str | None:
