@@ -24,6 +24,7 @@ import jax
 from absl import flags, logging
 
 from sora_jax.data.clips import Clip
+from sora_jax.encoders import model_folders
 from sora_jax.encoders.autoencoder import Autoencoder
 from sora_jax.encoders.captioner import Captioner
 from sora_jax.evaluation import (
@@ -141,12 +142,18 @@ def _say_what_next(workdir: pathlib.Path, clips: list[Clip]) -> None:
   """Logs where to look, and a command that samples something of the user's own."""
   captions = [caption for clip in clips for caption in clip.captions[:1]]
   longest = max(clips, key=lambda clip: clip.frames)
+  sheet = workdir / "sample" / "contact_sheet.png"
+  if sheet.exists():
+    logging.info("Look at %s", sheet)
+  model = model_folders.read_meta(workdir / "dit" / "model").model
+  given = " --image=FIRST.png" if model.condition_channels else ""
+  given += " --last_image=LAST.png" if model.image_positions else ""
   logging.info(
-    "Look at %s. Try next: python -m sora_jax.sample --checkpoint=%s --prompt=%r "
+    "Try next: python -m sora_jax.sample --checkpoint=%s --prompt=%r%s "
     "--size=%dx%d --frames=%d --out=sample.mp4",
-    workdir / "sample" / "contact_sheet.png",
     workdir,
     captions[-1] if captions else "anything",
+    given,
     longest.width,
     longest.height,
     longest.frames,
