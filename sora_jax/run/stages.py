@@ -79,6 +79,7 @@ def run(names, recipe: recipes.Recipe, workdir) -> None:
     _check_mesh(recipe)
   if {"vae", "encode", "dit"} & set(names):
     _check_text(recipe)
+    _check_place(recipe, workdir)
     stays = recipe.dit.init_from and _vae_stays(names, recipe, workdir)
     init_from.check(recipe, workdir if stays else None)
   if "vae" in names and recipe.vae.loss.lpips_weight and not recipe.vae.folder:
@@ -154,6 +155,16 @@ def _check_mesh(recipe):
 
 def _mesh(recipe):
   return sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
+
+
+def _check_place(recipe, workdir):
+  """Raises ValueError for a run in the folder of the model that it begins with."""
+  begin = recipe.dit.init_from
+  if begin and pathlib.Path(begin).resolve() == workdir.resolve():
+    raise ValueError(
+      f"config.dit.init_from={begin} is the folder of the run itself, whose dit/model "
+      "would be replaced: choose another --workdir"
+    )
 
 
 def _check_text(recipe):

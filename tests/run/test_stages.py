@@ -437,6 +437,14 @@ def test_models_that_a_run_begins_with(runs, tmp_path, monkeypatch):
   assert runs == ALL
 
 
+def test_a_run_does_not_replace_what_it_begins_with(runs, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  recipe = change(BASE, "dit.init_from", str(tmp_path))
+  with pytest.raises(ValueError, match=r"the folder of the run itself.*--workdir"):
+    stages.run(ALL, recipe, ".")
+  assert runs == []
+
+
 def test_the_expert_that_a_run_begins_with(runs, tmp_path, monkeypatch):
   """The other one of two does not change what it makes."""
   monkeypatch.setattr(stages.init_from, "check", lambda *_: None)
