@@ -101,6 +101,12 @@ def load(
   return meta, [loader(*both) for both in zip(models, files, strict=True)]
 
 
+def ids(folder: pathlib.Path) -> list[str]:
+  """Ids of the experts that `load` finds. Raises as it does."""
+  models = model_folders.of_dit(folder).values()
+  return [model_folders.read_meta(model).id for model in models]
+
+
 def _load(model, meta, mesh, loras, weights):
   """Params with adapters merged in, stored as `weights` says."""
   rules = dit_task.DIT_RULES if meta.frozen_text else dit_task.SHARDING_RULES

@@ -83,6 +83,7 @@ class Sampler:
     self.vocabulary, self.dtype = vocabulary, dtype
     self.defaults, self.expander = defaults or Defaults(), expander
     self.encode_images: given_frames.EncodeImages | None = None
+    self.expert_ids: list[str] = []
     self.denoiser = Denoiser(meta, vocabulary, dtype, autoencoder.mesh, encode_text)
 
   @classmethod
@@ -142,6 +143,7 @@ class Sampler:
     made = cls(loads[0], meta, autoencoder, vocabulary, dtype, encode_text, defaults)
     if len(loads) > 1:
       residency.put(LowNoiseDiTMeta.network, loads[1])
+      made.expert_ids = experts.ids(folder)
     made.expander = TrainedExpander(folder) if TrainedExpander.is_in(folder) else None
     if meta.model.image_width:
       images = FrozenImageEncoder(folder, mesh, dtype, meta.image, residency)
@@ -177,13 +179,15 @@ class Sampler:
   def model_id(self) -> str:
     """Tells models apart: a hash of what the DiT's folder says, and of its head.
 
+    Of two experts it is also one of the ids of both.
+
     Loads the DiT if it was never loaded before.
     """
     if self._head is None:
       self.autoencoder.residency.get("dit")
     head = np.asarray(jax.device_get(self._head))
-    text = json.dumps(self.meta.facts(), sort_keys=True).encode()
-    return hashlib.sha256(text + head.tobytes()).hexdigest()[:16]
+    text = json.dumps(self.meta.facts(), sort_keys=True) + "".join(self.expert_ids)
+    return hashlib.sha256(text.encode() + head.tobytes()).hexdigest()[:16]
 
   def expand(self, texts: str | Sequence[str], seed: int = 0) -> expansion.Expansion:
     """Makes texts as long as the captions of training, see `language.expansion`.

@@ -227,6 +227,10 @@ def test_a_run_of_one_expert_samples_and_exports_with_the_other(imported, tmp_pa
     return [np.round(np.mean(jax.tree.leaves(change)), 3) for change in changes]
 
   assert shifts(base) == [0, 0]
+  assert experts.ids(base) == experts.ids(high)  # the runs here keep the base's
+  meta = checkpoint.load_meta(high / "dit" / "model")
+  checkpoint.save_meta(high / "dit" / "model", {**meta, "id": "another"})
+  assert experts.ids(both) == ["another", experts.ids(base)[1]]
   assert shifts(high) == [1, 0] and shifts(low) == [0, 2] and shifts(both) == [1, 2]
   export_weights.run(both, tmp_path / "out", networks=NAMES)
   for part, shift in (("transformer", 1.0), ("transformer_2", 2.0)):
