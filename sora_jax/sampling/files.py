@@ -48,6 +48,9 @@ def write_jobs(
     source: where the model is from, for the .json.
     tile: see `Autoencoder.decode_stream`.
     expanded: what the jobs' texts were before they were made longer, for the .json.
+
+  Raises:
+    ValueError: if a video that is made of texts alone is black throughout.
   """
   parts = _parts(model, jobs, paths, options, tile)
   for _, of_path in itertools.groupby(parts, key=lambda part: part.path):
@@ -99,6 +102,20 @@ def _parts(model, jobs, paths, options, tile) -> Iterator[Part]:
       yield Part(path, job, fps, frames_THWC)
 
 
+def _with_light(chunks, path) -> Iterator[np.ndarray]:
+  """The chunks of a video; at its end a ValueError if all of it is black."""
+  light = False
+  for frames_THWC in chunks:
+    light = light or bool(frames_THWC.any())
+    yield frames_THWC
+  if not light:
+    raise ValueError(
+      f"{path} is not written: every pixel is black, as a model or an adapter makes "
+      "them whose numbers overflow. Sample without adapters, in --weights that hold "
+      "more, or with another seed"
+    )
+
+
 def _text_request(job):
   width, height = job.size or (64, 64)
   return Request(
@@ -131,6 +148,8 @@ def _write(model, parts, options, source, expanded):
     described["expanded"] = found._asdict()
   metadata = {"comment": job.prompt, "sora_jax": json.dumps(described)}
   chunks = itertools.chain([frames_THWC], (part.frames_THWC for part in parts))
+  if not described["files"]:
+    chunks = _with_light(chunks, path)
   count = writer.write_chunks(path, chunks, fps, metadata=metadata)
   text = json.dumps(described, indent=2, ensure_ascii=False)
   whole_files.write_text(path.with_name(f"{path.name}.json"), text + "\n")

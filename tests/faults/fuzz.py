@@ -1,15 +1,18 @@
 """Gives all readers odd inputs for as long as is asked for, and counts them.
 
-  python -m tests.faults.fuzz [--minutes=60] [--seed=0]
+  python -m tests.faults.fuzz [--minutes=60] [--seed=0] [--guided]
 
 It is to be run in the root of a checkout. The tests marked `fuzz` run round after
 round, each with another seed, and the last one to its end. The table has the inputs
 that each test was given, and the exit code is 1 as soon as one of them ended in another
 error than the documented ones; what pytest says of it is shown, with the input.
+With --guided each test gets its share of the time once, and inputs that lead to new
+branches, in a process whose memory is limited: see guided.py, which needs atheris.
 """
 
 import argparse
 import collections
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +23,8 @@ COMMAND = [
   *(sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "fuzz"),
   *("--hypothesis-profile=long", "--hypothesis-show-statistics"),
 ]
+LIST = [*COMMAND[:5], "-q", "--collect-only", "-m", "fuzz"]
+GUIDED = [*COMMAND[:5], "-s", "-p", "faults.guided"]
 # The name of a test, or what one of its phases has tried.
 STATISTICS = re.compile(r"^(\S+::\S+):$|(\d+) passing\b", re.M)
 
@@ -36,14 +41,49 @@ def inputs_of(log: str) -> collections.Counter:
   return found
 
 
+def guide(minutes: float) -> tuple[collections.Counter, str]:
+  """(test -> inputs, "" or the log of the first test that failed)."""
+  listed = subprocess.run(LIST, stdout=subprocess.PIPE, text=True, check=True).stdout
+  tests = [line for line in listed.splitlines() if "::" in line]
+  environment = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(["tests", os.environ.get("PYTHONPATH", "")]),
+    "GUIDED_SECONDS": str(max(1, round(60 * minutes / len(tests)))),
+  }
+  inputs: collections.Counter = collections.Counter()
+  for test in tests:
+    ended = subprocess.run(
+      [*GUIDED, test],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      errors="replace",
+      check=False,
+    )
+    if ended.returncode:
+      return inputs, ended.stdout
+    runs = re.search(r"^Done (\d+) runs", ended.stdout, re.M)
+    inputs[test] += int(runs[1]) if runs else 0  # none of a test without strategies
+    print(f"{test}: {inputs[test]} inputs", file=sys.stderr, flush=True)
+  return inputs, ""
+
+
 def main() -> int:
   """Runs the rounds; the exit code."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--minutes", type=float, default=60.0)
   parser.add_argument("--seed", type=int, default=0, help="of the first round")
+  parser.add_argument("--guided", action="store_true", help="by atheris")
   args = parser.parse_args()
   begin, rounds = time.monotonic(), 0
   inputs: collections.Counter = collections.Counter()
+  if args.guided:
+    inputs, fault = guide(args.minutes)
+    if fault:
+      print(fault)
+      return 1
+    args.minutes = 0.0
   while (minutes := (time.monotonic() - begin) / 60) < args.minutes:
     command = [*COMMAND, f"--hypothesis-seed={args.seed + rounds}"]
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)

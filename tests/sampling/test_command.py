@@ -83,6 +83,22 @@ def test_a_damaged_model_makes_no_black_video(command, sampler, tmp_path, part):
   assert (tmp_path / "x.mp4").exists()
 
 
+def test_a_black_video_is_an_error(command, sampler, tmp_path, monkeypatch):
+  new = ["--checkpoint=runs/tiny", "--size=32x32", "--frames=5", "--steps=1"]
+  out, black = tmp_path / "x.mp4", np.zeros((5, 32, 32, 3), np.uint8)
+  monkeypatch.setattr(sampler, "stream", lambda *_: iter([black, black]))
+  monkeypatch.setattr(sampler, "sample", lambda requests, _: [black for _ in requests])
+  for prompts in (["--prompt=a star"], ["--prompt=a star", "--prompt=a circle"]):
+    with pytest.raises(ValueError, match=r"x(-000)?.mp4 is not written: every pixel"):
+      command(*new, *prompts, f"--out={out}")
+    assert not list(tmp_path.iterdir())
+  # A video that was given may be black, and so may what follows it.
+  given = tmp_path / "given.mp4"
+  writer.write(given, black, 12)
+  command(*new[:1], f"--video={given}", "--extend_after=1", "--steps=1", f"--out={out}")
+  assert out.exists()
+
+
 def test_a_sidecar_keeps_what_windows_take_over(command, tmp_path):
   """An old one leaves 9 frames out, which other windows than 33 would not have now."""
   out = tmp_path / "a.mp4"
