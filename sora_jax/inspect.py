@@ -8,7 +8,6 @@ as the DiT sees them, too: decoded by the VAE from their packed tokens. Nothing 
 run is changed, and the VAE is loaded only for that.
 """
 
-import functools
 import os
 import pathlib
 import tempfile
@@ -117,13 +116,13 @@ def _packed(recipe, workdir, folder, count: int, made: Sequence[str]) -> list[st
   latents = records.read_latents_manifest(str(workdir / "encode" / "latents.jsonl"))
   texts = _texts(recipe, workdir, latents, folder)
   options = training_rows.packed_options(stage)
-  make = functools.partial(
-    PackedDataset,
-    latents,
-    str(workdir / "encode"),
-    texts,
-    vae=training_rows.vae_id(workdir),
-  )
+
+  def make(options, seed, choice):
+    reader = records.LatentReader(
+      str(workdir / "encode"), training_rows.vae_id(workdir)
+    )
+    return PackedDataset(latents, reader, texts, options, seed, choice)
+
   dataset = training_rows.last_part(training_rows.training_rows(make, options, recipe))
   seconds = _seconds_per_step(workdir / "dit" / "metrics.jsonl")
   parts = [sections.fill(dataset, stage.tokens, stage.rows, stage.train.steps, seconds)]

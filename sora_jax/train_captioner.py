@@ -21,7 +21,7 @@ from sora_jax.data.bad_clips import report_bad_clips
 from sora_jax.data.batches import Batches, first_batches
 from sora_jax.data.caption_texts import StyledCaptionIds
 from sora_jax.data.clips import Clip, read_manifest
-from sora_jax.data.packed_dataset import PackedDataset, PackedOptions
+from sora_jax.data.packed_dataset import Choice, PackedDataset, PackedOptions
 from sora_jax.models import captioner
 from sora_jax.models.meta import CaptionerMeta, VAEMeta
 from sora_jax.packing.caption_styles import STYLES, styles_of
@@ -62,16 +62,9 @@ def setup(recipe: recipes.Recipe, workdir, mesh, listed: _Listed) -> loop.Setup:
   shard = {"process_index": host, "process_count": hosts}
 
   def dataset(split, seed):
+    choice = Choice(split, leave_out=recipe.data.leave_out)
     return PackedDataset(
-      clips,
-      str(workdir / "encode"),
-      texts,
-      options,
-      seed,
-      split=split,
-      bad_clips_folder=str(folder),
-      leave_out=recipe.data.leave_out,
-      reader=readers[split],
+      clips, readers[split], texts, options, seed, choice, str(folder)
     )
 
   training, heldout = dataset("train", recipe.seed), dataset("heldout", 0)

@@ -4,7 +4,6 @@ python -m sora_jax.train_dit --config=configs/quickstart.py
 """
 
 import dataclasses
-import functools
 import pathlib
 import shutil
 
@@ -16,7 +15,7 @@ from sora_jax.data import presence, records
 from sora_jax.data.bad_clips import report_bad_clips
 from sora_jax.data.batches import Batches, first_batches
 from sora_jax.data.clips import read_manifest
-from sora_jax.data.packed_dataset import PackedDataset
+from sora_jax.data.packed_dataset import Choice, PackedDataset
 from sora_jax.encoders import autoencoder, model_folders
 from sora_jax.encoders.text_encoder import FrozenTextEncoder
 from sora_jax.models import attention, dit
@@ -49,15 +48,11 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
   shard = {"process_index": host, "process_count": hosts}
   options = rows.packed_options(stage)
   heldout = dataclasses.replace(options, caption_dropout=0.0)
-  dataset = functools.partial(
-    PackedDataset,
-    latents,
-    str(workdir / "encode"),
-    texts,
-    bad_clips_folder=str(folder),
-    leave_out=recipe.data.leave_out,
-    vae=rows.vae_id(workdir),
-  )
+
+  def dataset(options, seed, choice):
+    reader = records.LatentReader(str(workdir / "encode"), rows.vae_id(workdir))
+    return PackedDataset(latents, reader, texts, options, seed, choice, str(folder))
+
   training = rows.training_rows(dataset, options, recipe)
   return loop.Setup(
     task=task,
@@ -65,7 +60,7 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
     initial=initial,
     data=Batches(training, stage.rows, workers=recipe.data.workers, **shard),
     eval_batches=first_batches(
-      dataset(heldout, 0, split="heldout"),
+      dataset(heldout, 0, Choice("heldout", leave_out=recipe.data.leave_out)),
       stage.rows,
       stage.eval_batches,
       **shard,

@@ -59,6 +59,26 @@ class PackedOptions:
     return (latent - mean) / np.asarray(self.latent_std, np.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """Which clips of a manifest are visited, and how often.
+
+  Attributes:
+    split: "train" or "heldout".
+    size: index of the budget that latents are taken of, where clips are encoded at
+      several; -1 is the last.
+    leave_out: ids of clips that are not read.
+    shares: of visits, by source, of a mixture; an epoch is then a round of it.
+    image_share: of visits, see `mixture.of_clips`.
+  """
+
+  split: str = "train"
+  size: int = -1
+  leave_out: Collection[str] = ()
+  shares: Mapping[str, float] = dataclasses.field(default_factory=lambda: NO_SHARES)
+  image_share: float | None = None
+
+
 class TrainingRow(PackedRow, total=False):
   """A row, and which of the clips that it was planned with are missing in it."""
 
@@ -84,52 +104,39 @@ class PackedDataset(EndlessDataset):
   def __init__(
     self,
     clips: Sequence[records.LatentClip],
-    folder: str,
+    reader: Reader,
     texts: CaptionTexts,
     options: PackedOptions,
     seed: int,
-    *,
-    split: str = "train",
+    choice: Choice = Choice(),
     bad_clips_folder: str | None = None,
-    leave_out: Collection[str] = (),
-    vae: str = "",
-    shares: Mapping[str, float] = NO_SHARES,
-    image_share: float | None = None,
-    size: int = -1,
-    reader: Reader | None = None,
   ):
     """Reads no record, but encodes all captions once to know their lengths.
 
     Args:
       clips: rows of the latents manifest, of all splits.
-      folder: of the shards.
+      reader: of what is packed, such as a `records.LatentReader`; no other data set
+        may read by it.
       texts: where captions come from.
       options: how clips become rows.
       seed: of the run.
-      split: "train" or "heldout".
+      choice: which of the clips.
       bad_clips_folder: where bad_clips.jsonl is written; None only logs.
-      leave_out: ids of clips that are not read.
-      vae: fingerprint of the VAE that must have made the latents; "" takes any.
-      shares: of visits, by source, of a mixture; an epoch is then a round of it.
-      image_share: of visits, see `mixture.of_clips`.
-      size: index of the budget that latents are taken of, where clips are encoded at
-        several; -1 is the last.
-      reader: of what is packed; the latents in the folder by default.
 
     Raises:
       ValueError: if the split is empty, a latent does not divide into patches, a clip
         is longer than the budget, or has no features; names the clip.
     """
     self._clips = list(clips)
-    self._indices = _chosen(clips, split, size)
-    self._reader: Reader = reader or records.LatentReader(folder, vae)
+    self._indices = _chosen(clips, choice.split, choice.size)
+    self._reader = reader
     self._read_lock = threading.Lock()
     self._texts, self._options, self._seed = texts, options, seed
     self._bad_clips = BadClips(bad_clips_folder)
-    self._leave_out = frozenset(leave_out)
+    self._leave_out = frozenset(choice.leave_out)
     chosen = [self._clips[i] for i in self._indices]
     self._lengths = _measure(chosen, texts, options)
-    self._visits = mixture.of_clips(chosen, shares, image_share, seed)
+    self._visits = mixture.of_clips(chosen, choice.shares, choice.image_share, seed)
     budget = options.budget
     super().__init__(
       [

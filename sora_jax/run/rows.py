@@ -7,7 +7,7 @@ import numpy as np
 
 from sora_jax.data import mixture, records, tokenizer
 from sora_jax.data.caption_texts import CaptionFeatures, CaptionIds, CaptionTexts
-from sora_jax.data.packed_dataset import PackedDataset, PackedOptions
+from sora_jax.data.packed_dataset import Choice, PackedDataset, PackedOptions
 from sora_jax.data.schedule import Scheduled
 from sora_jax.models.meta import VAEMeta
 from sora_jax.run import build
@@ -36,7 +36,7 @@ def training_rows(
 ) -> PackedDataset | Scheduled:
   """The rows that the DiT is trained on: of one budget, or of several by their steps.
 
-  make: `PackedDataset` without what the recipe says of mixtures and schedules.
+  make: gives the `PackedDataset` of options, a seed and a choice of clips.
   """
   stage, parts = recipe.dit, []
   shares = mixture.shares(recipe.data.mixture)
@@ -45,9 +45,12 @@ def training_rows(
       make(
         options,
         recipe.seed,
-        shares=shares,
-        image_share=stage.image_share[number] if stage.image_share else None,
-        size=number if stage.schedule else -1,
+        Choice(
+          size=number if stage.schedule else -1,
+          leave_out=recipe.data.leave_out,
+          shares=shares,
+          image_share=stage.image_share[number] if stage.image_share else None,
+        ),
       )
     )
   if len(parts) == 1:

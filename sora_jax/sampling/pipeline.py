@@ -179,9 +179,7 @@ class Sampler:
   def model_id(self) -> str:
     """Tells models apart: a hash of what the DiT's folder says, and of its head.
 
-    Of two experts it is also one of the ids of both.
-
-    Loads the DiT if it was never loaded before.
+    Of two experts also of both ids. Loads the DiT if it was never loaded before.
     """
     if self._head is None:
       self.autoencoder.residency.get("dit")

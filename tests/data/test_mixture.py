@@ -12,7 +12,7 @@ from sora_jax.data.batches import Batches
 from sora_jax.data.caption_texts import CaptionIds
 from sora_jax.data.clip_dataset import ClipDataset
 from sora_jax.data.clips import Clip
-from sora_jax.data.packed_dataset import PackedDataset, PackedOptions
+from sora_jax.data.packed_dataset import Choice, PackedDataset, PackedOptions
 from sora_jax.data.schedule import Scheduled
 from sora_jax.packing import planner
 
@@ -149,12 +149,13 @@ def latents(tmp_path_factory):
   return folder, clips
 
 
-def packed(latents, **options):
+def packed(latents, vae="", **options):
   folder, clips = latents
   texts = CaptionIds(tokenizer.Tokenizer(str(folder / "words")), 12)
   budget = planner.Budget(tokens=64, text_tokens=200, segments=16)
+  reader = records.LatentReader(str(folder), vae)
   return PackedDataset(
-    clips, str(folder), texts, PackedOptions(budget, (1, 2, 2), 16.0), 7, **options
+    clips, reader, texts, PackedOptions(budget, (1, 2, 2), 16.0), 7, Choice(**options)
   )
 
 

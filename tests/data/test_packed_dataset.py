@@ -13,7 +13,7 @@ from data.batch_checks import assert_equal, rows_of, take
 from sora_jax.data import records, tokenizer
 from sora_jax.data.batches import Batches, first_batches
 from sora_jax.data.caption_texts import CaptionIds
-from sora_jax.data.packed_dataset import PackedDataset, PackedOptions
+from sora_jax.data.packed_dataset import Choice, PackedDataset, PackedOptions
 from sora_jax.packing import patches, planner
 
 BUDGET = planner.Budget(tokens=64, text_tokens=40, segments=6)
@@ -61,13 +61,12 @@ def packed(latents, folder=None, split="train", seed=7, max_text_tokens=12,
   defaults = {"budget": BUDGET, "patch_size": PATCH, "reference_fps": 16.0}
   return PackedDataset(
     clips,
-    folder or source,
+    records.LatentReader(folder or source),
     CaptionIds(words, max_text_tokens),
     PackedOptions(**{**defaults, **options}),
     seed,
-    split=split,
-    bad_clips_folder=bad_clips_folder,
-    leave_out=leave_out,
+    Choice(split, leave_out=leave_out),
+    bad_clips_folder,
   )
 
 

@@ -36,7 +36,7 @@ def made(tmp_path_factory):
   options = PackedOptions(Budget(40, 120, 4), (1, 16, 16), 16.0, 0.0, 0.0, 0.0)
   rows = pixel_records.pixel_clips(clips)
   reader = pickle.loads(pickle.dumps(pixel_records.PixelReader(clips)))
-  return clips, PackedDataset(rows, "", texts, options, 0, reader=reader), texts
+  return clips, PackedDataset(rows, reader, texts, options, 0), texts
 
 
 def test_frames_are_folded_as_latents_are():

@@ -175,7 +175,8 @@ def rows_of(folder, clips, pad_text_to=0, dropout=0.0):
     planner.Budget(24, 20, 3), (1, 2, 2), reference_fps=8.0, caption_dropout=dropout
   )
   texts = CaptionFeatures(EMPTY, max_tokens=8, pad_to=pad_text_to)
-  return PackedDataset(clips, str(folder), texts, options, seed=1)
+  reader = records.LatentReader(str(folder))
+  return PackedDataset(clips, reader, texts, options, seed=1)
 
 
 def test_records_hold_features(tmp_path):
