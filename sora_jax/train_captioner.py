@@ -21,7 +21,7 @@ from sora_jax.data.bad_clips import report_bad_clips
 from sora_jax.data.batches import Batches, first_batches
 from sora_jax.data.caption_texts import StyledCaptionIds
 from sora_jax.data.clips import Clip, read_manifest
-from sora_jax.data.packed_dataset import Choice, PackedDataset, PackedOptions
+from sora_jax.data.packed_dataset import Choice, PackedDataset, PackedOptions, Reader
 from sora_jax.models import captioner
 from sora_jax.models.meta import CaptionerMeta, VAEMeta
 from sora_jax.packing.caption_styles import STYLES, styles_of
@@ -107,11 +107,12 @@ def _list(recipe, workdir) -> _Listed:
   return _Listed(captioned, manifest)
 
 
-def _readers(recipe, workdir, clips) -> dict:
-  """Split -> what reads its records; None reads latents."""
+def _readers(recipe, workdir, clips) -> dict[str, Reader]:
+  """Split -> what reads its records."""
   stage = recipe.captioner
   if stage.input == "latents":
-    return {"train": None, "heldout": None}
+    folder, vae = str(workdir / "encode"), rows.vae_id(workdir)
+    return {split: records.LatentReader(folder, vae) for split in ("train", "heldout")}
   visits = stage.train.steps * stage.rows * stage.segments
   cache = clip_cache.training_cache(recipe, workdir, clips, visits)
   # The cache holds training clips only.
