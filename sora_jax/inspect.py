@@ -118,9 +118,7 @@ def _packed(recipe, workdir, folder, count: int, made: Sequence[str]) -> list[st
   options = training_rows.packed_options(stage)
 
   def make(options, seed, choice):
-    reader = records.LatentReader(
-      str(workdir / "encode"), training_rows.vae_id(workdir)
-    )
+    reader = training_rows.latent_reader(workdir)
     return PackedDataset(latents, reader, texts, options, seed, choice)
 
   dataset = training_rows.last_part(training_rows.training_rows(make, options, recipe))

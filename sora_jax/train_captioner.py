@@ -111,8 +111,7 @@ def _readers(recipe, workdir, clips) -> dict[str, Reader]:
   """Split -> what reads its records."""
   stage = recipe.captioner
   if stage.input == "latents":
-    folder, vae = str(workdir / "encode"), rows.vae_id(workdir)
-    return {split: records.LatentReader(folder, vae) for split in ("train", "heldout")}
+    return {split: rows.latent_reader(workdir) for split in ("train", "heldout")}
   visits = stage.train.steps * stage.rows * stage.segments
   cache = clip_cache.training_cache(recipe, workdir, clips, visits)
   # The cache holds training clips only.

@@ -50,7 +50,7 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
   heldout = dataclasses.replace(options, caption_dropout=0.0)
 
   def dataset(options, seed, choice):
-    reader = records.LatentReader(str(workdir / "encode"), rows.vae_id(workdir))
+    reader = rows.latent_reader(workdir)
     return PackedDataset(latents, reader, texts, options, seed, choice, str(folder))
 
   training = rows.training_rows(dataset, options, recipe)

@@ -24,6 +24,19 @@ _LENGTHS_CHUNK = 1 << 16
 _PLACEHOLDER = "a"
 
 
+# Bytes, special pieces and a few characters.
+SMALLEST = 256 + 3 + 2
+
+
+def check_size(vocab_size: int, key: str) -> None:
+  """Raises ValueError, naming the key, for a vocabulary that cannot be trained."""
+  if vocab_size < SMALLEST:
+    raise ValueError(
+      f"{key} {vocab_size} is less than {SMALLEST}: 256 bytes, 3 special pieces and a "
+      "few characters"
+    )
+
+
 def train(captions: Iterable[str], path: str, vocab_size: int = 8192) -> None:
   """Trains a byte pair model and writes it to `path`, atomically.
 
@@ -37,11 +50,10 @@ def train(captions: Iterable[str], path: str, vocab_size: int = 8192) -> None:
   Raises:
     ValueError: if the vocabulary is too small to hold the specials and the bytes.
   """
-  smallest = 256 + 3 + 2
-  if vocab_size < smallest:
-    raise ValueError(f"vocab_size is {vocab_size}, the smallest one is {smallest}")
+  if vocab_size < SMALLEST:
+    raise ValueError(f"vocab_size is {vocab_size}, the smallest one is {SMALLEST}")
   texts = [text for text in map(_normalise, captions) if text] or [_PLACEHOLDER]
-  texts = _drop_rare_characters(texts, (vocab_size - smallest) // 2)
+  texts = _drop_rare_characters(texts, (vocab_size - SMALLEST) // 2)
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(texts),

@@ -5,7 +5,6 @@ and image/model. A run has trained one DiT, which is its dit/model, also where i
 second of two experts; the others are found by what that says of itself.
 """
 
-import dataclasses
 import pathlib
 
 from sora_jax.models.meta import METAS, DiTMeta, ImageMeta, LowNoiseDiTMeta, TextMeta
@@ -108,11 +107,7 @@ def check_alike(high: pathlib.Path, low: pathlib.Path) -> None:
 
 def _traits(meta):
   """What both experts of a model have in common."""
-  traits = {
-    f"model.{field.name}": getattr(meta.model, field.name)
-    for field in dataclasses.fields(meta.model)
-    if fields.change_of(field) != fields.FREE
-  }
+  traits = {f"model.{key}": value for key, value in fields.lasting(meta.model).items()}
   if text := meta.frozen_text:  # of which a run also says where it was
     traits |= {"text.features": text.features, "text.pad_to": text.pad_to}
   return {**traits, "boundary": meta.boundary, "vae": meta.vae}

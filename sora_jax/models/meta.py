@@ -9,7 +9,6 @@ versions: they say neither, may lack what has a default here, and may say more.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from sora_jax.models.caption_encoder import TextEncoderConfig
@@ -30,8 +29,11 @@ class _Meta:
 
   network: ClassVar[str]  # the folder of a run or checkpoint that such models are in
   noun: ClassVar[str]  # what an error calls the model
-  # Whether a file of version 0 is one: a dict of the file -> bool.
-  _is_one: ClassVar[Callable[[dict], bool]]
+
+  @staticmethod
+  def _is_one(values: dict) -> bool:
+    """Whether a file of version 0 is one; most kinds came after there were versions."""
+    return False
 
   def facts(self) -> dict[str, Any]:
     """The fields for JSON, without what belongs to the format of the file.
@@ -186,10 +188,6 @@ class ImageMeta(_Meta):
 
   network: ClassVar[str] = "image"
   noun: ClassVar[str] = "an image encoder"
-
-  @staticmethod
-  def _is_one(values):
-    return False  # there was none before there were versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,10 +357,6 @@ class CaptionerMeta(_Meta):
   network: ClassVar[str] = "captioner"
   noun: ClassVar[str] = "a captioner"
 
-  @staticmethod
-  def _is_one(values):
-    return False  # there was none before there were versions
-
 
 @dataclasses.dataclass(frozen=True)
 class ExpanderMeta(_Meta):
@@ -382,10 +376,6 @@ class ExpanderMeta(_Meta):
 
   network: ClassVar[str] = "expander"
   noun: ClassVar[str] = "an expander of prompts"
-
-  @staticmethod
-  def _is_one(values):
-    return False  # there was none before there were versions
 
 
 # Network -> its class; an expander is read by its own file alone.

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from sora_jax.data import tokenizer
 from sora_jax.models.captioner import CaptionerConfig
 from sora_jax.run import convert
 from sora_jax.runtime.fields import free
@@ -86,11 +87,7 @@ def check(
       f"config.captioner.max_text_tokens {stage.max_text_tokens} must be at least 3, "
       f"and fit into a row: config.captioner.text_tokens {stage.text_tokens}"
     )
-  if stage.model.vocab_size < 261:
-    raise ValueError(
-      f"config.captioner.model.vocab_size {stage.model.vocab_size} is less than 261: "
-      "256 bytes, 3 special pieces and a few characters"
-    )
+  tokenizer.check_size(stage.model.vocab_size, "config.captioner.model.vocab_size")
   if min(stage.eval_batches, stage.segments, stage.rows) < 1:
     raise ValueError(
       "config.captioner.rows, segments and eval_batches must be at least 1"

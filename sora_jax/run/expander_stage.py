@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from sora_jax.data import tokenizer
 from sora_jax.models.expander import ExpanderConfig
 from sora_jax.run import convert
 from sora_jax.runtime.fields import free
@@ -40,10 +41,6 @@ def check(stage: ExpanderStage) -> None:
       f"config.expander.max_tokens {stage.max_tokens} must be at least 4, and rows "
       f"{stage.rows} and eval_batches {stage.eval_batches} at least 1"
     )
-  if stage.model.vocab_size < 261:
-    raise ValueError(
-      f"config.expander.model.vocab_size {stage.model.vocab_size} is less than 261: "
-      "256 bytes, 3 special pieces and a few characters"
-    )
+  tokenizer.check_size(stage.model.vocab_size, "config.expander.model.vocab_size")
   with convert.naming("config.expander.train"):
     optim.make_schedule(stage.train, 1.0)

@@ -5,7 +5,6 @@ that of another run or what `import_weights` made: it holds vae/model, dit/model
 for a frozen text encoder, text/model.
 """
 
-import dataclasses
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -158,11 +157,9 @@ def _meta(kind, folder, key):
 
 
 def _compare(key, ours, saved, folder):
-  for field in dataclasses.fields(ours):
-    # A free one changes how a model is computed but not what its params mean.
-    if fields.change_of(field) != fields.FREE:
-      values = (getattr(config, field.name) for config in (ours, saved))
-      _equal(f"{key}.{field.name}", *values, folder)
+  others = fields.lasting(saved)
+  for name, value in fields.lasting(ours).items():
+    _equal(f"{key}.{name}", value, others[name], folder)
 
 
 def _equal(key, ours, saved, folder):

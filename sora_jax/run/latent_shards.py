@@ -25,7 +25,7 @@ def described(path: pathlib.Path, listed: dict[str, dict]) -> dict:
   """
   known = listed.get(path.name, {})
   if not known and (note := _sealed(_note(path))):
-    known = {key: value for key, value in note.items() if key != "checksum"}
+    known = checksums.unsealed(note)
   return known if known.get("bytes") == path.stat().st_size else describe(path)
 
 

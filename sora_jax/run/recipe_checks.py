@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sora_jax.data import pixel_cache
+from sora_jax.data import pixel_cache, tokenizer
 from sora_jax.data.intake.filters import LEAST_RATIO
 from sora_jax.packing import time_grid
 from sora_jax.packing.time_grid import TIME_FACTOR
@@ -181,11 +181,7 @@ def _check_texts(recipe):
       f"{key} {longest_text(recipe)} is more than a row has: config.dit.text_tokens "
       f"{dit.text_tokens}"
     )
-  if dit.text.vocab_size < 261:
-    raise ValueError(
-      f"config.dit.text.vocab_size {dit.text.vocab_size} is less than 261: 256 bytes, "
-      "3 special pieces and a few characters"
-    )
+  tokenizer.check_size(dit.text.vocab_size, "config.dit.text.vocab_size")
 
 
 def _check_data(recipe):

@@ -66,6 +66,11 @@ def vae_id(workdir: pathlib.Path) -> str:
   return VAEMeta.from_json(checkpoint.load_meta(folder), folder).id
 
 
+def latent_reader(workdir: pathlib.Path) -> records.LatentReader:
+  """Reads the latents of a run, which must be of its VAE; for one data set."""
+  return records.LatentReader(str(workdir / "encode"), vae_id(workdir))
+
+
 def last_part(dataset: PackedDataset | Scheduled) -> PackedDataset:
   """The rows that training ends with, of the largest clips as a rule."""
   return dataset.last() if isinstance(dataset, Scheduled) else dataset

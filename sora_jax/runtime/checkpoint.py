@@ -120,8 +120,7 @@ def stream_model(folder) -> tuple[dict, dict]:
   except Exception as error:  # noqa: BLE001
     raise _damaged(folder, model, checksums.one_line(error)) from error
   if rows := _rows(folder, model):
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    found = {checksums.path_of(p): checksums.row(leaf, ()) for p, leaf in leaves}
+    found = checksums.described(params)
     saved = {name: row[:2] for name, row in rows.items()}
     if fault := checksums.difference(saved, found):
       raise _damaged(folder, model, fault)
@@ -301,7 +300,7 @@ def _read_model(folder) -> dict:
       f"{folder}/model.json is damaged, or was changed by hand (its checksum is of "
       "something else): put a copy back, or make the model again"
     )
-  return {name: value for name, value in model.items() if name != "checksum"}
+  return checksums.unsealed(model)
 
 
 def _write_model(folder, model: dict) -> None:

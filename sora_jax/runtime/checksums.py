@@ -50,15 +50,21 @@ def start_tree(tree: Any) -> Callable[[], dict[str, Row]]:
   away = {name: x for name, x in leaves.items() if not _is_here(x)}
   here = {name: np.asarray(x) for name, x in leaves.items() if name not in away}
   started = _on_devices(away) if away else {}
-  described = {name: row(leaf, ()) for name, leaf in leaves.items()}
+  descriptions = described(tree)
 
   def rows():
     sums = _on_host(here)
     found = jax.device_get(started)
     sums |= {name: (int(a), int(b)) for name, (a, b) in found.items()}
-    return {name: [*described[name], *sums[name]] for name in described}
+    return {name: [*row, *sums[name]] for name, row in descriptions.items()}
 
   return rows
+
+
+def described(tree: Any) -> dict[str, Row]:
+  """Rows without sums of a tree's arrays, or of descriptions of them, by path."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {path_of(path): row(leaf, ()) for path, leaf in leaves}
 
 
 def row(array, sums: tuple[int, ...]) -> Row:
@@ -108,8 +114,12 @@ def seal(values: dict) -> dict:
 
 def is_whole(values: dict) -> bool:
   """Whether an object that `seal` returned is still what it was, through JSON."""
-  rest = {key: value for key, value in values.items() if key != "checksum"}
-  return values.get("checksum") == _digest(rest)
+  return values.get("checksum") == _digest(unsealed(values))
+
+
+def unsealed(values: dict) -> dict:
+  """The values that `seal` was given."""
+  return {key: value for key, value in values.items() if key != "checksum"}
 
 
 def of_file(path) -> str:

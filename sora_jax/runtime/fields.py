@@ -33,6 +33,18 @@ def extends(default: Any = dataclasses.MISSING) -> Any:
   return dataclasses.field(default=default, metadata={_KEY: EXTENDS})
 
 
+def lasting(config: Any) -> dict[str, Any]:
+  """Values of the fields of a config, by name, that are not FREE.
+
+  Free ones of a model change how it is computed, but not what its params mean.
+  """
+  return {
+    field.name: getattr(config, field.name)
+    for field in dataclasses.fields(config)
+    if change_of(field) != FREE
+  }
+
+
 def change_of(field: dataclasses.Field) -> str:
   """The kind of a field: FREE, EXTENDS or REMAKES."""
   return field.metadata.get(_KEY, REMAKES)

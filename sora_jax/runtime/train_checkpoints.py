@@ -250,7 +250,8 @@ class Checkpoints:
       found = self._attempt(step, lambda: self._shapes_on_disk(folder))
       _compare(folder, found, _shapes(abstract_state))
     else:
-      _compare(folder, {k: row[:2] for k, row in saved.items()}, _rows(abstract_state))
+      shapes = {name: row[:2] for name, row in saved.items()}
+      _compare(folder, shapes, checksums.described(abstract_state))
     state = self._attempt(
       step,
       lambda: self._states.restore(
@@ -413,12 +414,6 @@ def _is_damage(error: Exception) -> bool:
     isinstance(error, (MemoryError, PermissionError, jax.errors.JaxRuntimeError))
     or any(word in said for word in _NO_DAMAGE)
   )
-
-
-def _rows(tree) -> dict[str, list]:
-  """[shape, dtype] by path, as JSON has them."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {checksums.path_of(p): checksums.row(leaf, ()) for p, leaf in leaves}
 
 
 def _shapes(tree) -> dict[str, list]:
