@@ -107,12 +107,11 @@ class Run(NamedTuple):
 class Commands:
   """Runs `python -m sora_jax...` in processes of one device.
 
-  compilations: a folder that they share. extra: further environment.
+  compilations: a folder that they share.
   """
 
   folder: pathlib.Path
   compilations: pathlib.Path
-  extra: dict[str, str] = dataclasses.field(default_factory=dict)
 
   def start(self, module: str, *flags: str):
     """Starts a command, a `warm.Process`; what it writes to stderr is kept."""
@@ -127,7 +126,6 @@ class Commands:
       "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
       "JAX_COMPILATION_CACHE_DIR": str(self.compilations),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      **self.extra,
     }
 
   def _start(self, module, flags):

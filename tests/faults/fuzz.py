@@ -18,13 +18,14 @@ import subprocess
 import sys
 import time
 
+PYTEST = (sys.executable, "-m", "pytest", "-n", "0")
+LIST = [*PYTEST, "-q", "--collect-only", "-m", "fuzz"]
 # A round; the profile is that of tests/conftest.py.
-COMMAND = [
-  *(sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "fuzz"),
+ROUND = [
+  *(*PYTEST, "-q", "-m", "fuzz"),
   *("--hypothesis-profile=long", "--hypothesis-show-statistics"),
 ]
-LIST = [*COMMAND[:5], "-q", "--collect-only", "-m", "fuzz"]
-GUIDED = [*COMMAND[:5], "-s", "-p", "faults.guided"]
+GUIDED = [*PYTEST, "-s", "-p", "faults.guided"]
 # The name of a test, or what one of its phases has tried.
 STATISTICS = re.compile(r"^(\S+::\S+):$|(\d+) passing\b", re.M)
 
@@ -39,6 +40,21 @@ def inputs_of(log: str) -> collections.Counter:
     else:
       found[name] += int(match[2])
   return found
+
+
+def rounds(minutes: float, seed: int) -> tuple[collections.Counter, str]:
+  """(test -> inputs, "" or the log of the round in which a test failed)."""
+  begin, count = time.monotonic(), 0
+  inputs: collections.Counter = collections.Counter()
+  while time.monotonic() - begin < 60 * minutes:
+    command = [*ROUND, f"--hypothesis-seed={seed + count}"]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if ended.returncode:
+      return inputs, ended.stdout
+    inputs += inputs_of(ended.stdout)
+    count += 1
+    print(f"round {count}: {inputs.total()} inputs", file=sys.stderr, flush=True)
+  return inputs, ""
 
 
 def guide(minutes: float) -> tuple[collections.Counter, str]:
@@ -70,29 +86,20 @@ def guide(minutes: float) -> tuple[collections.Counter, str]:
 
 
 def main() -> int:
-  """Runs the rounds; the exit code."""
+  """Gives the inputs, and says how many; the exit code."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--minutes", type=float, default=60.0)
   parser.add_argument("--seed", type=int, default=0, help="of the first round")
   parser.add_argument("--guided", action="store_true", help="by atheris")
   args = parser.parse_args()
-  begin, rounds = time.monotonic(), 0
-  inputs: collections.Counter = collections.Counter()
-  if args.guided:
-    inputs, fault = guide(args.minutes)
-    if fault:
-      print(fault)
-      return 1
-    args.minutes = 0.0
-  while (minutes := (time.monotonic() - begin) / 60) < args.minutes:
-    command = [*COMMAND, f"--hypothesis-seed={args.seed + rounds}"]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if ended.returncode:
-      print(ended.stdout)
-      return 1
-    inputs += inputs_of(ended.stdout)
-    rounds += 1
-    print(f"round {rounds}: {inputs.total()} inputs", file=sys.stderr, flush=True)
+  begin = time.monotonic()
+  inputs, fault = (
+    guide(args.minutes) if args.guided else rounds(args.minutes, args.seed)
+  )
+  if fault:
+    print(fault)
+    return 1
+  minutes = (time.monotonic() - begin) / 60
   for name, count in sorted(inputs.items()):
     print(f"{count:>9}  {name}")
   print(f"{inputs.total():>9}  in {minutes:.0f} minutes, without another error")
