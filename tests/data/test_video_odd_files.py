@@ -75,15 +75,33 @@ def test_stream_that_starts_late_without_sound(tmp_path, suffix):
   assert numbers(reader.read(path, start=1.25, fps=8, frames=3), 17) == [10, 11, 12]
 
 
-def test_a_late_file_that_is_cut_off_is_still_refused(tmp_path):
-  path = tmp_path / "a.mkv"
-  pts = [3000 + 100 * n for n in range(40)]
+@pytest.mark.parametrize("late", [1, 40])
+def test_an_avi_that_starts_late(tmp_path, late):
+  # Its times are counts of frames, from 0, and FFmpeg says that all of them begin at 0.
+  path = tmp_path / "a.avi"
+  pts = [late + n for n in range(17)]
+  video_files.write(path, encoded(17, 17), pts=pts, options={"g": "4"})
+  with av.open(str(path)) as container:
+    assert min(p.pts for p in container.demux() if p.size) >= late
+  info = probe.probe(path)
+  assert info.frames == 17 and info.duration == 17 / 8 and info.fps == 8
+  assert numbers(reader.read(path), 17) == list(range(17))
+  assert numbers(reader.read(path, start=1.25, fps=8, frames=3), 17) == [10, 11, 12]
+
+
+@pytest.mark.parametrize(
+  "suffix, reason",
+  [(".mkv", "cut off: .* (3.9|4.0). s declared"), (".avi", "damaged after 19 frames")],
+)
+def test_a_late_file_that_is_cut_off_is_still_refused(tmp_path, suffix, reason):
+  path, fps = tmp_path / f"a{suffix}", 10
+  pts = [3 * fps + n for n in range(40)]
   frames = [av.VideoFrame.from_ndarray(a, format="rgb24") for a in noise(40)]
   frames = [frame.reformat(format="yuv420p") for frame in frames]
-  video_files.write(path, frames, pts=pts, base=MS)
+  video_files.write(path, frames, fps=fps, pts=pts)
   data = path.read_bytes()
   path.write_bytes(data[: len(data) // 2])
-  with pytest.raises(media.ClipError, match="cut off: .* 4.0. s declared"):
+  with pytest.raises(media.ClipError, match=reason):
     probe.probe(path)
 
 

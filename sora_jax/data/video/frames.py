@@ -51,10 +51,8 @@ def decode(
 def _from(container, path, start):
   """Frames from the key frame before a time on; maybe from a later one."""
   stream = media.video_stream(container)
-  origin = stream.start_time or 0
   packet = next(p for p in container.demux(stream) if p.pts is not None or not p.size)
-  if packet.pts is not None and not packet.is_discard:
-    origin = min(origin, packet.pts)
+  origin = _origin(stream, None if packet.is_discard else packet.pts)
   # A deinterlaced frame is made of its neighbours, so these must be decoded.
   interval = 1 / float(stream.average_rate or stream.guessed_rate or 25)
   before = max(0.0, start - 3 * interval) if _is_interlaced(stream) else start
@@ -64,6 +62,16 @@ def _from(container, path, start):
   except av.error.FFmpegError:
     return  # not before it, so from the beginning
   yield from _timed(container, path, origin)
+
+
+def _origin(stream, first):
+  """The stream's tick that is time 0, for the pts of what comes first, or None."""
+  start = stream.start_time or 0
+  if first is None:
+    return start
+  # FFmpeg says 0 of all AVI files, also of those whose video begins later.
+  is_avi = stream.container.format.name == "avi"
+  return first if is_avi else min(start, first)
 
 
 def _is_interlaced(stream):
@@ -78,7 +86,7 @@ def _timed(container, path, origin):
     if frame.pts is None:
       continue
     if origin is None:
-      origin = min(stream.start_time or 0, frame.pts)
+      origin = _origin(stream, frame.pts)
     time = (frame.pts - origin) * base
     if frame.is_corrupt:
       raise media.ClipError(path, f"damaged at {time:.2f} s")

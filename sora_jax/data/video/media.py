@@ -124,19 +124,28 @@ def _videos(container):
   return [s for s in container.streams.video if not s.disposition & cover]
 
 
-def declared_duration(stream: av.VideoStream) -> float | None:
-  """Seconds from the stream's first frame to its end as the header has it, or None."""
-  tick = float(stream.time_base or 1)
+def counts_from_zero(container: av.container.InputContainer) -> bool:
+  """Whether the container's times and lengths begin at 0, wherever a stream begins."""
+  return "matroska" in container.format.name or container.format.name == "avi"
+
+
+def declared_duration(stream: av.VideoStream, begin: float) -> float | None:
+  """Seconds from the stream's first frame to its end as the header has it, or None.
+
+  Args:
+    stream: a video.
+    begin: the first frame's time in the file, in seconds.
+  """
+  late = max(0.0, begin) if counts_from_zero(stream.container) else 0.0
   if stream.duration:
-    return stream.duration * tick
+    return stream.duration * float(stream.time_base or 1) - late
   tag = stream.metadata.get("DURATION", "")  # Matroska: hours:minutes:seconds
   try:
     hours, minutes, seconds = tag.split(":")
     end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
   except ValueError:
     return None
-  # Matroska counts from 0, wherever the stream begins.
-  return end - max(0, stream.start_time or 0) * tick
+  return end - late
 
 
 def declared_total(container: av.container.InputContainer) -> float | None:

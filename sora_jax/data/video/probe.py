@@ -79,7 +79,7 @@ def _length(container, path, times):
   duration = span + (last if last > 0 else 1 / fps)
   # A cut ends all streams early; a video that ends before its sound is fine.
   for found, declared in (
-    (duration, media.declared_duration(stream)),
+    (duration, media.declared_duration(stream, float(min(pts) * base))),
     (times.latest, media.declared_total(container)),
   ):
     if media.is_cut_off(found, declared, fps):
