@@ -179,6 +179,7 @@ def test_what_models_say_of_each_other(imported):
   }
 
 
+@pytest.mark.slow
 def test_samples_from_an_imported_checkpoint(imported):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   model = sample.Sampler.from_checkpoint(imported, mesh)

@@ -38,6 +38,7 @@ def prepared(tmp_path, monkeypatch):
   return workdir
 
 
+@pytest.mark.slow
 def test_before_anything_is_trained(prepared, monkeypatch):
   monkeypatch.setattr(inspect, "Autoencoder", None)  # is not loaded
   out = prepared.parent / "page.html"

@@ -83,6 +83,7 @@ def readable(read, path):
     return None
 
 
+@pytest.mark.slow
 @given(CONTENTS | lines_of(changed(CLIP)).map(str.encode))
 @example(DEEP.encode())
 @example(b"\xff\xfe\x00")

@@ -72,6 +72,7 @@ def clip_of(folder, name="x.mp4", **options):
 # --- cuts
 
 
+@pytest.mark.slow
 def test_cuts_are_found_and_no_clip_holds_one(tmp_path):
   rng = np.random.default_rng(1)
   right = found = wanted = theirs = holding = pieces = 0
@@ -353,6 +354,7 @@ def crash_at(folder, name, monkeypatch):
   monkeypatch.setattr(workers, "_START", "import crash; " + workers._START)
 
 
+@pytest.mark.slow
 def test_a_decoder_that_crashes_costs_its_file(tmp_path, monkeypatch):
   make_folder(tmp_path)
   crash_at(tmp_path, "3.mp4", monkeypatch)
@@ -411,6 +413,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length(tmp_path):
   part = moving(25)
   writer.write_chunks(tmp_path / "short.mp4", [part] * 2, 25)

@@ -182,6 +182,7 @@ def test_rows_are_mixed(latents, caplog):
   assert len(set(pairs)) == len(pairs) == 1024
 
 
+@pytest.mark.slow
 def test_a_share_of_images(latents):
   clips = latents[1]
   for share, images in ((0.25, 256), (0.0, 0), (1.0, 1024)):

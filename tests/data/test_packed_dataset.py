@@ -362,6 +362,7 @@ def test_another_data_set_on_resume_is_logged(latents, caplog):
   assert_equal(take(other, 1)[0], take(Batches(packed(latents, seed=8), 4), 3)[2])
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(latents):
   want = take(*hosts(latents, 1), 14)
   batches = Batches(packed(latents), 4, workers=2)

@@ -85,6 +85,7 @@ def test_batches_are_those_without_a_cache(clips, cached, tmp_path):
   assert row["id"] == "broken" and "not a video" in row["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(clips, cached, workers):
   want = batches_of(clips, cached[2])
@@ -201,6 +202,7 @@ def test_a_file_that_kills_its_decoder_is_left_out(clips, tmp_path, monkeypatch)
     made(clips, tmp_path, processes=2)
 
 
+@pytest.mark.slow
 def test_processes_write_what_one_does(clips, cached, tmp_path):
   shards, _, _ = made(clips, tmp_path, processes=2)
   for shard, want in zip(shards, cached[0], strict=True):

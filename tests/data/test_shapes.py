@@ -114,6 +114,7 @@ def test_objects_stay_in_the_frame_and_apart():
       assert truth["objects"][0]["color"] != truth["objects"][1]["color"]
 
 
+@pytest.mark.slow
 def test_captions_name_what_is_there(folder):
   for row in _rows(folder):
     short, long = (caption.lower() for caption in row["captions"])
@@ -192,6 +193,7 @@ def test_analyser_reads_heldout_clips(folder):
     assert share >= 0.98, (name, right, confused)
 
 
+@pytest.mark.slow
 def test_analyser_reads_blurred_and_noisy_clips(folder):
   rng = np.random.default_rng(0)
 
@@ -268,6 +270,7 @@ def behind_a_bar(seed=0):
   return [truth for truth in truths if truth["occluder"]][:12]
 
 
+@pytest.mark.slow
 def test_what_comes_out_from_behind_a_bar_is_what_went_in():
   for truth in behind_a_bar():
     (item,) = truth["objects"]

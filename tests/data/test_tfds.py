@@ -312,6 +312,7 @@ def test_tfds_build(manifest, tmp_path):
   assert len(scan(f"tfds:{tmp_path}/sora_clips")) == 6
 
 
+@pytest.mark.slow
 def test_prepare_takes_a_data_set(built, tmp_path):
   import tiny
 

@@ -94,6 +94,7 @@ def alpha_bar(process):
   return np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], 0.999))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", ["ddpm_linear", "ddpm_cosine"])
 def test_published_noise_schedules(process):
   t = np.arange(1001, dtype=np.float32) / 1000

@@ -234,6 +234,7 @@ def test_levels_of_their_own_for_each_clip():
       np.testing.assert_allclose(out[i], alone, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", ["ddpm_linear", "ddpm_cosine"])
 @pytest.mark.parametrize("method, eta", [("ddpm", 0.0), ("ddim", 1.0)])
 def test_ancestral_samples_have_the_moments_of_the_data(process, method, eta):

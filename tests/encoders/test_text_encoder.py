@@ -77,6 +77,7 @@ def features(folder):
 # --- the encoder
 
 
+@pytest.mark.slow
 def test_features_are_those_of_each_text_alone(folder, features):
   words = tokenizer.Tokenizer(str(folder / "text" / "model" / "spiece.model"))
   assert len(features[1]) == 1  # the end of a text is all that the empty one has
@@ -106,6 +107,7 @@ def test_bfloat16_params(folder, features):
     assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
 
 
+@pytest.mark.slow
 def test_long_texts_are_cut_and_keep_their_end(folder):
   encoder = FrozenTextEncoder(folder, one_device())
   long = " ".join(["moves"] * 900)
@@ -245,6 +247,7 @@ def test_rows_tell_which_features_they_hold(tmp_path):
     rows_of(tmp_path, clips, 30)[0]
 
 
+@pytest.mark.slow
 def test_batches_with_workers_hold_features(tmp_path):
   _, clips = write_records(tmp_path)
   made = []
@@ -367,6 +370,7 @@ def test_sampling_with_features(run):
     assert np.abs(video.astype(int) - alone).max() > 1
 
 
+@pytest.mark.slow
 def test_zero_features_are_attended():
   """As Wan does: a caption's places up to pad_to are part of its text."""
   model = recipes.read(config_of("x")).dit.model

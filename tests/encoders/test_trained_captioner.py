@@ -84,6 +84,7 @@ CLIPS = [
 ]
 
 
+@pytest.mark.slow
 def test_clips_in_any_company_have_the_same_captions(model):
   # Five clips are three rows; together with others they are in other places.
   for method in ("greedy", "beam", "nucleus"):
@@ -95,6 +96,7 @@ def test_clips_in_any_company_have_the_same_captions(model):
       assert alone == all_of_them[i]
 
 
+@pytest.mark.slow
 def test_a_seed_and_a_style_change_captions(model):
   draws = {
     tuple(model.caption(CLIPS[:2], method="nucleus", seed=s, top_p=1.0))
@@ -105,6 +107,7 @@ def test_a_seed_and_a_style_change_captions(model):
   assert len(said) > 1
 
 
+@pytest.mark.slow
 def test_embeddings_do_not_depend_on_the_batch(model):
   whole_NE = model.embed_clips(CLIPS)
   alone_NE = np.concatenate([model.embed_clips([clip], rows=1) for clip in CLIPS])
@@ -156,6 +159,7 @@ def test_other_folders_and_vocabularies_are_refused(folder, tmp_path):
     Captioner(params, META, tokenizer.Tokenizer(str(path)))
 
 
+@pytest.mark.slow
 def test_a_score_for_the_filter_of_clips(folder, model, tmp_path):
   name = f"sora_jax.encoders.captioner:similarity_scorer:{folder}"
   scorer = score.load(name)

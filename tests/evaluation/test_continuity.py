@@ -73,6 +73,7 @@ def drawn_anew(truth, **change):
   return shapes.draw({**truth, "objects": items})
 
 
+@pytest.mark.slow
 def test_another_colour_or_shape_is_another_object():
   changed = 0
   for truth, video_THWC in clips():

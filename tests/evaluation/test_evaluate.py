@@ -70,6 +70,7 @@ def scores(rows, shown):
   )
 
 
+@pytest.mark.slow
 def test_attributes_of_real_and_of_shuffled_files(heldout_rows):
   """Real files score near 100 %, those of other prompts near chance."""
   groups = [
@@ -218,6 +219,7 @@ def test_each_sample_has_a_seed_of_its_own():
     recipe_of(seeds=0)
 
 
+@pytest.mark.slow
 def test_drawn_clips_go_on_behind_what_is_given():
   recipe = recipe_of()
   clips = heldout.drawn_clips(recipe, 3)
@@ -248,6 +250,7 @@ def test_settings_of_the_sampler():
     sampling_suite.settings_of(config, (), (0,))
 
 
+@pytest.mark.slow
 def test_a_setting_is_measured_on_all_prompts_and_seeds():
   """A sampler that draws what the prompt says is right; one that ignores it is not."""
   clips = heldout.described_prompts(recipe_of(clips=12))

@@ -133,6 +133,7 @@ def test_another_object_in_the_sampled_part_is_seen():
   assert measured["identity"] == 1.0 and measured["moves_on"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_region_is_judged_where_an_object_crosses_its_border():
   recipe = recipes.read(tiny.get_config())
   for motion, side in {"right": 1, "down": 1, "left": -1, "up": -1, "turn": 0}.items():

@@ -38,6 +38,7 @@ def random_ids(rows=3, tokens=9):
   return np.random.default_rng(0).integers(2, 40, (rows, tokens)).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_a_token_sees_none_behind_it(params):
   ids_BS = random_ids()
   model = ExpanderLM(CONFIG)
@@ -47,6 +48,7 @@ def test_a_token_sees_none_behind_it(params):
   assert np.abs(whole[:, 1:] - whole[:, :-1]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_generation_is_what_the_whole_text_says(params):
   """With its cache, greedy: each token is the likeliest behind those before it."""
   ids_BS, given_B = random_ids(), np.array([1, 3, 9])
@@ -74,6 +76,7 @@ def test_sharding_rules_fit():
   sharding.param_shardings(shapes_of, task.RULES, sharding.make_mesh(fsdp=2, tensor=4))
 
 
+@pytest.mark.slow
 def test_the_loss_is_of_the_long_caption_only(params):
   made = task.make(CONFIG)
   ids_BS = random_ids()
@@ -253,6 +256,7 @@ def test_an_expander_that_is_none(tmp_path):
     train_expander.run(config(20), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_expander_of_the_package_keeps_what_is_said():
   """Of clips that its training has not seen, as words of the whole caption."""
   clips = [shapes.describe("heldout", i, 1, WORLDS["short"]) for i in range(4)]

@@ -177,6 +177,7 @@ def write(path, *lines):
   path.write_text("".join(json.dumps(x) + "\n" for x in lines))
 
 
+@pytest.mark.slow
 def test_tables_plot_and_exit_code(tmp_path):
   # Two files, and the later line first: the course is by time.
   write(

@@ -47,6 +47,7 @@ def test_our_side_is_measured(tmp_path):
   assert done.stdout.count("largest error of out, dq, dk, dv") == 4
 
 
+@pytest.mark.slow
 def test_without_torch_it_says_so(tmp_path):
   done = run("--small", folder=tmp_path)
   assert done.returncode == 1 and not done.stdout

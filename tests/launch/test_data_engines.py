@@ -19,6 +19,7 @@ from sora_jax.data.intake import workers  # noqa: E402
 from sora_jax.data.video import writer  # noqa: E402
 
 
+@pytest.mark.slow
 def test_every_engine_gives_the_same(tmp_path, monkeypatch):
   """By Beam, too, where it is installed. What processes give is tested elsewhere."""
   monkeypatch.setattr(workers, "cores", lambda: 0)  # none are started

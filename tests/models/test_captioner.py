@@ -86,6 +86,7 @@ def whole():
   return jax.device_get(program()(*batch(), SEGMENTS))
 
 
+@pytest.mark.slow
 def test_a_packed_clip_and_its_text_are_as_alone():
   patch_BLP, segment_BL, position_BL3, text = batch()
   logits_BSV, clip_BNE, text_BNE, _ = whole()
@@ -120,6 +121,7 @@ def test_embeddings_have_length_1_and_those_of_nothing_are_finite():
     assert np.isfinite(embed_BNE).all()
 
 
+@pytest.mark.slow
 def test_decoding_with_a_cache_equals_the_whole_text():
   patch_BLP, segment_BL, position_BL3, text = batch()
   logits_BSV = whole()[0]

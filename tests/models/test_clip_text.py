@@ -62,6 +62,7 @@ def test_equals_transformers(activation):
   assert relative_error(features(config, ids_BS, mask_BS)[mask_BS], expected) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_token_sees_none_behind_it():
   ids_BS, mask_BS = batch()
   whole = features(SMALL, ids_BS, mask_BS)[2, :6]
@@ -180,6 +181,7 @@ def imported(tmp_path_factory):
   return source, out, config, tensors
 
 
+@pytest.mark.slow
 def test_from_published_files_to_features(imported, tmp_path):
   source, out, config, tensors = imported
   save_file(tensors, source / "model.safetensors")

@@ -135,6 +135,7 @@ def test_texts_that_are_not_wanted_stay_empty():
     assert (np.asarray(found.ids_BMT)[0, 0] != PAD).any()
 
 
+@pytest.mark.slow
 def test_a_nucleus_holds_the_likeliest_and_no_more_than_it_needs():
   logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
   keys_BM = jax.random.split(jax.random.key(0), (1, 4000))

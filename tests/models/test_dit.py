@@ -234,6 +234,7 @@ def test_text_states_made_once_are_those_of_every_block(remat):
   np.testing.assert_allclose(out, results(remat)[0], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_blocks_are_skipped_until_their_input_has_changed():
   batch, _ = rows()
   start = Reuse.start(len(ORDERS), TOKENS, CONFIG.width, jnp.float32)
@@ -276,6 +277,7 @@ def gradients_of_first_clip(t, text, x):
   return jax.grad(total)({"t": t, "text": text, "x": x})
 
 
+@pytest.mark.slow
 def test_clips_do_not_see_each_other():
   """Exactly zero gradients by the noise levels, captions and tokens of others."""
   batch, places = rows()
@@ -402,6 +404,7 @@ def test_packed_captions_equal_each_alone():
   assert {leaf.shape[0] for leaf in blocks} == {TEXT.depth}
 
 
+@pytest.mark.slow
 def test_only_absolute_positions_tell_where_a_clip_is():
   """Rotary positions are relative: moved as a whole, a clip looks the same to them."""
 

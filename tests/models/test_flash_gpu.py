@@ -116,6 +116,7 @@ def test_ranges():
   assert visits == [[{0, 1}, {2}, set()], [set(), set(), {1, 2}]]
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_ring():
   """Forward and backward pass apart; some clips have no keys on this chip."""
   qkv, dout = draw(CLIPS, CAPTIONS)

@@ -47,6 +47,7 @@ def noise(config):
 
 
 # The other two have no parts of their own.
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["i2v-2.1", "flf2v-2.1"])
 def test_a_call_equals_diffusers(golden, kind):
   published = hf_config.from_json(SAID["configs"][kind]["transformer"], kind)

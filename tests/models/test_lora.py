@@ -56,6 +56,7 @@ def adapters_of(params, config, scale=0.3):
 # --- functions of a tree
 
 
+@pytest.mark.slow
 def test_merging_keeps_the_output():
   config = lora.LoRAConfig(
     4, 6.0, r"dit/(blocks/.*|head|patch_embed|text_embed_2|time_projection)/kernel"

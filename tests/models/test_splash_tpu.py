@@ -63,6 +63,7 @@ def run(backend, qkv, keys, dout):
 DTYPES = [(jnp.float32, 1e-5), pytest.param(jnp.bfloat16, 0.03, marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "keys",
   [

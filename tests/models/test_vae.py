@@ -109,6 +109,7 @@ def name(request):
   return request.param
 
 
+@pytest.mark.slow
 def test_no_gradient_from_the_future_to_a_latent(name):
   reach = behaviour(name)["encoder_reach"]
   latent, frame = np.indices(reach.shape)
@@ -230,6 +231,7 @@ def test_blended_frames_are_evenly_between_latents():
   np.testing.assert_array_equal(whole.ravel(), [8, 6, 4, 2, 0, 1, 2, 3, 4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("patch", "overlap"), slow_but([(4, 1), (4, 4), (8, 3)], ((8, 3),))
 )

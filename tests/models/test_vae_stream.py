@@ -122,6 +122,7 @@ def close(a, b):
   np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_chunking_equals_the_whole(case):
   for chunks in CHUNKINGS:
     frames = [4 * chunks[0] - 3, *(4 * n for n in chunks[1:])]
@@ -190,6 +191,7 @@ def same_pixels(a, b):
   assert a.shape == b.shape and difference.max() <= 1 and difference.mean() < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["small", "fold"], ("fold",)))
 def test_autoencoder_streams(folder, name):
   autoencoder = load(folder / name)
@@ -222,6 +224,7 @@ def test_pixels_that_are_no_numbers_are_not_black(folder, value):
     np.asarray(second)
 
 
+@pytest.mark.slow
 def test_tiles_without_attention_equal_the_whole_away_from_seams(folder):
   """A convolution's reach is 1 latent here, so a tile is exact but at its edges."""
   autoencoder = load(folder / "fold")

@@ -113,6 +113,7 @@ def test_equals_diffusers(name):
   assert relative_error(out_LP, expected(name)) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_each_clip_of_a_packed_row_equals_diffusers(kind):
   chosen = [name for name, case in CASES.items() if case[0] == kind]

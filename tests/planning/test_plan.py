@@ -375,6 +375,7 @@ def test_plan_of_a_train_step(simulated, tmp_path):
   }
 
 
+@pytest.mark.slow
 def test_plan_of_the_vae(simulated, tmp_path):
   """Four chips share the height of a clip: each does a quarter, and sends halos."""
   built, compiled = recipe_of(tokens=2048), []
@@ -396,6 +397,7 @@ def test_plan_of_the_vae(simulated, tmp_path):
     programs.plan(changed, hardware.parse("v5p:2x2x2"), load, ("vae",))
 
 
+@pytest.mark.slow
 def test_a_step_in_bfloat16_of_several_microbatches():
   built = recipe_of(rows=16)
   config = dataclasses.replace(built.dit.train, grad_accumulation=2)
@@ -405,6 +407,7 @@ def test_a_step_in_bfloat16_of_several_microbatches():
   assert "bf16" in lowered.as_text()
 
 
+@pytest.mark.slow
 def test_a_step_of_adapters_holds_a_frozen_model():
   """In the dtype of the computation, beside the state of what is trained."""
   built = dataclasses.replace(recipe_of(), precision="bfloat16")

@@ -45,6 +45,7 @@ def import_in_a_process(*names):
   return json.loads(made.stdout)
 
 
+@pytest.mark.slow
 def test_imports_define_no_flags_and_filter_no_log():
   package = tiny.ROOT / "sora_jax"
   modules = [

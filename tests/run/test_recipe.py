@@ -26,16 +26,6 @@ ROOT = pathlib.Path(recipe.__file__).parents[2]
 KEY = jax.random.key(0)
 
 
-# File of configs/ -> what its get_config takes.
-VARIANTS = {
-  "quickstart": ("short", "memorise", "ddpm"),
-  "shapes": ("gpu",),
-  "captioner": ("short",),
-  "pod": ("14b", "wan2.1-14b"),
-  "finetune_wan": ("full-1.3b", "lora-14b", "full-14b", "lora-5b"),
-}
-
-
 def config_cases():
   """Each file of configs/, and each of its variants."""
   for path in sorted((ROOT / "configs").glob("*.py")):
@@ -45,11 +35,14 @@ def config_cases():
     if not hasattr(module, "get_config"):
       continue
     yield pytest.param(module.get_config, id=path.stem)
-    if inspect.signature(module.get_config).parameters:
-      for variant in VARIANTS[path.stem]:
+    parameters = inspect.signature(module.get_config).parameters
+    default = parameters["variant"].default if parameters else None
+    for variant in getattr(module, "VARIANTS", ()):
+      if variant != default:
         yield pytest.param(
           lambda module=module, variant=variant: module.get_config(variant),
           id=f"{path.stem}:{variant}",
+          marks=pytest.mark.slow,
         )
 
 
@@ -85,6 +78,20 @@ def captioner_batch(built):
 def abstract(shapes):
   batch = {name: jax.ShapeDtypeStruct(*value) for name, value in shapes.items()}
   return {**batch, "step": jax.ShapeDtypeStruct((), jnp.int32)}
+
+
+_TRACED: set[str] = set()
+
+
+def check_stage(make, stage, batch, *others):
+  """Checks what a stage learns, once for all variants that only train it otherwise.
+
+  make: returns its task and rules. others: what these hang on beside the stage.
+  """
+  what = repr((dataclasses.replace(stage, train=None), batch, others))
+  if what not in _TRACED:
+    check_task(*make(), abstract(batch), stage.train)
+    _TRACED.add(what)
 
 
 def check_task(task, rules, batch, train):
@@ -127,20 +134,27 @@ def test_config_builds(get_config):
   assert_same(config.to_dict(), dataclasses.asdict(built), "config")
   vae, dit = built.vae, built.dit
   if not vae.folder:  # else nothing is trained
-    check_task(
-      vae_task.make(vae.model, vae.loss, built.dtype),
-      vae_task.sharding_rules(vae.model, vae.loss),
-      abstract(vae_batch(vae)),
-      vae.train,
-    )
-  task, rules = build.make_task(built)
-  if dit.lora.rank:
-    base = jax.eval_shape(task.init, KEY)
-    task, rules = init_from.adapt(dit.lora, task, rules, base)
-  check_task(task, rules, abstract(dit_batch(built)), dit.train)
+    check_stage(lambda: make_vae(built), vae, vae_batch(vae), built.dtype)
+  others = built.dtype, built.text.folder
+  check_stage(lambda: make_dit(built), dit, dit_batch(built), *others)
   if "captioner" in built.stages:
-    task, rules = build.make_captioner(built)
-    check_task(task, rules, abstract(captioner_batch(built)), built.captioner.train)
+    batch = captioner_batch(built)
+    check_stage(
+      lambda: build.make_captioner(built), built.captioner, batch, built.dtype
+    )
+
+
+def make_vae(built):
+  model, loss = built.vae.model, built.vae.loss
+  return vae_task.make(model, loss, built.dtype), vae_task.sharding_rules(model, loss)
+
+
+def make_dit(built):
+  task, rules = build.make_task(built)
+  if not built.dit.lora.rank:
+    return task, rules
+  base = jax.eval_shape(task.init, KEY)
+  return init_from.adapt(built.dit.lora, task, rules, base)
 
 
 def leaves(config):
@@ -212,11 +226,12 @@ def test_unknown_presets(presets):
     recipe.preset(presets, "XXL")
 
 
-@pytest.mark.parametrize("variant", ["", *VARIANTS["finetune_wan"]])
-def test_fine_tuning_is_sharded(variant):
+@pytest.mark.parametrize(
+  "get_config", [case for case in config_cases() if case.id.startswith("finetune_wan")]
+)
+def test_fine_tuning_is_sharded(get_config):
   """Its whole state, and the base, on 8 devices."""
-  get_config = next(c.values[0] for c in config_cases() if c.id == "finetune_wan")
-  built = recipe.read(get_config(*[variant] * bool(variant)))
+  built = recipe.read(get_config())
   task, rules = build.make_task(built)
   base, mesh = jax.eval_shape(task.init, KEY), sharding.make_mesh(fsdp=8)
   if built.dit.lora.rank:

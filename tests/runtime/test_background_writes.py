@@ -55,6 +55,7 @@ def broken(*_):
   raise OSError("the store is gone")
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_save_that_fails_on_one_host_fails_on_both(tmp_path):
   with socket.socket() as free:

@@ -145,6 +145,7 @@ def flip(path, rng):
   path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_flipped_bits_are_damage_or_no_change(saved):
   """Wherever they are: other values are never restored."""
   folder, state = saved

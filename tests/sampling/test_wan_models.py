@@ -154,6 +154,7 @@ def relative_error(a, b):
   return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SHIFT)
 def test_whole_pipelines(imported, golden, kind):
   model = sampler(imported(kind))

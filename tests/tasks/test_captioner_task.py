@@ -52,6 +52,7 @@ def numpy_contrastive_loss(clip_ME, text_ME, scale):
   return (cross_entropy(logits) + cross_entropy(logits.T)) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_caption_loss_equals_one_in_numpy(seed):
   rng = np.random.default_rng(seed)
@@ -146,6 +147,7 @@ def test_eight_devices_equal_one(axes):
   )
 
 
+@pytest.mark.slow
 def test_every_param_learns():
   _, gradient = one_device()
   for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
@@ -154,6 +156,7 @@ def test_every_param_learns():
       assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_styles_are_said_in_the_second_phase_only():
   """Until then all captions are of any style, whatever the batch says."""
   loss = jax.jit(lambda task_loss, batch: task_loss(params(), batch, jax.random.key(0)),

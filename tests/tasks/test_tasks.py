@@ -180,6 +180,7 @@ def test_generator_does_not_feel_the_critic_before_gan_start():
     assert differs(one["vae"], other["vae"]) == (step == golden.GAN_START)
 
 
+@pytest.mark.slow
 def test_critic_has_no_gradient_from_the_generators_term():
   """Switching that term on changes the generator's gradients only."""
   params = small_vae_params()
@@ -324,6 +325,7 @@ def test_chosen_frames_are_different_and_valid():
     assert clip_pixels.choose_frames((time, mask), KEY, count)[0] is time
 
 
+@pytest.mark.slow
 def test_lpips_term(narrow_lpips):
   """It is the mean over valid frames, and padding changes nothing."""
   config = dataclasses.replace(EVERYTHING, gan_weight=0.0, lpips_frames=0)
@@ -488,6 +490,7 @@ def dit_batch(**changes):
   return {**golden.dit_batch(0), "step": np.int32(0), **changes}
 
 
+@pytest.mark.slow
 def test_dit_loss_ignores_padding():
   batch, params = dit_batch(), random_params(golden.CASES["dit"][0], 0.2)
   loss, metrics = dit_loss(params, batch)
@@ -598,6 +601,7 @@ def test_decorrelation_term():
     vae_task.VAELossConfig(decorrelation_weight=-0.1)
 
 
+@pytest.mark.slow
 def test_effective_rank_is_scored():
   """It is that of evaluation/vae_health.py, of the posterior's means."""
   task = vae_task.make(SMALL_VAE, dataclasses.replace(golden.VAE_LOSS, gan_weight=0.0))

@@ -88,6 +88,7 @@ def test_clocks_that_disagree_make_no_negative_time(clock, alive):
   assert seconds == dict.fromkeys(goodput.CAUSES, 1.0)
 
 
+@pytest.mark.slow
 def test_a_stage_logs_its_goodput_over_restarts(tmp_path, caplog):
   config = dataclasses.replace(toy.CONFIG, steps=6, save_every=2, log_every=1)
   batches = toy.Batches(end=5)
@@ -156,6 +157,7 @@ def later(monkeypatch):
   return later
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", slow_but(["constant", "wsd"], ("constant",)))
 def test_an_extension_of_a_finished_training(tmp_path, later, schedule):
   def run(steps, end=10**9):
@@ -188,6 +190,7 @@ def test_an_extension_of_a_finished_training(tmp_path, later, schedule):
   assert 1e3 < sum(seconds_of(tmp_path)[cause] for cause in ("lost", "idle")) < 1e4
 
 
+@pytest.mark.slow
 def test_a_training_that_was_killed_before_its_completion_was_noted(tmp_path, later):
   def run(steps):
     toy.run(tmp_path, dataclasses.replace(toy.CONFIG, steps=steps, schedule="constant"))
@@ -203,6 +206,7 @@ def test_a_training_that_was_killed_before_its_completion_was_noted(tmp_path, la
   assert 1e3 <= seconds_of(tmp_path)["idle"] < 2e3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps, traced", [(2, True), (0, False)])
 def test_chosen_steps_are_traced(tmp_path, steps, traced):
   config = dataclasses.replace(toy.CONFIG, steps=6, eval_every=0, save_every=0)

@@ -99,6 +99,7 @@ def test_a_taken_update_is_that_without_guards():
     assert_equal(guarded, other)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_resumes_bitwise(tmp_path, caplog):
   faults = {2: "nan", 5: "nan", 6: "unreadable", 9: math.inf}
   config = dataclasses.replace(CONFIG, save_every=6)
@@ -126,6 +127,7 @@ def spiking(begin, end):
   return Spoiled(dict.fromkeys(range(begin, end), 100.0))
 
 
+@pytest.mark.slow
 def test_a_loss_that_stays_high_takes_the_run_back(tmp_path, caplog):
   config = dataclasses.replace(
     CONFIG, steps=36, eval_every=0, save_every=6, keep=9, rollback_threshold=12
@@ -163,6 +165,7 @@ def test_rollbacks_have_an_end(tmp_path):
         spiking(26, 999))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_stop(tmp_path):
   config = dataclasses.replace(CONFIG, save_every=1, keep=20, max_skipped=2)
   faults = dict.fromkeys((1, 3, 4, 6, 7, 8), "nan")
@@ -254,6 +257,7 @@ def test_a_spike_is_left_out(tmp_path, caplog):
   assert sum(row.get("skipped", 0) for row in rows_of(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_replay_repeats_a_step_to_the_bit(tmp_path, caplog):
   caplog.set_level("INFO", logger="absl")
   config = dataclasses.replace(CONFIG, log_every=1)

@@ -124,6 +124,7 @@ def assert_equal(first, second):
     np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_learns_logs_and_evaluates(tmp_path):
   seen = []
 
@@ -169,6 +170,7 @@ def test_finished_run_returns_at_once(tmp_path):
     run(tmp_path, dataclasses.replace(CONFIG, steps=10))
 
 
+@pytest.mark.slow
 def test_resume_is_bitwise_equal(tmp_path):
   whole = run(tmp_path / "whole", eval_batches=[next(Batches())])
   with pytest.raises(ValueError, match="data ended after 7 of 12 steps"):
@@ -190,6 +192,7 @@ def test_resume_is_bitwise_equal(tmp_path):
   assert timeless[0] == timeless[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad_step", [0, 6])
 def test_non_finite_loss_stops(tmp_path, bad_step):
   config = dataclasses.replace(CONFIG, save_every=1, keep=20, max_skipped=0)
@@ -334,6 +337,7 @@ def update_once(config, batch):
   return built.update(state, sharding.shard_batch(batch, mesh))
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_equals_the_whole_batch(monkeypatch):
   batch = next(Batches())
 
@@ -384,6 +388,7 @@ def test_accumulation_keeps_one_copy_of_the_gradients():
   assert temporaries(4) < temporaries(1) + 0.1 * kernel.nbytes
 
 
+@pytest.mark.slow
 def test_ema_warms_up():
   state, _ = update_once(CONFIG, next(Batches()))
   before = init(step.step_key(3, 0, step.INIT))

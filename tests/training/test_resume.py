@@ -45,6 +45,7 @@ def rates(folder):
   return [row["learning_rate"] for row in toy.rows_of(folder)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "config",
   [CONSTANT, pytest.param(WSD, marks=pytest.mark.slow)],
@@ -59,6 +60,7 @@ def test_more_steps_equal_a_run_that_had_them_from_the_start(tmp_path, config):
   assert checkpoints(tmp_path / "whole") == checkpoints(tmp_path / "extended")
 
 
+@pytest.mark.slow
 def test_wsd_begins_again_before_its_decay(tmp_path, caplog):
   run(tmp_path, WSD, 8)
   # Though no checkpoint but the last was asked for.
@@ -71,6 +73,7 @@ def test_wsd_begins_again_before_its_decay(tmp_path, caplog):
   assert checkpoints(tmp_path) == [12, 16]
 
 
+@pytest.mark.slow
 def test_wsd_interrupted_in_the_longer_run_goes_on_there(tmp_path):
   whole = run(tmp_path / "whole", WSD, 16)
   folder = tmp_path / "extended"
@@ -83,6 +86,7 @@ def test_wsd_interrupted_in_the_longer_run_goes_on_there(tmp_path):
   toy.assert_equal(whole, run(folder, WSD, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [WSD, COSINE], ids=["wsd", "cosine"])
 def test_a_learning_rate_that_jumps_is_said(tmp_path, caplog, config):
   run(tmp_path, config, 8)
@@ -262,6 +266,7 @@ def test_a_full_disk_does_not_end_a_training(cut, tmp_path, monkeypatch, caplog)
     toy.run(tmp_path / "one", one, Filling(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays(tmp_path):
   config = dataclasses.replace(EVERY_2, keep=1, keep_every=4, keep_best="eval/error")
   evaluated = {"eval_batches": [next(toy.Batches())]}
