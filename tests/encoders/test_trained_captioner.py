@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_captioner
+from random_params import random_params
 
 from sora_jax import evaluate
 from sora_jax.data import tokenizer
@@ -54,10 +55,7 @@ def folder(tmp_path_factory):
     META.segments,
     patch_side=16,
   )
-  params = jax.tree.map(
-    lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape),
-    jax.jit(task.init)(jax.random.key(0)),
-  )
+  params = random_params(task.init, jax.random.key(0))
   place = run / "captioner" / "model"
   checkpoint.save_model(place, params, META.to_json())
   tokenizer.train(CAPTIONS, str(place / "tokenizer.model"), MODEL.vocab_size)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from data.batch_checks import assert_equal, take
+from random_params import random_params
 
 from sora_jax import train_expander
 from sora_jax.data import shapes, tokenizer
@@ -28,7 +29,7 @@ CONFIG = ExpanderConfig(vocab_size=40, width=16, depth=2, heads=2)
 
 @pytest.fixture(scope="module")
 def params():
-  return task.make(CONFIG).init(jax.random.key(0))
+  return random_params(task.make(CONFIG).init, jax.random.key(0))
 
 
 # --- the network

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_params import random_params
 
 from sora_jax.models import captioner
 from sora_jax.models.captioner import Captioner, CaptionerConfig, Text
@@ -58,26 +59,15 @@ def batch():
 
 @functools.cache
 def variables():
-  made = jax.jit(Captioner(CONFIG).init, static_argnums=5)(
-    jax.random.key(0), *batch(), SEGMENTS
-  )
-  # Biases and norms that are not those of a beginning.
-  leaves, tree = jax.tree.flatten(made)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  return jax.tree.unflatten(
-    tree,
-    [
-      x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)
-    ],
-  )
+  init = functools.partial(Captioner(CONFIG).init, segments=SEGMENTS)
+  return random_params(init, jax.random.key(0), *batch())
 
 
 @functools.cache
 def program():
   """One, for all tests."""
-  return jax.jit(
-    functools.partial(Captioner(CONFIG).apply, variables()), static_argnums=4
-  )
+  apply = jax.jit(Captioner(CONFIG).apply, static_argnums=5)
+  return functools.partial(apply, variables())
 
 
 @functools.cache

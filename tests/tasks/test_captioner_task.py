@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_params import random_params
 
 from sora_jax.models.captioner import CaptionerConfig
 from sora_jax.packing.caption_styles import STYLES
@@ -107,7 +108,7 @@ def made(**loss):
 
 @functools.cache
 def params():
-  return jax.jit(made().init)(jax.random.key(0))
+  return random_params(made().init, jax.random.key(0))
 
 
 def loss_and_gradient(task, batch, mesh):
