@@ -42,9 +42,9 @@ def random_ids(rows=3, tokens=9):
 @pytest.mark.slow
 def test_a_token_sees_none_behind_it(params):
   ids_BS = random_ids()
-  model = ExpanderLM(CONFIG)
-  whole, _ = model.apply({"params": params}, ids_BS)
-  part, _ = model.apply({"params": params}, ids_BS[:, :5])
+  apply = jax.jit(ExpanderLM(CONFIG).apply)
+  whole, _ = apply({"params": params}, ids_BS)
+  part, _ = apply({"params": params}, ids_BS[:, :5])
   np.testing.assert_allclose(whole[:, :5], part, rtol=1e-4, atol=1e-5)
   assert np.abs(whole[:, 1:] - whole[:, :-1]).max() > 1e-2
 
@@ -56,7 +56,7 @@ def test_generation_is_what_the_whole_text_says(params):
   keys_B = jax.random.split(jax.random.key(0), 3)
   generate = jax.jit(functools.partial(expander.generate, CONFIG))
   made_BS = np.asarray(generate(params, ids_BS, given_B, keys_B, 0.0))
-  logits_BSV, _ = ExpanderLM(CONFIG).apply({"params": params}, made_BS)
+  logits_BSV, _ = jax.jit(ExpanderLM(CONFIG).apply)({"params": params}, made_BS)
   likeliest_BS = np.argmax(logits_BSV, -1)
   for row, given in enumerate(given_B):
     np.testing.assert_array_equal(made_BS[row, :given], ids_BS[row, :given])
@@ -83,8 +83,9 @@ def test_the_loss_is_of_the_long_caption_only(params):
   ids_BS = random_ids()
   long_BS = np.zeros_like(ids_BS)
   long_BS[:, 5:8] = 1
-  value, values = made.loss(params, {"ids_S": ids_BS, "long_S": long_BS}, None)
-  logits_BSV, _ = ExpanderLM(CONFIG).apply({"params": params}, ids_BS)
+  batch = {"ids_S": ids_BS, "long_S": long_BS}
+  value, values = jax.jit(made.loss)(params, batch, None)
+  logits_BSV, _ = jax.jit(ExpanderLM(CONFIG).apply)({"params": params}, ids_BS)
   logits = np.asarray(logits_BSV, np.float64)[:, 4:7].reshape(-1, 40)
   target = ids_BS[:, 5:8].reshape(-1)
   log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
