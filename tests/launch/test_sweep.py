@@ -10,8 +10,8 @@ import PIL.Image
 import pytest
 import sealed
 import tiny
-from run.test_stages import ALL, BASE, change
-from run.test_stages import runs as fake_stages  # noqa: F401
+from run.fake_stages import ALL, BASE, change
+from run.fake_stages import runs as fake_stages  # noqa: F401
 
 from sora_jax.run import stages as chain
 from sora_jax.run import sweeps

@@ -5,7 +5,6 @@ import functools
 import importlib.util
 import io
 import json
-import subprocess
 import types
 
 import jax
@@ -14,12 +13,9 @@ import numpy as np
 import pytest
 import tiny
 from golden.make_losses import FAST_COMPILE
-from jax.sharding import NamedSharding, PartitionSpec
 
 from sora_jax import train_dit
-from sora_jax.data import clips
 from sora_jax.models.lora import LoRAConfig
-from sora_jax.packing import planner
 from sora_jax.planning import (
   cost_model,
   gpu_target,
@@ -29,11 +25,10 @@ from sora_jax.planning import (
   picture,
   programs,
   report,
-  search,
   workload,
 )
 from sora_jax.run import build, recipe
-from sora_jax.runtime import files, sharding
+from sora_jax.runtime import sharding
 
 CUBE = hardware.parse("v5p:4x4x4")
 
@@ -194,104 +189,6 @@ def test_gpu_estimates():
   for remat, kept in sizes.items():
     found = cost_model.gpu_bytes(1e6, 1000, model, 100, remat)
     assert found == 1e6 + 4000 + kept + block
-
-
-# --- attention kernels
-
-KERNEL = (
-  '%a, %b), custom_call_target="tpu_custom_call", operand_layout_constraints={{{count}'
-  "s32[4]{{0}}, s8[4]{{0}}, bf16[2,2048,128]{{2,1,0}}, bf16[2,{keys},128]{{2,1,0}}, "
-  "bf16[2,{keys},128]{{2,1,0}}}}, frontend_attributes={{}}"
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-  "name, results, matmuls",
-  [
-    ("splash_mha_fwd_segmented_residuals.6", "(bf16[2,2048,128], f32[2,2048,128])", 2),
-    ("splash_mha_dkv_segmented_no_residuals.2",
-     "(bf16[3,2,2048,128], bf16[2,2048,128], bf16[2,2048,128])", 5),
-    ("splash_mha_dkv_no_residuals", "(bf16[2,2048,128], bf16[2,2048,128])", 4),
-    ("splash_mha_dq", "bf16[2,2048,128]", 3),
-  ],
-)  # fmt: skip
-def test_attention_launches(name, results, matmuls):
-  rest = KERNEL.format(count="s32[], ", keys=2048)
-  launch = cost_model.attention_launch(name, results, rest)
-  assert launch == cost_model.Launch(matmuls, 2, 2048, 2048, 128, skips=True)
-  assert launch.flops == 2 * matmuls * 2 * 2048 * 2048 * 128
-  load = cost_model.Load("", 1.0, 4.0, 2048.0, 256.0, 0.0, 0.25, 0.5, 0.2)
-  flops = cost_model.kernel_flops(load, text_tokens=256)
-  assert flops(name, results, rest) == launch.flops / 4
-  captions = KERNEL.format(count="s32[], ", keys=256)
-  assert flops(name, results, captions) == launch.flops / 8 / 2
-  static = KERNEL.format(count="", keys=2048)
-  assert flops(name, results, static) == launch.flops
-
-
-def test_other_kernels_are_no_attention():
-  assert cost_model.attention_launch("gather_kernel", "f32[8]", KERNEL) is None
-
-
-# --- what rows hold
-
-
-def test_load_of_rows():
-  budget = planner.Budget(4096, 256, 8)
-  found = workload.of_rows([[(1024, 32)] * 4, [(2048, 64)]], 0.75, budget, "two")
-  assert found.fill == 0.75 and found.clips == 2.5
-  assert found.tokens == 3072 and found.text_tokens == 96
-  assert found.pairs == (4 * 1024 * 1056 + 2048 * 2112) / 2
-
-
-def test_blocks_between_clips_are_not_visited():
-  budget = planner.Budget(8192, 256, 8)
-  whole = workload.of_rows([[(8192, 256)]], 1.0, budget, "")
-  parts = workload.of_rows([[(2048, 64)] * 4], 1.0, budget, "")
-  assert whole.self_share == whole.own_share == 1.0
-  assert parts.self_share == parts.own_share == 0.25
-  # A block across two clips is visited for both.
-  off = workload.of_rows([[(2000, 64)] * 4], 1.0, budget, "")
-  assert off.own_share == 4 * 2000**2 / 8192**2 < 0.25 < off.self_share
-
-
-def test_load_without_a_manifest(tmp_path):
-  built = recipe_of()
-  longest = recipe.longest_clip(built)
-  assert longest == 5 * 4 * 4
-  load = workload.of_recipe(built, str(tmp_path))
-  assert (load.clips, load.tokens, load.text_tokens) == (1, 80, 40)
-  load = workload.of_recipe(built, str(tmp_path), clip_tokens=48)
-  assert (load.clips, load.tokens) == (2, 96)
-  with pytest.raises(ValueError, match="--clip_tokens=97 .* config.dit.tokens 96"):
-    workload.of_recipe(built, str(tmp_path), clip_tokens=97)
-
-
-def test_load_of_a_manifest(tmp_path):
-  sizes = ((17, 64, 64), (1, 64, 64), (9, 64, 32))  # 80, 16 and 24 tokens
-  rows = [
-    clips.Clip(str(i), str(tmp_path / "x.mp4"), 0.0, *size[:1], 16.0, *size[1:])
-    for i, size in enumerate(sizes)
-  ]
-  path = tmp_path / "data" / "manifest.jsonl"
-  clips.write_manifest(path, rows)
-  load = workload.of_recipe(recipe_of(), str(tmp_path))
-  assert load.source == str(path)
-  assert load.fill == pytest.approx((80 + 16 + 24) / (2 * 96))
-  assert load.clips == 1.5
-  assert load == workload.of_recipe(recipe_of(), "/none", manifest=str(path))
-  heldout = [dataclasses.replace(clip, split="heldout") for clip in rows]
-  clips.write_manifest(path, heldout)
-  with pytest.raises(ValueError, match="no clip of split 'train'"):
-    workload.of_recipe(recipe_of(), str(tmp_path))
-
-
-def test_load_of_latents(tiny_run):
-  built = recipe_of(rows=2)
-  load = workload.of_recipe(built, str(tiny_run.workdir))
-  assert load.source.endswith("latents.jsonl")
-  assert 0.3 < load.fill <= 1.0
-  assert load.clips * 1 <= built.dit.segments
 
 
 # --- from a recipe to a report
@@ -530,111 +427,3 @@ def test_too_large_is_a_result(monkeypatch):
   assert list(bars_of(planned)) == ["train step: peak"]
   with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
     lowering.compile_program("x", failing("INTERNAL: other"))
-
-
-# --- search
-
-
-def test_candidates_divide():
-  built = recipe_of(rows=64, tokens=4096)
-  found = search.candidates(built, CUBE)
-  assert len({json.dumps(c) for c in found}) == len(found) > 10
-  for c in found:
-    sizes = [c[f"mesh.{axis}"] for axis in sharding.AXES]
-    assert np.prod(sizes) == 64
-    assert c["dit.rows"] % (sizes[0] * sizes[1]) == 0
-    assert c["dit.tokens"] % (128 * sizes[2]) == 0
-    assert built.dit.model.heads % sizes[3] == 0
-    assert c["dit.rows"] * c["dit.tokens"] == 64 * 4096
-  assert found[0]["mesh.context"] == found[0]["mesh.tensor"] == 1
-  assert found[0]["dit.model.remat"] == "attention_mlp_saved"
-  two = search.candidates(built, hardware.parse("v5p:4x4x4", slices=2))
-  assert {c["mesh.data"] for c in two} == {2}
-
-
-def test_search_resumes_and_ranks(monkeypatch, tmp_path):
-  built, calls = recipe_of(rows=64, tokens=4096), []
-
-  def run(command, *, timeout, **kwargs):
-    calls.append(command)
-    number = len(calls)
-    if number == 2:
-      raise subprocess.TimeoutExpired(command, timeout)
-    if number == 3:
-      return types.SimpleNamespace(returncode=1, stderr="noise\nE it is too much\n")
-    folder = next(a for a in command if a.startswith("--out=")).partition("=")[2]
-    result = {
-      "programs": [{"fits": number != 1, "peak": 9e10}],
-      "speed": {"step_seconds": 2.0, "mfu": 0.4, "tokens_per_day": 1e9 * number},
-    }
-    files.write_json(tmp_path / folder / "v5p-4x4x4-1.json", result)
-    return types.SimpleNamespace(returncode=0, stderr="")
-
-  monkeypatch.setattr(subprocess, "run", run)
-  first = search.search(built, CUBE, tmp_path, ["--topology=v5p:4x4x4"], trials=3)
-  assert len(calls) == len(first) == 3
-  assert "--topology=v5p:4x4x4" in calls[0]
-  assert "--config.dit.model.remat=attention_mlp_saved" in calls[0]
-  ranked = search.search(built, CUBE, tmp_path, ["--topology=v5p:4x4x4"], trials=5)
-  assert len(calls) == len(ranked) == 5
-  lines = report.ranking(ranked)
-  assert lines[0].split()[:2] == ["trial", "step"]
-  assert lines[2].startswith("1. ") and lines[2].split()[-3] == "5e+09"
-  assert "4e+09" in lines[3] and lines[4].split()[-1] == "NO"
-  assert any("E it is too much" in line for line in lines)
-  assert any("longer than" in line for line in lines)
-
-
-def test_trials_that_others_make_needless():
-  def trial(remat, fits, **others):
-    overrides = {"mesh.context": 1, **others, "dit.model.remat": remat}
-    return {"overrides": overrides, "result": {"programs": [{"fits": fits}]}}
-
-  wanted = trial("attention_saved", True)["overrides"]
-  for other, fits, expected in (
-    ("full", True, False),
-    ("full", False, True),
-    ("attention_mlp_saved", True, True),
-    ("attention_mlp_saved", False, False),
-  ):
-    assert search.needless(wanted, [trial(other, fits)]) is expected
-  elsewhere = trial("full", False, **{"mesh.context": 2})
-  failed = {"overrides": {**wanted, "dit.model.remat": "full"}, "error": "x"}
-  assert not search.needless(wanted, [elsewhere, failed])
-
-
-def test_error_of_a_trial():
-  text = "E0000 noise\nValueError: too much\n----\nFor simplicity, JAX has removed\n"
-  assert report.error_line(text) == "ValueError: too much"
-  assert report.error_line("killed\n") == "killed"
-  assert report.error_line("") == "no message"
-
-
-def test_a_search_without_candidates(tmp_path):
-  with pytest.raises(ValueError, match="no mesh of 64 devices .*rows 8 of 96 tokens"):
-    search.search(recipe_of(), CUBE, tmp_path, [])
-
-
-# --- the compiler for TPUs, where it is installed
-
-
-def test_a_program_for_a_tpu():
-  pytest.importorskip("libtpu")
-  topology = hardware.parse("v5p:2x2x1")
-  mesh = sharding.make_mesh(fsdp=4, devices=lowering.devices(topology))
-  assert sorted(lowering.places(mesh, topology)[:, 1:3].tolist()) == [
-    [0, 0], [0, 1], [1, 0], [1, 1]
-  ]  # fmt: skip
-
-  def place(*spec):
-    where = NamedSharding(mesh, PartitionSpec(*spec))
-    return jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=where)
-
-  lowered = jax.jit(jnp.matmul).lower(place("fsdp"), place("fsdp"))
-  program = lowering.compile_program("matmul", lowered)
-  analysis = hlo.analyze(program.text, 4)
-  assert analysis.matmul_flops == 2 * 4096**3 / 4
-  assert analysis.collectives["all-gather"].wire == 2 * 4096**2 * 3 / 4
-  found = cost_model.seconds(analysis, lowering.places(mesh, topology), topology)
-  # The compiler's own cycles, and no better than the peak.
-  assert 1.0 <= found.matmul / (2 * 4096**3 / 4 / 459e12) < 2.0

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import sealed
-from run.test_stages import ALL, BASE, change, runs  # noqa: F401
+from run.fake_stages import ALL, BASE, change
 
 from sora_jax.data.intake.filters import Filter
 from sora_jax.run import recipe as recipes

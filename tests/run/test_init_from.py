@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
-from run import test_stages
-from run.test_stages import ALL, BASE, change, runs, weights  # noqa: F401
+from run import fake_stages
+from run.fake_stages import ALL, BASE, change, weights
 
 from sora_jax.models.meta import DiTMeta, Noise, VAEMeta
 from sora_jax.run import stages
@@ -50,14 +50,14 @@ def write_models(folder, ids):
 @pytest.fixture
 def noted(runs, monkeypatch):  # noqa: F811
   """Stages that only note their names, in this list; their VAEs say what they are."""
-  write = test_stages._write_model
+  write = fake_stages.write_model
 
   def write_model(folder, weights_id):
     write(folder, weights_id)
     if folder.name == "vae":
       write_models(folder.parent, {"vae": weights_id})
 
-  monkeypatch.setattr(test_stages, "_write_model", write_model)
+  monkeypatch.setattr(fake_stages, "write_model", write_model)
   return runs
 
 

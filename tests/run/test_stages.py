@@ -3,75 +3,17 @@
 import dataclasses
 import json
 import shutil
-import sys
-import types
 
 import pytest
 import sealed
+from run import fake_stages
+from run.fake_stages import ALL, BASE, change, manifest, weights
 
 from sora_jax.models.dit import DiTConfig
 from sora_jax.models.meta import DiTMeta, FrozenText, LowNoiseDiTMeta, TextMeta
 from sora_jax.models.t5 import T5Config
 from sora_jax.run import latent_shards, stages
 from sora_jax.run import recipe as recipes
-
-BASE = recipes.read(
-  {
-    "data": {},
-    "vae": {"train": {"steps": 10}},
-    "dit": {"train": {"steps": 10}, "rows": 8},  # the tests have 8 devices
-  }
-)
-
-
-def change(recipe, path, value):
-  """The recipe with one key, "dit.train.steps", set."""
-  key, _, rest = path.partition(".")
-  if rest:
-    value = change(getattr(recipe, key), rest, value)
-  return dataclasses.replace(recipe, **{key: value})
-
-
-@pytest.fixture
-def runs(monkeypatch):
-  """Stages replaced by ones that only note their name, in this list."""
-  names = []
-
-  def fake(name):
-    def run(recipe, workdir):
-      state = json.loads((workdir / name / "stage.json").read_text())
-      assert state["complete"] is False
-      if name in runs_that_fail:
-        raise RuntimeError(f"{name} failed")
-      names.append(name)
-      if name == "data":
-        (workdir / "data" / "manifest.jsonl").write_text(manifest["text"])
-      if name == "encode":
-        latent_shards.write(workdir / "encode", [])
-        (workdir / "encode" / "latents.jsonl").touch()
-      if name in weights:
-        _write_model(workdir / name, weights[name])
-
-    return types.SimpleNamespace(run=run)
-
-  for name, (module, *_) in stages.STAGES.items():
-    monkeypatch.setitem(sys.modules, f"sora_jax.{module}", fake(name))
-  runs_that_fail.clear()
-  return names
-
-
-def _write_model(folder, weights_id):
-  """A finished model's description, and a checkpoint that it could go on from."""
-  (folder / "model").mkdir(parents=True, exist_ok=True)
-  (folder / "checkpoints" / "8").mkdir(parents=True, exist_ok=True)
-  model = {"params": "params-0", "meta": {"id": weights_id}}
-  (folder / "model" / "model.json").write_text(json.dumps(model))
-
-
-weights = {"vae": "vae-0", "dit": "dit-0", "expander": "expander-0"}
-runs_that_fail = set()
-manifest = {"text": "one clip"}
-ALL = list(recipes.DEFAULT_STAGES)
 
 
 def remake(name, recipe, workdir):
@@ -106,12 +48,12 @@ def test_order_is_that_of_the_chain_and_some_may_be_left_out(runs, tmp_path):
 
 
 def test_a_stage_that_failed_is_run_again(runs, tmp_path):
-  runs_that_fail.add("vae")
+  fake_stages.runs_that_fail.add("vae")
   with pytest.raises(RuntimeError, match="vae failed"):
     stages.run(ALL, BASE, tmp_path)
   with pytest.raises(ValueError, match="stage encode needs stage vae, which is not"):
     stages.run(["encode"], BASE, tmp_path)
-  runs_that_fail.clear()
+  fake_stages.runs_that_fail.clear()
   stages.run(ALL, BASE, tmp_path)
   assert runs == ALL
 
@@ -281,11 +223,11 @@ def test_stage_file_and_spare_damaged(runs, tmp_path, text):
 def test_a_model_that_was_put_in_place_of_the_stage_s(runs, tmp_path):
   stages.run(ALL, BASE, tmp_path)
   for name, user in (("vae", "encode"), ("vae", "dit"), ("dit", "evaluate")):
-    _write_model(tmp_path / name, "of another training")
+    fake_stages.write_model(tmp_path / name, "of another training")
     message = rf"{name}/model is not the one that the stage {name} made \(of another"
     with pytest.raises(ValueError, match=message):
       stages.run([user], BASE, tmp_path)
-    _write_model(tmp_path / name, weights[name])
+    fake_stages.write_model(tmp_path / name, weights[name])
   stages.run(ALL, BASE, tmp_path)
   assert runs == ALL
 
