@@ -96,10 +96,10 @@ class Case:
     whole = jit(lambda p, x, z: (vae.apply(p, x, method=VAE.encode),
                                  vae.apply(p, z, method=VAE.decode)))  # fmt: skip
     self.whole = whole({"params": params}, self.video, self.latent)
-    self.steps = (
-      jit(lambda x, cache: encode_chunk(vae, params, x, cache)),
-      jit(lambda z, cache: decode_chunk(vae, params, z, cache)),
-    )
+    self.steps = [
+      functools.partial(jit(functools.partial(step, vae)), params)
+      for step in (encode_chunk, decode_chunk)
+    ]
 
   def stream(self, part, x, lengths):
     """Outputs of chunks of the lengths, side by side, and the last cache."""
