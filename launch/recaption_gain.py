@@ -156,7 +156,7 @@ class Commands:
 def train(commands: Commands, workdir: pathlib.Path, args) -> None:
   """Trains the captioner, the expander and the three DiTs."""
   pool, sources, captioner = (workdir / n for n in ("pool", "sources", "captioner"))
-  commands.stages(["data"], pool)
+  commands.stages(["data"], pool, data__measure=False)
   if not (sources / "true.jsonl").exists():
     write_sources(pool / "data", sources, args.good, args.clips, args.config.seed)
   # The files lie in another run's folder, are whole, and hold one scene each.
