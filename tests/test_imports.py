@@ -189,6 +189,7 @@ def test_data_does_not_import_jax(module):
     assert not any(is_in(i, ["jax", "flax", "optax"]) for i in IMPORTS[other]), other
 
 
+@pytest.mark.slow
 def test_no_print():
   for path in FILES:
     for node in ast.walk(ast.parse(path.read_text())):
@@ -196,6 +197,7 @@ def test_no_print():
         assert node.func.id != "print", f"{path}:{node.lineno}"
 
 
+@pytest.mark.slow
 def test_nothing_is_unpickled_and_nothing_reaches_a_shell():
   pickles = ["pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "torch"]
   shells = {"os.system", "os.popen", "subprocess.getoutput", "eval", "exec"}

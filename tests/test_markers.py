@@ -46,6 +46,7 @@ def test_what_starts_processes_or_notebooks_can_be_left_out():
   assert notebooks < {*names}
 
 
+@pytest.mark.slow
 def test_unknown_markers_are_an_error(tmp_path):
   path = tmp_path / "test_x.py"
   path.write_text("import pytest\n\n@pytest.mark.slwo\ndef test_x():\n  pass\n")

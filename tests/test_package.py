@@ -53,6 +53,7 @@ def test_shipped_checkpoints_have_a_folder_of_the_package():
     assert (shipped.folder() / name / "README.md").is_file()
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_shipped_checkpoints(source, tmp_path):
   """build_py makes what a wheel is packed of."""
   build(source, "build_py", f"--build-lib={tmp_path}")
@@ -60,6 +61,7 @@ def test_a_wheel_holds_shipped_checkpoints(source, tmp_path):
     assert (tmp_path / name).is_file(), name
 
 
+@pytest.mark.slow
 def test_an_sdist_holds_shipped_checkpoints(source, tmp_path):
   build(source, "sdist", f"--dist-dir={tmp_path}")
   (path,) = tmp_path.glob("*.tar.gz")

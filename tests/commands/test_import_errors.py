@@ -107,6 +107,7 @@ def test_pickles(source, tmp_path):
   fails(source, tmp_path, f"{path} is a pickle, .*Wan2.1_VAE.safetensors")
 
 
+@pytest.mark.slow
 def test_types_of_tensors(source, tmp_path):
   name, types = "encoder.conv_in.weight", ("float8_e4m3fn", "float8_e5m2", "<f2", "<f8")
   value = tensors_of("vae")[name]

@@ -42,6 +42,7 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 # --- import
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", CONFIGS)
 def test_params_of_a_pipeline(imported, network):
   params, meta = load(imported, network)
@@ -91,6 +92,7 @@ def test_samples_from_an_imported_checkpoint(imported):
   assert first.std() > 0 and np.any(first != second)
 
 
+@pytest.mark.slow
 def test_original_release(imported, tmp_path, monkeypatch):
   """Wan's own names, a file for each network, sizes from the files' names."""
   monkeypatch.setitem(hf_config.PRESETS["vae"], "wan2.1", VAE)
@@ -156,6 +158,7 @@ def test_one_network_of_a_pipeline(pipeline, tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["vae"]
 
 
+@pytest.mark.slow
 def test_dtype(pipeline, tmp_path):
   import_weights.run(pipeline, tmp_path, networks=["dit", "text"], dtype="bfloat16")
   params, _ = load(tmp_path, "dit")
@@ -251,6 +254,7 @@ def test_round_trip_is_bit_identical(pipeline, exported, network):
   assert len(shards) > 1
 
 
+@pytest.mark.slow
 def test_an_export_is_a_pipeline(exported, imported, tmp_path):
   index = json.loads((exported / "model_index.json").read_text())
   assert {k for k, v in index.items() if isinstance(v, list) and v[0]} == {

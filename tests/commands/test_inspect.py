@@ -64,6 +64,7 @@ def test_without_clips(tmp_path):
   assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.slow
 def test_another_config_is_said(prepared):
   config = tiny.get_config()
   config.data.max_frames = 9

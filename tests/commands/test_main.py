@@ -243,6 +243,7 @@ def test_a_folder_without_captions(tiny_run, commands, tmp_path):
   assert checkpoint.load_meta(workdir / "dit" / "model")["steps"] == tiny.STEPS
 
 
+@pytest.mark.slow
 def test_a_folder_with_captions(tmp_path):
   """Text files beside the videos are their captions."""
   folder, workdir = tmp_path / "clips", tmp_path / "run"

@@ -109,6 +109,7 @@ def mixed_files(folder, video, rng):
         file.write(b"x")
 
 
+@pytest.mark.slow
 def test_every_file_is_used_or_listed(tmp_path, video, caplog):
   mixed_files(tmp_path, video, np.random.default_rng(0))
   everything = {

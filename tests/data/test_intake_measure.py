@@ -112,6 +112,7 @@ def test_scenes_that_are_all_too_short(tmp_path):
 # --- figures
 
 
+@pytest.mark.slow
 def test_figures_tell_videos_apart(tmp_path):
   grain = np.random.default_rng(0).normal(0, 2, (17, 96, 128, 3))
   still = np.repeat(moving(1), 17, 0)
@@ -228,6 +229,7 @@ def test_nothing_is_measured_again(tmp_path, monkeypatch):
   assert len(asked) == 16
 
 
+@pytest.mark.slow
 def test_processes_give_the_same(tmp_path):
   make_folder(tmp_path)
   alone = sources.scan(tmp_path, **LIMITS)

@@ -30,6 +30,7 @@ def _triples(truths):
   return {(o["color"], o["shape"], o["motion"]) for t in truths for o in t["objects"]}
 
 
+@pytest.mark.slow
 def test_same_seed_gives_same_bytes_and_a_half_done_folder_is_completed(tmp_path):
   a, b, c = tmp_path / "a", tmp_path / "b", tmp_path / "c"
   shapes.generate(a, num_train=8, num_heldout=4, seed=3)
@@ -52,6 +53,7 @@ def test_same_seed_gives_same_bytes_and_a_half_done_folder_is_completed(tmp_path
     shapes.generate(tmp_path / "d", num_train=-1, num_heldout=4, seed=4)
 
 
+@pytest.mark.slow
 def test_heldout_combinations_never_occur_in_training():
   train = [shapes.describe("train", i, 0)["truth"] for i in range(600)]
   heldout = [shapes.describe("heldout", i, 0)["truth"] for i in range(100)]
@@ -126,6 +128,7 @@ def test_captions_name_what_is_there(folder):
     assert ("image" in long) == (row["truth"]["frames"] == 1)
 
 
+@pytest.mark.slow
 def test_speed_is_in_pixels_per_second():
   speeds = collections.defaultdict(list)
   for index in range(900):
@@ -140,6 +143,7 @@ def test_speed_is_in_pixels_per_second():
     assert max(found) / min(found) > 1.8, fps  # speed is not tied to the frame rate
 
 
+@pytest.mark.slow
 def test_files_are_what_the_manifest_says(folder):
   rows = _rows(folder)
   found, rejected = sources.scan(

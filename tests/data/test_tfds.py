@@ -293,6 +293,7 @@ def test_tfds_itself_reads_what_is_built(built):
   assert source[0]["video"][4:8] == b"ftyp"
 
 
+@pytest.mark.slow
 def test_tfds_build(manifest, tmp_path):
   """The command of TFDS, whose main module, but not this one, imports TensorFlow."""
   import sora_jax.data.tfds_builder as module

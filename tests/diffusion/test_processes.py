@@ -111,6 +111,7 @@ def test_the_table_is_whole():
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process, target", TABLE)
 @pytest.mark.usefixtures("network")
 def test_trains(process, target):
@@ -161,6 +162,7 @@ def sampled(process, target, method, params=None, **kwargs):
   return np.asarray(run(params, rows(), table, options=options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process, target", TABLE)
 @pytest.mark.usefixtures("network")
 def test_samples(process, target):

@@ -216,6 +216,7 @@ def test_trajectory_equals_diffusers(name):
     assert np.linalg.norm(ours - state) <= 1e-5 * np.linalg.norm(state)
 
 
+@pytest.mark.slow
 def test_levels_of_their_own_for_each_clip():
   x = jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)
   shift = np.array([1.0, 4.0])

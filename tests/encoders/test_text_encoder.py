@@ -89,6 +89,7 @@ def test_features_are_those_of_each_text_alone(folder, features):
     np.testing.assert_allclose(made_SE, alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sharded_over_a_mesh(folder, features):
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   for a, b in zip(FrozenTextEncoder(folder, mesh).encode(TEXTS), features, strict=True):
@@ -97,6 +98,7 @@ def test_sharded_over_a_mesh(folder, features):
     )
 
 
+@pytest.mark.slow
 def test_bfloat16_params(folder, features):
   encoder = FrozenTextEncoder(folder, one_device(), jnp.bfloat16)
   assert {p.dtype for p in jax.tree.leaves(encoder._residency.get("text"))} == {

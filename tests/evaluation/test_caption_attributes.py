@@ -8,6 +8,7 @@ from sora_jax.evaluation import caption_attributes
 from sora_jax.evaluation.caption_attributes import Said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "heldout"])
 @pytest.mark.parametrize("world", WORLDS)
 def test_true_captions_are_read_without_a_fault(split, world):

@@ -52,6 +52,7 @@ def blurred(video_THWC):
   return noisy.clip(0, 255).astype(np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [lambda x: x, blurred], ids=["drawn", "blurred"])
 @pytest.mark.parametrize("cut", CUTS)
 def test_real_clips_go_on(cut, change):

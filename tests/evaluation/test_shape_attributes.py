@@ -1,12 +1,14 @@
 """Shapes are read right off clips that are not perfect, as samples are not."""
 
 import numpy as np
+import pytest
 from scipy import ndimage
 
 from sora_jax.data import shape_worlds, shapes
 from sora_jax.evaluation import shape_attributes
 
 
+@pytest.mark.slow
 def test_a_rough_outline_is_not_taken_for_a_square():
   # Each pixel is moved by about one, neighbours alike: corners and dents that
   # nobody would call another shape. A reader that asks which symmetry shows most

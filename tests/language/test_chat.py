@@ -13,6 +13,7 @@ from sora_jax.language import chat
 HELLO = [{"role": "user", "content": "hello"}]
 
 
+@pytest.mark.slow
 def test_an_answer(server, talk):
   reply = talk(temperature=0.5, max_tokens=7).ask(HELLO)
   assert reply.content.startswith("caption ") and reply.finish == "stop"

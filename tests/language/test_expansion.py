@@ -74,6 +74,7 @@ def test_examples_are_descriptive_captions_of_training():
   assert expansion.examples_of(clips[2:4]) == []
 
 
+@pytest.mark.slow
 def test_an_endpoint_sees_the_examples(server, talk):
   expander = expansion.AtEndpoint(talk(), ["a dog {runs}", "a cat"])
   server.say = lambda body: f'"long {body["messages"][1]["content"]}"\n'

@@ -137,6 +137,7 @@ def test_slurm_command():
 TPU = ("--name=mine", "--zone=z", "--project=p", "--dry-run")
 
 
+@pytest.mark.slow
 def test_tpu_vm_commands():
   create = ("--accelerator=v5p-128", "--runtime=v2-alpha-tpuv5", "--spot", "create")
   assert shown("tpu_vm.py", *TPU, *create) == (

@@ -98,6 +98,7 @@ def test_a_table_has_a_column_for_what_any_run_has(tmp_path):
   assert read[0] == {"a": "1", "loss": "0.123456789", "psnr": ""}
 
 
+@pytest.mark.slow
 def test_curves_are_drawn(tmp_path):
   points = [(x, 1.0 / (1 + x)) for x in range(20)]
   lines = {"falls": points, "flat": [(0, 0.5), (19, 0.5)], "nan": [(3, np.nan)]}

@@ -125,6 +125,7 @@ def test_bfloat16_is_close_to_float32(backend):
   np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=0.03)
 
 
+@pytest.mark.slow
 def test_chunks_keep_no_scores_for_the_backward_pass():
   """Not the masks of all blocks either, which depend on no param of a layer."""
   segments = np.repeat([[1, 2, 3, 0]], 128, axis=1).astype(np.int32)

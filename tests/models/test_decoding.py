@@ -103,6 +103,7 @@ def test_wide_beams_find_the_best_text(seed, power):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_one_beam_is_greedy(seed):
   table_NXV = table(seed)
@@ -151,6 +152,7 @@ def test_a_nucleus_holds_the_likeliest_and_no_more_than_it_needs():
   assert shares(1.0, 0.25)[0] > 0.85
 
 
+@pytest.mark.slow
 def test_a_text_is_drawn_by_its_own_key():
   def draw(seeds):
     keys_BM = jax.vmap(jax.vmap(jax.random.key))(jnp.array([seeds]))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden.make_losses import FAST_COMPILE
+from markers import slow_but
 
 from sora_jax.models import dit_cache
 from sora_jax.models.caption_encoder import TextEncoder, TextEncoderConfig
@@ -162,7 +163,7 @@ def results(remat):
   return np.asarray(out), values
 
 
-@pytest.fixture(params=REMAT_POLICIES)
+@pytest.fixture(params=slow_but(REMAT_POLICIES, ("none",)))
 def remat(request):
   return request.param
 
@@ -215,6 +216,7 @@ def test_remat_changes_nothing(remat):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * (1 + np.abs(b).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_text_states_made_once_are_those_of_every_block(remat):
   """And their layers are then not asked: without their params nothing changes."""
@@ -293,6 +295,7 @@ def test_clips_do_not_see_each_other():
     assert not reached[name].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_depth_is_scanned(remat):
   """One block is traced whatever the depth; its params have a leading layer axis."""
@@ -336,6 +339,7 @@ def test_wrong_configs(options, message):
     dataclasses.replace(CONFIG, **options)
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_compiled_matmuls():
   """Counted in the jaxpr of one clip, where attention meets all pairs."""
   L, S = 12, 5
@@ -372,6 +376,7 @@ def count_flops(jaxpr):
   return total
 
 
+@pytest.mark.slow
 def test_packed_captions_equal_each_alone():
   batch, places = rows()
   names = ("ids", "text_segment", "text_position")

@@ -55,6 +55,7 @@ def run(backend, qkv, queries, keys, dout):
   return [x.astype(jnp.float32) for x in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "queries, keys, width, dtype, atol",
   [
@@ -78,6 +79,7 @@ def test_kernels_equal_the_plain_form(queries, keys, width, dtype, atol):
     np.testing.assert_allclose(a, b * where, atol=atol)
 
 
+@pytest.mark.slow
 def test_padding_and_queries_without_keys_are_zero_and_reach_nobody():
   """Whatever their values and gradients are."""
   qkv, dout = draw(CLIPS, CAPTIONS)
@@ -91,6 +93,7 @@ def test_padding_and_queries_without_keys_are_zero_and_reach_nobody():
     assert not np.asarray(x * ~r).any() and np.asarray(x).any()
 
 
+@pytest.mark.slow
 def test_blocks_of_other_clips_are_never_read():
   """Masked alone, a NaN of another clip would still reach the sums: 0 * NaN."""
   block = flash_gpu.KEPT

@@ -44,6 +44,7 @@ def conv(function, strides, padding):
   return apply
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("kernel", "strides", "padding"),
   [

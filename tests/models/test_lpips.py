@@ -34,6 +34,7 @@ def test_names_are_those_of_the_reference():
   assert {entry.name for entry in lpips.names(NARROW)} == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["square", "wide", "tall"])
 def test_distances(file, case):
   params = lpips.load(file, NARROW)

@@ -33,6 +33,7 @@ def test_values_and_gradients(rows, native):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_round_only_where_it_is_asked_for():
   layer = layers.Dense(8)
   x_BLD = jax.random.normal(jax.random.key(0), (2, 16, 32))

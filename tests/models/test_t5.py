@@ -75,6 +75,7 @@ def test_full_sizes_have_the_published_tensors(name):
     assert name in aliases or shapes[name] == shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_leaf_of_a_size_has_its_tensors(name):
   ids_BS = jnp.zeros((1, 1), jnp.int32)

@@ -163,6 +163,7 @@ def test_golden_outputs(name):
   np.testing.assert_allclose(sizes, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_shapes(name):
   """1 + 4k frames give 1 + k latents and the same number of frames again."""
   config = CONFIGS[name]

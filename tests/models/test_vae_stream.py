@@ -211,6 +211,7 @@ def test_autoencoder_streams(folder, name):
     assert step._cache_size() == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_pixels_that_are_no_numbers_are_not_black(folder, value):
   autoencoder = load(folder / "fold")

@@ -107,6 +107,7 @@ def relative_error(a, b):
   return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_equals_diffusers(name):
   [out_LP] = run(clip(name)[0], [clip(name)])

@@ -88,6 +88,7 @@ def abstract_params(config):
   return jax.eval_shape(VAE(config).init, jax.random.key(0), video)["params"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", names.LAYOUTS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_full_sizes_have_the_published_tensors(name, layout):

@@ -331,6 +331,7 @@ def test_a_step_of_adapters_holds_a_frozen_model():
   assert flops[0] == pytest.approx(flops[1] * 2 / 3)
 
 
+@pytest.mark.slow
 def test_plan_of_a_sampler():
   built = recipe_of()
   sampled = lowering.sampling(built, sharding.make_mesh(fsdp=8))
@@ -359,6 +360,7 @@ def test_without_libtpu(monkeypatch):
     lowering.devices(CUBE)
 
 
+@pytest.mark.slow
 def test_plan_for_gpus(tmp_path, monkeypatch):
   monkeypatch.setattr(lowering, "compiles_for_gpus", lambda: False)
   built = recipe_of(rows=16)
@@ -408,6 +410,7 @@ def failing(message):
   return types.SimpleNamespace(compile=compile)
 
 
+@pytest.mark.slow
 def test_too_large_is_a_result(monkeypatch):
   built = recipe_of()
   monkeypatch.setattr(lowering, "devices", lambda topology: jax.devices())

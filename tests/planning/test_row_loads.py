@@ -50,6 +50,7 @@ def test_other_kernels_are_no_attention():
 # --- what rows hold
 
 
+@pytest.mark.slow
 def test_load_of_rows():
   budget = planner.Budget(4096, 256, 8)
   found = workload.of_rows([[(1024, 32)] * 4, [(2048, 64)]], 0.75, budget, "two")

@@ -37,6 +37,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(
   st.lists(st.tuples(st.sampled_from(list(keys_of(CONFIG))), VALUES), max_size=3),
   st.lists(st.text("abc_", min_size=1, max_size=6), max_size=1),

@@ -181,6 +181,7 @@ def sections(cls):
       yield from sections(kind)
 
 
+@pytest.mark.slow
 def test_every_key_is_read():
   """As an attribute somewhere, or as an argument where a section is spread out."""
   read = set()

@@ -174,6 +174,7 @@ def test_whole_pipelines(imported, golden, kind):
     assert relative_error(prompt.image_JV, image_JV) <= 1e-5
 
 
+@pytest.mark.slow
 def test_one_expert_in_memory_at_a_time(imported, golden):
   model, seen = sampler(imported("t2v-a14b"), low_memory=True), []
   residency = model.autoencoder.residency
@@ -190,6 +191,7 @@ def test_one_expert_in_memory_at_a_time(imported, golden):
   assert relative_error(latent_THWC, golden["t2v-a14b/unipc/8"]) <= 1e-4
 
 
+@pytest.mark.slow
 def test_what_tells_a_model_apart_is_loaded_once(imported):
   model = sampler(imported("i2v-2.1"), low_memory=True)
   residency = model.autoencoder.residency
@@ -213,6 +215,7 @@ def run_of(folder, base, network, shift, begun=None):
   return folder
 
 
+@pytest.mark.slow
 def test_a_run_of_one_expert_samples_and_exports_with_the_other(imported, tmp_path):
   base, mesh = imported("t2v-a14b"), sharding.make_mesh(devices=jax.devices()[:1])
   high = run_of(tmp_path / "high", base, "dit", 1.0)
@@ -241,6 +244,7 @@ def test_a_run_of_one_expert_samples_and_exports_with_the_other(imported, tmp_pa
     np.testing.assert_allclose(load_file(path)[name], theirs[name] + shift, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_of_two_experts_alone_is_an_error(imported, tmp_path, caplog):
   base = imported("t2v-a14b")
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -270,6 +274,7 @@ def test_one_of_two_experts_alone_is_an_error(imported, tmp_path, caplog):
   assert not (tmp_path / "mixed").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_expert_alone_is_used(imported, tmp_path):
   base, alone = imported("t2v-a14b"), tmp_path / "alone"
   shutil.copytree(base / "dit_low", alone / "dit_low")
@@ -324,6 +329,7 @@ def test_exports_what_was_imported(imported, tmp_path, kind):
       np.testing.assert_array_equal(ours[name], value)
 
 
+@pytest.mark.slow
 def test_what_models_of_images_need(imported):
   model = sampler(imported("flf2v-2.1"))
   job = Job("x", size=(WIDTH, HEIGHT), frames=FRAMES, fps=16.0)

@@ -70,6 +70,7 @@ def test_caption_loss_equals_one_in_numpy(seed):
   assert loss < 1e-6 and right == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_contrastive_loss_equals_one_in_numpy(seed):
   rng = np.random.default_rng(seed)

@@ -86,6 +86,7 @@ def test_channels_of_a_mask():
   )
 
 
+@pytest.mark.slow
 def test_each_clip_sees_its_own_condition_and_image(batch):
   """The loss of a clip changes with what is beside it, and not with another's."""
   task = dit_task.make(MODEL, None, dit_task.DiTLossConfig(), 2)

@@ -56,6 +56,7 @@ def large_batch(step=golden.GAN_START, rows=2, size=16):
   }
 
 
+@pytest.mark.slow
 def test_chosen_frames_are_different_and_valid():
   batch = large_batch()
   mask = clip_pixels.valid_mask(batch)

@@ -43,6 +43,7 @@ def names_of(tree):
 # --- training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_but(golden.CASES, ("dit", "vae_plain")))
 def test_golden_losses(case):
   """See golden/make_losses.py."""
@@ -100,6 +101,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RULES)
 def test_every_param_matches_exactly_one_rule(case):
   if case == "dit":
@@ -258,6 +260,7 @@ def test_critic_has_a_logit_for_each_cell_of_the_mask():
     assert logits.shape == video[:, cells, cells, cells, 0].shape
 
 
+@pytest.mark.slow
 def test_critic_on_cpu_equals_plain_convolutions(monkeypatch):
   critic = Discriminator(4, 3)
   video = np.random.default_rng(0).uniform(-1, 1, (2, 5, 24, 17, 3)).astype(np.float32)

@@ -53,6 +53,7 @@ def update(state, batch, **added):
   return made.update(state, signals.to_device(batch, mesh))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "batch, most_norm",
   [
@@ -197,6 +198,7 @@ def test_a_run_that_reads_nothing_saves_nothing(tmp_path):
   assert not list((tmp_path / "toy" / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps, save_every", [(3, 100), (12, 4)])
 def test_a_model_that_saw_nothing_is_not_saved(tmp_path, steps, save_every):
   config = dataclasses.replace(CONFIG, steps=steps, save_every=save_every)
@@ -206,6 +208,7 @@ def test_a_model_that_saw_nothing_is_not_saved(tmp_path, steps, save_every):
   assert not list((tmp_path / "toy" / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_too_many_unreadable_clips_end_a_run(tmp_path):
   faults = dict.fromkeys((1, 3, 5, 7), "unreadable")
   message = r"8 of 16 clips asked for so far cannot be read.*max_unreadable 0\.05.*'c2'"
@@ -255,6 +258,7 @@ def test_spikes_are_those_far_above_the_median():
   assert guards.Guard(CONFIG, state=guard.state()).limit(41) == math.inf
 
 
+@pytest.mark.slow
 def test_a_spike_is_left_out(tmp_path, caplog):
   config = dataclasses.replace(
     CONFIG, steps=30, spike_threshold=10.0, save_every=100, schedule="constant"

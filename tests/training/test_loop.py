@@ -157,6 +157,7 @@ def test_learns_logs_and_evaluates(tmp_path):
   assert (tmp_path / "toy" / "checkpoints" / "60").is_dir()
 
 
+@pytest.mark.slow
 def test_finished_run_returns_at_once(tmp_path):
   state = run(tmp_path)
 
@@ -308,6 +309,7 @@ def test_sigterm_saves_and_exits(tmp_path, undisturbed, cache):
       np.testing.assert_array_equal(arrays[name], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 12])
 def test_sigint_finishes_the_step(tmp_path, step):
   class Interrupted(Batches):

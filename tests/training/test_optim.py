@@ -2,11 +2,13 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sora_jax.training import optim
 from sora_jax.training.config import TrainConfig
 
 
+@pytest.mark.slow
 def test_muon_takes_kernels_of_blocks_stems_and_convolutions_as_matrices():
   """Its first update is the gradient with singular values near 1, times a scale."""
   rng = np.random.default_rng(0)

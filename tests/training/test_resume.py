@@ -106,6 +106,7 @@ def test_a_learning_rate_that_jumps_is_said(tmp_path, caplog, config):
   np.testing.assert_allclose(rates(tmp_path), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_fewer_steps_than_were_planned(tmp_path):
   """Possible as long as no more were made."""
   with pytest.raises(ValueError, match="data ended after 7 of 16"):
@@ -117,6 +118,7 @@ def test_fewer_steps_than_were_planned(tmp_path):
   toy.assert_equal(run(tmp_path / "whole", CONSTANT, 12), cut)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONSTANT, WSD], ids=["constant", "wsd"])
 def test_checkpoints_that_do_not_say_their_steps(tmp_path, caplog, config):
   """Those of version 0.1.0."""
@@ -211,6 +213,7 @@ def test_damage_costs_steps_and_nothing_else(cut, tmp_path, damage, caplog):
   assert [path.name for path in aside.iterdir()] == ["6"]
 
 
+@pytest.mark.slow
 def test_several_damaged_ones_and_then_all(cut, tmp_path, caplog):
   shutil.copytree(cut[0], tmp_path, dirs_exist_ok=True)
   folder = tmp_path / "toy" / "checkpoints"
@@ -239,6 +242,7 @@ def test_another_config_is_no_damage(cut, tmp_path):
   assert not (tmp_path / "toy" / "damaged").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_end_a_training(cut, tmp_path, monkeypatch, caplog):
   disk = FullDisk(monkeypatch)
 

@@ -30,6 +30,7 @@ def write_file(path, tensors, metadata=None):
   return path
 
 
+@pytest.mark.slow
 def test_a_file_of_diffusers_gives_its_output():
   found = lora_files.read(GOLDEN, IMAGE).pairs
   adapters = {}

@@ -94,6 +94,7 @@ def assert_equal(ours, theirs):
   assert error < 1e-5 and largest < 2e-5, (error, largest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "case, kind, size, method, steps",
   [
@@ -134,6 +135,7 @@ def short_rows(sampler):
   return sampler
 
 
+@pytest.mark.slow
 def test_networks_take_turns(imported, samplers, golden, monkeypatch):
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   sampler = short_rows(
@@ -164,6 +166,7 @@ def test_networks_take_turns(imported, samplers, golden, monkeypatch):
   assert loaded == ["text", "dit", "vae", "dit"]
 
 
+@pytest.mark.slow
 def test_weights_in_fewer_bits(imported, samplers, golden, monkeypatch):
   sampler = samplers["t2v-2.1"]
   whole = sampler.params
@@ -213,6 +216,7 @@ def test_without_guidance_there_is_one_pass(samplers, monkeypatch):
   assert texts == [[TOLD["prompt"]], ["", TOLD["prompt"]]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [8, 50])
 @pytest.mark.parametrize("method", METHODS)
 def test_image_to_video(samplers, golden, method, steps):
