@@ -1,4 +1,4 @@
-"""Images with an ICC profile, against the formulas of their colour spaces."""
+"""Images with an ICC profile or colour tags, against what these mean by formulas."""
 
 import itertools
 import struct
@@ -9,11 +9,12 @@ import pytest
 from absl import logging
 from PIL import ImageCms
 
-from sora_jax.data.video import images, reader
+from sora_jax.data.video import images, media, reader
 
 WHITE = (0.3127, 0.3290)
 P3 = ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060))
 ADOBE = ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06))
+BT2020 = ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046))
 SRGB = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
 # Bradford's adaptation of D65 to the white of profiles, D50 (ICC.1, annex E).
 TO_D50 = np.array(
@@ -85,15 +86,17 @@ def cmyk_profile(colour_of):
 
 def encoded_lab(colours):
   """Colours of sRGB as bytes of CIE L*a*b* under D50 (ICC.1, 10.10)."""
-  signal = colours / 255
-  linear = np.where(
-    signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4
-  )
-  xyz = linear @ (TO_D50 @ to_xyz(SRGB)).T / (0.9642, 1.0, 0.8249)
+  xyz = decoded(colours) @ (TO_D50 @ to_xyz(SRGB)).T / (0.9642, 1.0, 0.8249)
   f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
   x, y, z = f.T
   lab = np.stack([(116 * y - 16) * 255 / 100, 500 * (x - y) + 128, 200 * (y - z) + 128])
   return np.round(np.clip(lab.T, 0, 255)).astype(np.uint8)
+
+
+def decoded(colours):
+  """Linear numbers of sRGB's, 0 to 255 (IEC 61966-2-1)."""
+  signal = colours / 255
+  return np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
 
 
 def encoded(linear):
@@ -143,6 +146,70 @@ def test_a_photograph_of_a_phone(tmp_path):
   picture().save(path, icc_profile=rgb_profile(P3), quality=-1, chroma=444)
   error = np.abs(squares(reader.read(path)[0]) - wanted(COLOURS, P3))
   assert error.max() <= 6
+
+
+def tag(path, primaries, transfer):
+  """Says by other numbers of H.273 what the file's colours are."""
+  data = path.read_bytes()
+  before, kind, after = data.partition(b"colrnclx")
+  assert kind
+  path.write_bytes(before + kind + struct.pack(">HH", primaries, transfer) + after[4:])
+
+
+def save_tagged(path, made, primaries, transfer):
+  if path.suffix == ".heic":
+    heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+    heif.register_heif_opener()
+    made.save(path, quality=-1, chroma=444)
+  else:
+    made.save(path, quality=100, subsampling="4:4:4")
+  tag(path, primaries, transfer)
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".heic"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("number, primaries", [(12, P3), (9, BT2020)])
+def test_colours_that_are_told_by_numbers(tmp_path, suffix, mode, number, primaries):
+  path, made = tmp_path / f"a{suffix}", picture()
+  if mode == "RGBA":
+    made.putalpha(255)
+  save_tagged(path, made, number, 13)
+  linear = decoded(np.array(COLOURS))
+  want = encoded(linear @ (np.linalg.inv(to_xyz(SRGB)) @ to_xyz(primaries)).T)
+  assert np.abs(squares(reader.read(path)[0]) - want).max() <= 6
+  assert np.abs(np.array(COLOURS) - want).max() > 15
+
+
+def test_a_profile_says_more_than_numbers(tmp_path):
+  path = tmp_path / "a.avif"
+  options = {"quality": 100, "subsampling": "4:4:4"}
+  picture().save(path, icc_profile=rgb_profile(P3), **options)
+  tag(path, 9, 16)
+  assert np.abs(squares(reader.read(path)[0]) - wanted(COLOURS, P3)).max() <= 6
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".heic"])
+def test_an_image_of_high_dynamic_range(tmp_path, suffix):
+  """Half of standard range's white, 203 cd/m2, by PQ (BT.2100, table 4)."""
+  path = tmp_path / f"a{suffix}"
+  m1, m2, c1, c2, c3 = 0.1593017578125, 78.84375, 0.8359375, 18.8515625, 18.6875
+  y = (0.5 * 203 / 10000) ** m1
+  code = round(255 * ((c1 + c2 * y) / (1 + c3 * y)) ** m2)
+  save_tagged(path, picture([(code,) * 3] * 8), 9, 16)
+  want = 255 * 0.5 ** (1 / 2.4)
+  assert np.abs(squares(reader.read(path)[0]) - want).max() <= 4
+  assert abs(code - want) > 40
+
+
+@pytest.mark.parametrize(
+  "primaries, transfer, reason",
+  [(1, 8, "transfer 8 of H.273"), (10, 13, "primaries 10 of H.273")],
+)
+def test_numbers_that_nothing_knows(tmp_path, primaries, transfer, reason):
+  path = tmp_path / "a.avif"
+  save_tagged(path, picture(), primaries, transfer)
+  with pytest.raises(media.ClipError, match=reason):
+    reader.read(path)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])

@@ -17,7 +17,7 @@ import PIL
 from sora_jax.data import stored
 from sora_jax.runtime import files
 
-FIGURES = 2  # version of what `measure.measure_file` returns
+FIGURES = 3  # version of what `measure.measure_file` returns
 
 
 def version() -> list[str]:

@@ -7,7 +7,7 @@ import PIL.Image
 import PIL.ImageOps
 import PIL.PngImagePlugin
 
-from sora_jax.data.video import colour_profile, media
+from sora_jax.data.video import colour_profile, colour_tags, media
 
 
 def read(path) -> np.ndarray:
@@ -22,13 +22,14 @@ def read(path) -> np.ndarray:
     with PIL.Image.open(source) as image:
       _check_still(path, image)
       image.load()
+      tags = _tags(source) if image.format in colour_tags.FORMATS else None
       image = PIL.ImageOps.exif_transpose(image)
       if image.mode.startswith("I"):  # 16 bit grey, which Pillow would clip
         levels = np.asarray(image).astype(np.float32) / 257
         grey = PIL.Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
         grey.info.update(image.info)
         image = grey
-      image = colour_profile.to_srgb(path, image)
+      image = _to_srgb(path, image, tags)
       pixels = np.asarray(image)
       return over_white(pixels) if image.mode == "RGBA" else pixels
   except media.ClipError:
@@ -38,6 +39,22 @@ def read(path) -> np.ndarray:
     raise media.ClipError(path, f"too large: {reason}") from e
   except media.DECODE_ERRORS as e:
     raise media.ClipError(path, f"not an image ({media.short_message(e)})") from e
+
+
+def _tags(source) -> colour_tags.Tags | None:
+  """What a file says of its colours by numbers; `source` is from `media.opened`."""
+  if isinstance(source, str):
+    with open(source, "rb") as file:
+      return colour_tags.read(file)
+  source.seek(0)
+  return colour_tags.read(source)
+
+
+def _to_srgb(path, image, tags):
+  """By the image's profile, which says more, else by its tags."""
+  if tags is None or image.info.get("icc_profile"):
+    return colour_profile.to_srgb(path, image)
+  return colour_tags.to_srgb(path, image, tags)
 
 
 def _add_heif(path) -> None:

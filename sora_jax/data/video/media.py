@@ -124,7 +124,7 @@ def _videos(container):
   return [s for s in container.streams.video if not s.disposition & cover]
 
 
-def counts_from_zero(container: av.container.InputContainer) -> bool:
+def counts_from_zero(container: av.container.Container) -> bool:
   """Whether the container's times and lengths begin at 0, wherever a stream begins."""
   return "matroska" in container.format.name or container.format.name == "avi"
 
