@@ -14,6 +14,7 @@ from absl import logging
 from sora_jax.data import presence, records
 from sora_jax.data.bad_clips import report_bad_clips
 from sora_jax.data.batches import Batches, first_batches
+from sora_jax.data.caption_texts import CaptionIds
 from sora_jax.data.clips import read_manifest
 from sora_jax.data.packed_dataset import Choice, PackedDataset
 from sora_jax.encoders import autoencoder, model_folders
@@ -44,6 +45,8 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
     rows.train_tokenizer(stage.text.vocab_size, latents, vocabulary)
   sharding.sync("tokenizer")
   texts = rows.caption_texts(recipe, workdir, vocabulary)
+  if isinstance(texts, CaptionIds) and jax.process_index() == 0:
+    texts.warn_of_cut(latents, "config.dit.max_text_tokens")
   host, hosts = sharding.host_shard(mesh)
   shard = {"process_index": host, "process_count": hosts}
   options = rows.packed_options(stage)

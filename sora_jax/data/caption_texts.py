@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+from absl import logging
 
 from sora_jax.data.records import EmptyText, LatentClip
 from sora_jax.data.tokenizer import Tokenizer
 from sora_jax.packing.caption_styles import STYLES, styles_of
+
+_ASKED = 10_000  # captions that tell how many are cut
 
 
 class CaptionTexts(Protocol):
@@ -59,6 +62,17 @@ class CaptionIds:
     """Encodes all captions once."""
     captions = [caption for clip in clips for caption in clip.captions]
     return np.array(self.tokenizer.lengths([*captions, ""], self.max_tokens), np.int64)
+
+  def warn_of_cut(self, clips: Sequence[LatentClip], key: str) -> None:
+    """Logs how many captions are longer than max_tokens, which `key` of a config is."""
+    captions = [caption for clip in clips for caption in clip.captions][:_ASKED]
+    lengths = np.array(self.tokenizer.lengths(captions, 2**30), np.int64)
+    if cut := np.count_nonzero(lengths > self.max_tokens):
+      logging.warning(
+        "%d of %d captions have more than the %d tokens of %s, and their ends are not "
+        "read; the longest has %d",
+        cut, len(captions), self.max_tokens, key, lengths.max(),
+      )  # fmt: skip
 
   def text(self, clip: LatentClip, record: dict, caption: int) -> np.ndarray:
     """Ids, with the end of text."""

@@ -142,7 +142,7 @@ def _of_stage(values, folder) -> Defaults:
   section = values["config"]["sample"]
   options = _options(section)
   negative = section.get("negative_prompt", "")
-  if not (prompts := section.get("prompts")):
+  if not (prompts := section.get("prompts") or _sampled(folder)):
     usual = _of_model(folder)
     return dataclasses.replace(usual, options=options, negative_prompt=negative)
   _, (width, height), frames, fps = min(prompts, key=lambda prompt: prompt[2] == 1)
@@ -153,6 +153,18 @@ def _of_stage(values, folder) -> Defaults:
   longest = max(prompt[2] for prompt in prompts)
   window = longest if 5 <= longest < Defaults.window else Defaults.window
   return Defaults(options, (width, height), frames, fps, window, negative)
+
+
+def _sampled(folder) -> list:
+  """Without prompts of its own the stage takes held-out clips; none before it ran.
+
+  Nor of a published model that was trained further: that has its own defaults.
+  """
+  listed = folder / "sample" / "samples.jsonl"
+  if not listed.is_file() or _of_model(folder) != Defaults():
+    return []
+  rows = map(json.loads, listed.read_text().splitlines())
+  return [(r["prompt"], (r["width"], r["height"]), r["frames"], r["fps"]) for r in rows]
 
 
 def _options(values) -> Options:

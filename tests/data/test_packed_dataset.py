@@ -362,6 +362,21 @@ def test_another_data_set_on_resume_is_logged(latents, caplog):
   assert_equal(take(other, 1)[0], take(Batches(packed(latents, seed=8), 4), 3)[2])
 
 
+def test_captions_that_are_cut_are_counted(latents, caplog):
+  source, clips = latents
+  words = tokenizer.Tokenizer(f"{source}/tokenizer.model")
+  captions = [caption for clip in clips for caption in clip.captions]
+  whole = [len(words.encode(caption, 1000)) for caption in captions]
+  most = sorted(whole)[len(whole) // 2]
+  CaptionIds(words, max(whole)).warn_of_cut(clips, "config.dit.max_text_tokens")
+  assert not caplog.text
+  CaptionIds(words, most).warn_of_cut(clips, "config.dit.max_text_tokens")
+  cut = sum(length > most for length in whole)
+  assert 0 < cut < len(whole)
+  said = f"{cut} of {len(whole)} captions have more than the {most} tokens of config."
+  assert said in caplog.text and f"longest has {max(whole)}" in caplog.text
+
+
 @pytest.mark.slow
 def test_workers_change_nothing(latents):
   want = take(*hosts(latents, 1), 14)

@@ -8,6 +8,7 @@ import pytest
 
 from sora_jax.diffusion.solvers import Options
 from sora_jax.sampling import defaults
+from sora_jax.sampling.conditioning import Request
 from sora_jax.sampling.defaults import Defaults
 from sora_jax.sampling.job import Job
 
@@ -63,6 +64,20 @@ def test_a_run_has_those_of_its_recipe(tmp_path):
   assert defaults.read(tmp_path) == Defaults(Options(), (32, 32), 1, 4.0)
   stage(tmp_path, [], steps=5)
   assert defaults.read(tmp_path) == Defaults(Options(steps=5))
+
+
+def test_a_run_without_prompts_has_those_of_the_clips_that_it_showed(tmp_path):
+  stage(tmp_path, [], steps=5)
+  still = Request("b", 64, 96, 1, 0.0, seed=0)
+  video = Request("a", 256, 144, 29, 16.0, seed=1)
+  rows = [{"file": "x", **dataclasses.asdict(each)} for each in (still, video)]
+  listed = tmp_path / "sample" / "samples.jsonl"
+  listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  expected = Defaults(Options(steps=5), (256, 144), 29, 16.0, 29)
+  assert defaults.read(tmp_path) == expected
+  listed.write_text("{")
+  with pytest.raises(ValueError, match="stage.json: "):
+    defaults.read(tmp_path)
 
 
 @pytest.mark.parametrize(("frames", "window"), [(1, 33), (9, 9), (17, 17), (193, 33)])
