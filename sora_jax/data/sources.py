@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 import math
 import os
 import pathlib
@@ -144,14 +145,18 @@ def _ids(listed: Listing) -> dict[str, str]:
   """Id of each file: its name without the suffix, but with it where that is no one's.
 
   Clips of a file are numbered id#0, id#1, so no file has an id that ends like that.
+  Files of one name, of tar files of one name or of one server, have a mark behind it.
   """
   names = {path: listed.names.get(path, path) for path in listed.rows}
   stems = collections.Counter(os.path.splitext(name)[0] for name in names.values())
+  whole = collections.Counter(names.values())
   taken, ids = set(names.values()), {}
   for path, name in names.items():
     stem = os.path.splitext(name)[0]
     alone = stems[stem] == 1 and stem not in taken and not re.search(r"#\d+$", stem)
     ids[path] = stem if alone else name
+    if whole[name] > 1:
+      ids[path] += "~" + hashlib.sha256(path.encode()).hexdigest()[:8]
   return ids
 
 

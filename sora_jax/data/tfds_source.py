@@ -20,12 +20,11 @@ import urllib.parse
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL.Image
 from absl import logging
 
 from sora_jax.data import tfds_examples
 from sora_jax.data.tfds_examples import Prepared
-from sora_jax.data.video import in_memory
+from sora_jax.data.video import in_memory, pictures
 
 PREFIX = "tfds:"
 _RATES = ("fps", "frame_rate", "framerate")
@@ -229,9 +228,7 @@ def content(folder: str, member: str) -> bytes:
   if not rate:
     return values[0]
   if isinstance(values[0], bytes):
-    frames = [
-      np.asarray(PIL.Image.open(io.BytesIO(value)).convert("RGB")) for value in values
-    ]
+    frames = [pictures.decoded(member, io.BytesIO(value)) for value in values]
     return raw_video(np.stack(frames), float(rate))
   shape = prepared.features[feature]["tensor"]["shape"]["dimensions"]
   video_THWC = np.array(values, np.uint8).reshape([int(n) for n in shape])

@@ -91,6 +91,8 @@ class Ledger:
         row = json.loads(line)
       except ValueError:  # of a disk that has lost something: that is measured again
         continue
+      if not isinstance(row, dict) or "key" not in row:
+        continue
       if row.get("version", self._version) == self._version:
         self._places[row["key"]] = place
 

@@ -101,10 +101,10 @@ def measure_file(path) -> dict[str, Any]:
 
 def _watch(path, info) -> tuple[list[Look], list[list[float]]]:
   """Decodes a video once: looks, and candidates for cuts."""
-  finder, looks, time, size = CutFinder(), _Looks(), 0.0, None
+  finder, looks, time, lasts, size = CutFinder(), _Looks(), 0.0, 0.0, None
   with media.open_video(path) as container:
     try:
-      for frame, time, _ in frames.decode(container, path):
+      for frame, time, lasts in frames.decode(container, path):  # noqa: B007
         # Frames of a video may change their size; what is compared must not.
         size = size or _reduced_size(frame, _CUT_EDGE)
         small = _reduced(frame, size)
@@ -115,7 +115,7 @@ def _watch(path, info) -> tuple[list[Look], list[list[float]]]:
       raise media.ClipError(path, reason) from e
   if not looks.looks:
     raise media.ClipError(path, "no frame can be decoded")
-  if media.is_cut_off(time + 1 / info.fps, info.duration, info.fps):
+  if media.is_cut_off(time + (lasts or 1 / info.fps), info.duration, info.fps):
     raise media.ClipError(
       path, f"damaged: {time:.2f} s can be decoded of {info.duration:.2f} s"
     )

@@ -13,9 +13,9 @@ import numpy as np
 
 from sora_jax.data.video import (
   chroma_siting,
-  images,
   media,
   orientation,
+  pictures,
   resizing,
   tone_mapping,
 )
@@ -114,12 +114,9 @@ class Converter:
       raise media.ClipError(
         self._path, "transparent in high dynamic range, which cannot be converted"
       )
-    if transparent:
-      graph = scaler(frame, source, size, "rgba", base)
-      return lambda frame: images.over_white(_through(graph, frame))
     if not hdr:
-      graph = scaler(frame, source, size, "rgb24", base)
-      return lambda frame: _through(graph, frame)
+      graph = scaler(frame, source, size, "rgba" if transparent else "rgb24", base)
+      return lambda frame: _shown(_through(graph, frame), primaries)
     if primaries not in tone_mapping.PRIMARIES:
       raise media.ClipError(
         self._path,
@@ -131,6 +128,15 @@ class Converter:
     return lambda frame: tone_mapping.to_sdr(
       _through(graph, frame), transfer, primaries, white
     )
+
+
+def _shown(pixels_HWC, primaries):
+  """uint8 [H, W, 3] of standard range, of any primaries, with transparency or none."""
+  if pixels_HWC.shape[-1] == 4:
+    pixels_HWC = pictures.over_white(pixels_HWC)
+  if primaries in tone_mapping.WIDE:
+    return tone_mapping.to_bt709(pixels_HWC, primaries)
+  return pixels_HWC
 
 
 def pixel_aspect(path, stream: av.VideoStream) -> float:

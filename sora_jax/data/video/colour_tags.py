@@ -9,7 +9,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import PIL.Image
 
-from sora_jax.data.video import media, tone_mapping
+from sora_jax.data.video import tone_mapping
+from sora_jax.data.video.clip_error import ClipError
 
 FORMATS = ("AVIF", "HEIF")
 # Transfers of standard range, which browsers take for sRGB's: BT.709, unspecified,
@@ -58,11 +59,11 @@ def to_srgb(path, image: PIL.Image.Image, tags: Tags) -> PIL.Image.Image:
   plain = image.convert("RGBA" if image.has_transparency_data else "RGB")
   is_high = tags.transfer in (tone_mapping.PQ, tone_mapping.HLG)
   if not is_high and tags.transfer not in _STANDARD:
-    raise media.ClipError(path, f"its colours have transfer {tags.transfer} of H.273")
+    raise ClipError(path, f"its colours have transfer {tags.transfer} of H.273")
   # Those of BT.601, both kinds, differ from BT.709's by less than is seen.
   primaries = 1 if tags.primaries in (5, 6, 7) else tags.primaries
   if primaries not in tone_mapping.PRIMARIES:
-    raise media.ClipError(path, f"its colours have primaries {primaries} of H.273")
+    raise ClipError(path, f"its colours have primaries {primaries} of H.273")
   pixels_HWC = np.asarray(plain.convert("RGB"))
   if is_high:
     code_HWC = pixels_HWC.astype(np.uint16) * 257
@@ -70,19 +71,8 @@ def to_srgb(path, image: PIL.Image.Image, tags: Tags) -> PIL.Image.Image:
   elif primaries in (1, 2):
     return plain
   else:
-    pixels_HWC = _from_primaries(pixels_HWC, primaries)
+    pixels_HWC = tone_mapping.to_bt709(pixels_HWC, primaries)
   made = PIL.Image.fromarray(pixels_HWC)
   if plain.mode == "RGBA":
     made.putalpha(plain.getchannel("A"))
   return made
-
-
-def _from_primaries(pixels_HWC, primaries):
-  """uint8 of other primaries as uint8 of sRGB's, by light (IEC 61966-2-1)."""
-  code = np.arange(256) / 255
-  light = np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4)
-  matrix = np.array(tone_mapping.PRIMARIES[primaries], np.float32)
-  light_HWC = np.clip(light.astype(np.float32)[pixels_HWC] @ matrix.T, 0, 1)
-  low_HWC, high_HWC = 12.92 * light_HWC, 1.055 * light_HWC ** (1 / 2.4) - 0.055
-  signal_HWC = np.where(light_HWC <= 0.0031308, low_HWC, high_HWC)
-  return np.round(255 * signal_HWC).astype(np.uint8)

@@ -1,6 +1,7 @@
 """The frames of a video in the order of their times: whole and progressive."""
 
 import collections
+import heapq
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,6 +11,9 @@ from sora_jax.data.video import media
 
 # FFmpeg's own decoders of these leave the transparency out.
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
+_REORDERED = 16  # frames at most that H.264 and HEVC decode before one shown earlier
 
 
 class Timed(NamedTuple):
@@ -36,7 +40,7 @@ def decode(
   if start > 0:
     found = _from(container, path, start)
     first = next(found, None)
-    if first is not None and first.time <= start:
+    if first is not None and first.time <= max(0.0, start - _early(container)):
       yield first
       yield from found
       return
@@ -53,9 +57,7 @@ def _from(container, path, start):
   stream = media.video_stream(container)
   packet = next(p for p in container.demux(stream) if p.pts is not None or not p.size)
   origin = _origin(stream, None if packet.is_discard else packet.pts)
-  # A deinterlaced frame is made of its neighbours, so these must be decoded.
-  interval = 1 / float(stream.average_rate or stream.guessed_rate or 25)
-  before = max(0.0, start - 3 * interval) if _is_interlaced(stream) else start
+  before = max(0.0, start - 2 * _early(container))
   offset = origin + int(before / stream.time_base)
   try:
     container.seek(offset, stream=stream, backward=True)
@@ -74,15 +76,25 @@ def _origin(stream, first):
   return first if is_avi else min(start, first)
 
 
-def _is_interlaced(stream):
-  return stream.codec_context.field_order > 1  # 0 is unknown, 1 progressive
+def _early(container) -> float:
+  """Seconds before a frame from which on it must be decoded to be what it is.
+
+  A deinterlaced frame is made of its neighbours.
+  """
+  stream = media.video_stream(container)
+  if stream.codec_context.field_order == 1:  # progressive; 0 is unknown
+    return 0.0
+  return 1.5 / float(stream.average_rate or stream.guessed_rate or 25)
 
 
 def _timed(container, path, origin):
   """Frames with their times; without an origin the first frame has time 0."""
   stream = media.video_stream(container)
   base = float(stream.time_base)
-  for frame in _progressive(_decoded(container, stream, path), stream):
+  shown = _decoded(container, stream, path)
+  if container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc"):
+    shown = _in_order(shown)
+  for frame in _progressive(shown, stream):
     if frame.pts is None:
       continue
     if origin is None:
@@ -108,6 +120,29 @@ def _decoded(container, stream, path):
   context.thread_count = 1
   for packet in container.demux(stream):
     yield from context.decode(packet)
+
+
+def _in_order(shown) -> Iterator[av.VideoFrame]:
+  """Frames in the order in which they are shown, with rising times.
+
+  AVI has no times of showing. FFmpeg takes those of decoding, which is in another order
+  where frames refer to later ones.
+  """
+  times: list[int] = []
+  waiting: collections.deque = collections.deque()
+  for frame in shown:
+    if frame.pts is None:
+      continue
+    heapq.heappush(times, frame.pts)
+    waiting.append(frame)
+    if len(waiting) > _REORDERED:
+      first = waiting.popleft()
+      first.pts = heapq.heappop(times)
+      yield first
+  while waiting:
+    first = waiting.popleft()
+    first.pts = heapq.heappop(times)
+    yield first
 
 
 def _progressive(frames, stream) -> Iterator[av.VideoFrame]:

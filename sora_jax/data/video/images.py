@@ -4,10 +4,12 @@ import pathlib
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import PIL.PngImagePlugin
 
-from sora_jax.data.video import colour_profile, colour_tags, media
+from sora_jax.data.video import media, pictures
+
+# Of damaged AVIFs, and of damaged metadata, Pillow raises these, too.
+_ERRORS = (*media.DECODE_ERRORS, RuntimeError, TypeError, AttributeError)
 
 
 def read(path) -> np.ndarray:
@@ -17,44 +19,18 @@ def read(path) -> np.ndarray:
     ClipError: the file is damaged, or no image.
   """
   _add_heif(path)
-  source = media.opened(path)
   try:
-    with PIL.Image.open(source) as image:
-      _check_still(path, image)
-      image.load()
-      tags = _tags(source) if image.format in colour_tags.FORMATS else None
-      image = PIL.ImageOps.exif_transpose(image)
-      if image.mode.startswith("I"):  # 16 bit grey, which Pillow would clip
-        levels = np.asarray(image).astype(np.float32) / 257
-        grey = PIL.Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
-        grey.info.update(image.info)
-        image = grey
-      image = _to_srgb(path, image, tags)
-      pixels = np.asarray(image)
-      return over_white(pixels) if image.mode == "RGBA" else pixels
+    source = media.opened(path)
+    # Of a path Pillow maps uncompressed TIFFs into memory, those on their side wrongly.
+    with open(source, "rb") if isinstance(source, str) else source as file:
+      return pictures.decoded(path, file)
   except media.ClipError:
     raise
   except PIL.Image.DecompressionBombError as e:  # found before anything is allocated
     reason = str(e).partition(", could be")[0]
     raise media.ClipError(path, f"too large: {reason}") from e
-  except media.DECODE_ERRORS as e:
+  except _ERRORS as e:
     raise media.ClipError(path, f"not an image ({media.short_message(e)})") from e
-
-
-def _tags(source) -> colour_tags.Tags | None:
-  """What a file says of its colours by numbers; `source` is from `media.opened`."""
-  if isinstance(source, str):
-    with open(source, "rb") as file:
-      return colour_tags.read(file)
-  source.seek(0)
-  return colour_tags.read(source)
-
-
-def _to_srgb(path, image, tags):
-  """By the image's profile, which says more, else by its tags."""
-  if tags is None or image.info.get("icc_profile"):
-    return colour_profile.to_srgb(path, image)
-  return colour_tags.to_srgb(path, image, tags)
 
 
 def _add_heif(path) -> None:
@@ -69,23 +45,6 @@ def _add_heif(path) -> None:
   except ImportError as e:
     raise media.ClipError(path, "reading it needs `pip install pillow-heif`") from e
   pillow_heif.register_heif_opener()
-
-
-def _check_still(path, image) -> None:
-  """Raises ClipError for a file of several pictures, of which one would be taken.
-
-  Further ones of a phone's .jpg and .heic are depth maps and previews.
-  """
-  count = getattr(image, "n_frames", 1)
-  if count > 1 and image.format in ("WEBP", "TIFF", "AVIF", "PNG"):
-    raise media.ClipError(path, f"{count} pictures in it, an animation or pages")
-
-
-def over_white(rgba: np.ndarray) -> np.ndarray:
-  """Lays uint8 [..., 4] over white: uint8 [..., 3]."""
-  alpha = rgba[..., 3:].astype(np.uint16)
-  rgb = rgba[..., :3] * alpha + 255 * (255 - alpha)
-  return ((rgb + 127) // 255).astype(np.uint8)
 
 
 def write(path: pathlib.Path, frame_HWC: np.ndarray, metadata: dict[str, str]) -> None:

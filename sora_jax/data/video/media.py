@@ -7,6 +7,7 @@ from typing import BinaryIO
 import av
 
 from sora_jax.data import stored
+from sora_jax.data.video.clip_error import ClipError
 
 # What is read, in the order in which messages name them.
 IMAGE_SUFFIXES = (
@@ -26,18 +27,6 @@ MOST_PIXELS = 1 << 26
 DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, SyntaxError, EOFError)
 # What FFmpeg alone raises, once a file is open: any other error is a fault of ours.
 VIDEO_ERRORS = (av.error.FFmpegError, OSError, EOFError)
-
-
-class ClipError(ValueError):
-  """A media file that cannot be used; `reason` is the message without the path."""
-
-  def __init__(self, path, reason):
-    super().__init__(path, reason)  # both in args, so that it pickles
-    self.path = str(path)
-    self.reason = reason
-
-  def __str__(self):
-    return f"{self.path}: {self.reason}"
 
 
 def check_file(path) -> None:
@@ -90,16 +79,16 @@ def open_video(path) -> av.container.InputContainer:
     container = av.open(source, "r", metadata_errors="replace")
   except DECODE_ERRORS as e:
     raise ClipError(path, f"not a video ({short_message(e)})") from e
-  videos = _videos(container)
-  if not videos:
+  video = _video(container)
+  if video is None:
     pictures = len(container.streams.video)
     container.close()
     only = ", only a cover picture" if pictures else ""
     raise ClipError(path, f"no video stream in it{only}")
-  if videos[0].codec_context is None:
+  if video.codec_context is None:
     container.close()
     raise ClipError(path, "its codec is none that FFmpeg knows")
-  context = videos[0].codec_context
+  context = video.codec_context
   if context.width * context.height > MOST_PIXELS:
     container.close()
     raise ClipError(
@@ -110,23 +99,29 @@ def open_video(path) -> av.container.InputContainer:
   # Frames that grow in the middle of a file are for the decoder to refuse.
   context.options = {"max_pixels": str(MOST_PIXELS)}
   # Pipelines decode in many processes, so each one keeps to a single thread.
-  videos[0].thread_count = 1
+  video.thread_count = 1
   return container
 
 
 def video_stream(container: av.container.InputContainer) -> av.VideoStream:
-  """The first video, and no cover picture, of what `open_video` opened."""
-  return _videos(container)[0]
+  """The video, and no cover picture, of what `open_video` opened."""
+  found = _video(container)
+  assert found is not None  # `open_video` has looked
+  return found
 
 
-def _videos(container):
+def _video(container) -> av.VideoStream | None:
+  """The video that FFmpeg, and players by it, would show; no cover picture."""
   cover = av.stream.Disposition.attached_pic
-  return [s for s in container.streams.video if not s.disposition & cover]
+  videos = [s for s in container.streams.video if not s.disposition & cover]
+  best = container.streams.best("video")
+  return best if best in videos else next(iter(videos), None)
 
 
 def counts_from_zero(container: av.container.Container) -> bool:
   """Whether the container's times and lengths begin at 0, wherever a stream begins."""
-  return "matroska" in container.format.name or container.format.name == "avi"
+  name = container.format.name
+  return "matroska" in name or name in ("avi", "asf", "flv")
 
 
 def declared_duration(stream: av.VideoStream, begin: float) -> float | None:
@@ -153,7 +148,7 @@ def declared_total(container: av.container.InputContainer) -> float | None:
   if not container.duration:
     return None
   total = container.duration / av.time_base
-  if "matroska" in container.format.name:
+  if counts_from_zero(container):
     total -= max(0, container.start_time or 0) / av.time_base
   return total
 

@@ -1,4 +1,4 @@
-"""High dynamic range, PQ and HLG of BT.2100, as standard range.
+"""High dynamic range, PQ and HLG of BT.2100, as standard range; wide primaries as BT.709.
 
 What standard range can show stays as it is: BT.2408 puts its white at 203 cd/m2, and up
 to three quarters of that nothing changes. What is brighter, up to 1000 cd/m2 as HLG's
@@ -30,6 +30,7 @@ _P3_TO_BT709 = (
 )
 _SAME = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 # Unspecified is BT.2020: BT.2100 has no other.
+WIDE = (9, 12)  # those that hold colours which BT.709 has not
 PRIMARIES = {1: _SAME, 2: _BT2020_TO_BT709, 9: _BT2020_TO_BT709, 12: _P3_TO_BT709}
 
 
@@ -58,6 +59,25 @@ def to_sdr(
   light_HWC *= shoulder(brightest_HW1) / np.maximum(brightest_HW1, 1e-6)
   np.clip(light_HWC, 0, 1, out=light_HWC)
   return np.round(255 * light_HWC ** (1 / 2.4)).astype(np.uint8)
+
+
+def to_bt709(pixels_HWC: np.ndarray, primaries: int) -> np.ndarray:
+  """Maps standard range of wider primaries to BT.709's, by light (IEC 61966-2-1).
+
+  Args:
+    pixels_HWC: uint8 [H, W, 3], R'G'B'.
+    primaries: one of PRIMARIES.
+
+  Returns:
+    uint8 [H, W, 3]; colours that BT.709 has not are cut off.
+  """
+  code = np.arange(256) / 255
+  light = np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4)
+  matrix = np.array(PRIMARIES[primaries], np.float32)
+  light_HWC = np.clip(light.astype(np.float32)[pixels_HWC] @ matrix.T, 0, 1)
+  low_HWC, high_HWC = 12.92 * light_HWC, 1.055 * light_HWC ** (1 / 2.4) - 0.055
+  signal_HWC = np.where(light_HWC <= 0.0031308, low_HWC, high_HWC)
+  return np.round(255 * signal_HWC).astype(np.uint8)
 
 
 def shoulder(light: np.ndarray) -> np.ndarray:
