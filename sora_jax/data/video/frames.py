@@ -13,7 +13,7 @@ from sora_jax.data.video import media
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
-_REORDERED = 16  # frames at most that H.264 and HEVC decode before one shown earlier
+_REORDERED = 16  # frames at most that H.264 decodes before one that is shown earlier
 
 
 class Timed(NamedTuple):
@@ -92,7 +92,7 @@ def _timed(container, path, origin):
   stream = media.video_stream(container)
   base = float(stream.time_base)
   shown = _decoded(container, stream, path)
-  if container.format.name == "avi" and stream.codec_context.name in ("h264", "hevc"):
+  if container.format.name == "avi" and stream.codec_context.name == "h264":
     shown = _in_order(shown)
   for frame in _progressive(shown, stream):
     if frame.pts is None:

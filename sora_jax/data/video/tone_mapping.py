@@ -1,4 +1,4 @@
-"""High dynamic range, PQ and HLG of BT.2100, as standard range; wide primaries as BT.709.
+"""High dynamic range, PQ and HLG of BT.2100, as standard; wide primaries as BT.709.
 
 What standard range can show stays as it is: BT.2408 puts its white at 203 cd/m2, and up
 to three quarters of that nothing changes. What is brighter, up to 1000 cd/m2 as HLG's
