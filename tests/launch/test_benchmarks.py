@@ -21,7 +21,7 @@ sys.path.pop(0)
 
 SCRIPTS = (
   "clip_cache", "compare_diffusers", "compare_gpu", "data_engines", "import_memory",
-  "packing", "safety", "sampling", "scene_cuts", "training", "vae_memory",
+  "loaders", "packing", "safety", "sampling", "scene_cuts", "training", "vae_memory",
 )  # fmt: skip
 
 
