@@ -128,15 +128,12 @@ def _with_both_splits(found, source):
     return found
   if len(found) == 1:
     raise ValueError(f"{source}: one clip only; training needs another to evaluate on")
-  logging.warning(
-    "all clips are of split %r: holding out the last one, %s",
-    found[0].split,
-    found[-1].id,
-  )
-  return [
-    *(dataclasses.replace(clip, split="train") for clip in found[:-1]),
-    dataclasses.replace(found[-1], split="heldout"),
-  ]
+  if found[0].split == "heldout":
+    raise ValueError(
+      f"{source}: all {len(found)} clips are marked as held out; training needs some"
+    )
+  logging.warning("no clip is held out: the last one is now, %s", found[-1].id)
+  return [*found[:-1], dataclasses.replace(found[-1], split="heldout")]
 
 
 def _main(argv):

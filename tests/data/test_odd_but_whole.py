@@ -10,13 +10,16 @@ import av
 import numpy as np
 import PIL.Image
 import pytest
+import tiny
 from data import video_files
 from data.media_samples import noise, numbered, numbers
 from data.test_colour_profiles import COLOURS, P3, SRGB, decoded, encoded, to_xyz
 
+from sora_jax import prepare
 from sora_jax.data import clips, listing, sources
 from sora_jax.data.intake import ledger, measure
 from sora_jax.data.video import media, probe, reader, writer
+from sora_jax.run import recipe as recipes
 
 LIMITS = {"max_frames": 17, "max_pixels": 64 * 96, "size_multiple": 16}
 
@@ -258,3 +261,15 @@ def test_all_kinds_of_odd_files_are_counted(tmp_path):
   assert [reason for _, reason in rejected] == [
     "9 pictures in it, an animation or pages"
   ] * 2
+
+
+def test_a_manifest_that_holds_all_clips_out(tmp_path):
+  folder = tmp_path / "clips"
+  for number in range(3):
+    writer.write(folder / f"{number}.mp4", noise(9), 8)
+  rows = [{"path": f"{number}.mp4", "split": "heldout"} for number in range(3)]
+  clips.write_lines(folder / "manifest.jsonl", map(json.dumps, rows))
+  config = tiny.get_config()
+  config.data.source = str(folder)
+  with pytest.raises(ValueError, match="all 3 clips are marked as held out"):
+    prepare.run(recipes.read(config), tmp_path / "run")
