@@ -273,3 +273,11 @@ def test_a_manifest_that_holds_all_clips_out(tmp_path):
   config.data.source = str(folder)
   with pytest.raises(ValueError, match="all 3 clips are marked as held out"):
     prepare.run(recipes.read(config), tmp_path / "run")
+
+
+def test_keys_of_a_manifest_that_nothing_reads(tmp_path, caplog):
+  writer.write(tmp_path / "a.mp4", noise(9), 8)
+  row = {"path": "a.mp4", "caption": "x", "start": 0.5, "end": 1.0}
+  clips.write_lines(tmp_path / "manifest.jsonl", [json.dumps(row)])
+  sources.scan(tmp_path, **LIMITS)
+  assert "manifest.jsonl: keys that nothing reads: end, start" in caplog.text

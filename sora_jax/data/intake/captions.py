@@ -5,10 +5,13 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from absl import logging
+
 from sora_jax.data import clips, parquet_rows, text_file
 from sora_jax.data.intake import find
 
 MANIFESTS = ("manifest.jsonl", "manifest.parquet")
+_READ = {"path", "caption", "captions", "split", "truth"}  # keys of a row
 
 
 class LeftOut(Exception):
@@ -61,7 +64,8 @@ def read_manifest(
   """
   rows: dict[str, dict[str, Any]] = {}
   spelled: set[str] = set()
-  left_out = []
+  left_out: list[tuple[str, str]] = []
+  others: set[str] = set()
   read = parquet_rows.read_rows if path.suffix == ".parquet" else clips.read_rows
   for number, row in read(path):
     where = f"{path}:{number}"
@@ -71,6 +75,7 @@ def read_manifest(
     if name in spelled:
       raise ValueError(f"{where}: {name} occurs twice")
     spelled.add(name)
+    others |= row.keys() - _READ
     try:
       key = locate(name, where)
       if key in rows:
@@ -78,6 +83,8 @@ def read_manifest(
       rows[key] = {**row, "captions": of_row(row, where)}
     except LeftOut as e:
       left_out.append((os.path.join(root, name), str(e)))
+  if others:
+    logging.warning("%s: keys that nothing reads: %s", path, ", ".join(sorted(others)))
   return rows, left_out
 
 
