@@ -11,8 +11,8 @@ from sora_jax.data.video import media
 
 # FFmpeg's own decoders of these leave the transparency out.
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-
-
+# Decoders of formats that know no interlaced pictures.
+_PROGRESSIVE = ("vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "gif")
 _REORDERED = 16  # frames at most that H.264 decodes before one that is shown earlier
 
 
@@ -82,7 +82,8 @@ def _early(container) -> float:
   A deinterlaced frame is made of its neighbours.
   """
   stream = media.video_stream(container)
-  if stream.codec_context.field_order == 1:  # progressive; 0 is unknown
+  context = stream.codec_context
+  if context.field_order == 1 or context.name in _PROGRESSIVE:  # 0 is unknown
     return 0.0
   return 1.5 / float(stream.average_rate or stream.guessed_rate or 25)
 
