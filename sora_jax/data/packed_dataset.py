@@ -36,7 +36,6 @@ class PackedOptions:
     extra_prob: share of videos with image latents appended, where there are any.
     synthetic_captions: share of visits with a caption that a model wrote, of clips that
       have such and others.
-    latent_mean, latent_std: of each channel, or one number.
     condition_width, image: of a model that reads given frames beside the noise, see
       `packed_row.RowSize`.
   """
@@ -48,15 +47,8 @@ class PackedOptions:
   given_prob: float = 0.5
   extra_prob: float = 0.25
   synthetic_captions: float = 0.95
-  latent_mean: np.ndarray | float = 0.0
-  latent_std: np.ndarray | float = 1.0
   condition_width: int = 0
   image: tuple[int, int] | None = None
-
-  def normalize(self, latent: np.ndarray) -> np.ndarray:
-    """Latents [..., C] of a record as the DiT has them."""
-    mean = np.asarray(self.latent_mean, np.float32)
-    return (latent - mean) / np.asarray(self.latent_std, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,13 +266,12 @@ def segment_of(
   scale = options.reference_fps / clip.fps
   grid = patches.grid_shape(clip.shape, options.patch_size)
   given_L = draws.draw_given(rng, grid, options.given_prob).reshape(-1)
-  latent_THWC = options.normalize(record["latent_THWC"])
-  patch_LP = patches.patchify(latent_THWC, options.patch_size)
+  patch_LP = patches.patchify(record["latent_THWC"], options.patch_size)
   times = np.zeros(0, np.float32)
   if extra_count:
     chosen = np.sort(rng.permutation(len(clip.extras))[:extra_count])
     times = np.array([clip.extras[i] for i in chosen], np.float32) * scale
-    extras_NHWC = options.normalize(record["extras_NHWC"][chosen])
+    extras_NHWC = record["extras_NHWC"][chosen]
     extra_NLP = patches.patchify(extras_NHWC[:, None], options.patch_size)
     extra_LP = extra_NLP.reshape(-1, patch_LP.shape[1])
     patch_LP = np.concatenate([patch_LP, extra_LP])
