@@ -183,6 +183,7 @@ def test_samples(process, target):
     assert len(same) == 1 or set(same) == {"euler", "ddim"}, same
 
 
+@pytest.mark.slow
 def test_a_network_that_says_zero():
   """Samples follow by hand."""
   zeros = jax.tree.map(np.zeros_like, params(0))

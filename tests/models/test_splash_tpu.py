@@ -67,7 +67,7 @@ DTYPES = [(jnp.float32, 1e-5), pytest.param(jnp.bfloat16, 0.03, marks=pytest.mar
 @pytest.mark.parametrize(
   "keys",
   [
-    pytest.param(QUERIES, id="clips", marks=pytest.mark.slow),
+    pytest.param(QUERIES, id="clips"),
     pytest.param(CAPTIONS, id="captions"),
     pytest.param(MANY, id="many"),
   ],

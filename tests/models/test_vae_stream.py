@@ -192,7 +192,7 @@ def same_pixels(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(["small", "fold"], ("fold",)))
+@pytest.mark.parametrize("name", ["small", "fold"])
 def test_autoencoder_streams(folder, name):
   autoencoder = load(folder / name)
   factor = autoencoder.config.space_factor

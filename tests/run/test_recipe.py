@@ -34,7 +34,8 @@ def config_cases():
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
       continue
-    yield pytest.param(module.get_config, id=path.stem)
+    slow = [pytest.mark.slow] * (path.stem in ("captioner", "pod"))
+    yield pytest.param(module.get_config, id=path.stem, marks=slow)
     parameters = inspect.signature(module.get_config).parameters
     default = parameters["variant"].default if parameters else None
     for variant in getattr(module, "VARIANTS", ()):

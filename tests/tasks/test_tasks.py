@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from golden import make_losses as golden
 from jax.sharding import PartitionSpec
-from markers import slow_but
 
 from sora_jax.evaluation import vae_health
 from sora_jax.models import discriminator
@@ -44,7 +43,7 @@ def names_of(tree):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", slow_but(golden.CASES, ("dit", "vae_plain")))
+@pytest.mark.parametrize("case", golden.CASES)
 def test_golden_losses(case):
   """See golden/make_losses.py."""
   expected = json.loads(golden.PATH.read_text())[case]
@@ -55,7 +54,8 @@ def test_golden_losses(case):
     np.testing.assert_allclose(curve, expected[name], rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("name", slow_but(("dit/loss", "vae/l1"), ("dit/loss",)))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("dit/loss", "vae/l1"))
 def test_tasks_learn(name):
   """Until the VAE begins to feel its critic."""
   case, metric = name.split("/")
@@ -303,6 +303,7 @@ def test_dit_loss_ignores_padding():
   assert_equal(other_metrics, metrics)
 
 
+@pytest.mark.slow
 def test_dit_loss_is_the_mean_over_noisy_tokens():
   """At init the prediction is 0, so the error of a token is |eps - x0|^2 itself."""
   batch, params = dit_batch(), initial_params("dit")

@@ -48,7 +48,7 @@ def rates(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "config",
-  [CONSTANT, pytest.param(WSD, marks=pytest.mark.slow)],
+  [CONSTANT, WSD],
   ids=["constant", "wsd"],
 )
 def test_more_steps_equal_a_run_that_had_them_from_the_start(tmp_path, config):
