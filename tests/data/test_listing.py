@@ -418,6 +418,19 @@ def test_a_manifest_here_may_name_files_of_servers(server, tmp_path):
   assert all(read_clip(clip).shape == (9, 48, 64, 3) for clip in found)
 
 
+def test_addresses_that_differ_only_in_what_is_asked(server, folder, tmp_path):
+  (folder / "again.mp4").write_bytes(OTHER)
+  path = tmp_path / "list.jsonl"
+  rows = [{"path": f"{server}/again.mp4?id={i}", "caption": f"{i}"} for i in (1, 2)]
+  path.write_text("\n".join(map(json.dumps, rows)))
+  ids = []
+  for _ in range(2):
+    found, rejected = scan(path, tmp_path, allow_outside=True)
+    assert {clip.captions for clip in found} == {("1",), ("2",)} and not rejected
+    ids.append({clip.captions: clip.id for clip in found})
+  assert ids[0] == ids[1] and len({*ids[0].values()}) == 2
+
+
 # --- mixtures
 
 

@@ -114,6 +114,16 @@ def test_media_of_all_kinds_have_their_very_pixels(make, kind):
   )
 
 
+@pytest.mark.parametrize(
+  "pixel, kind, want", [((200, 0, 0, 0), np.uint8, 255), (20000, np.uint16, 78)]
+)
+def test_encoded_frames_are_what_files_of_them_are(make, pixel, kind, want):
+  """Transparency lies on white; grey of 16 bits is not cut off at 8."""
+  frame = np.full((*VIDEO.shape[1:3], *np.shape(pixel)), pixel, kind)
+  source = make({"video": SEQUENCE}, {"video": [png(frame)] * 9})
+  assert (read(scan(source, fps=8.0)[0]) == want).all()
+
+
 def test_an_image_is_a_clip_of_one_frame(make):
   example = {"image": io.BytesIO(png(VIDEO[0])), "label": "dog"}
   features = {"image": F.Image(), "label": F.ClassLabel(names=["cat", "dog"])}
