@@ -142,9 +142,12 @@ def _of_stage(values, folder) -> Defaults:
   section = values["config"]["sample"]
   options = _options(section)
   negative = section.get("negative_prompt", "")
-  if not (prompts := section.get("prompts") or _sampled(folder)):
+  if not (prompts := section.get("prompts")):
     usual = _of_model(folder)
-    return dataclasses.replace(usual, options=options, negative_prompt=negative)
+    # Unless a published model says its own, they are those of the clips it has shown.
+    prompts = _sampled(folder) if usual == Defaults() else []
+    if not prompts:
+      return dataclasses.replace(usual, options=options, negative_prompt=negative)
   _, (width, height), frames, fps = min(prompts, key=lambda prompt: prompt[2] == 1)
   # As the stage has it: 0 is the rate that the model was trained at.
   fps = fps or checkpoint.load_meta(folder / "dit" / "model")["reference_fps"]
@@ -156,12 +159,9 @@ def _of_stage(values, folder) -> Defaults:
 
 
 def _sampled(folder) -> list:
-  """Without prompts of its own the stage takes held-out clips; none before it ran.
-
-  Nor of a published model that was trained further: that has its own defaults.
-  """
+  """What the stage has made, as config.sample.prompts has it; nothing before it ran."""
   listed = folder / "sample" / "samples.jsonl"
-  if not listed.is_file() or _of_model(folder) != Defaults():
+  if not listed.is_file():
     return []
   rows = map(json.loads, listed.read_text().splitlines())
   return [(r["prompt"], (r["width"], r["height"]), r["frames"], r["fps"]) for r in rows]

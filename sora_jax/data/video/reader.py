@@ -105,10 +105,9 @@ def _choose(container, path, start, count, fps):
   interval = 1 / rate if rate else 0.04
   # Containers round times to their tick, so k / fps may fall just before its frame.
   slack = min(max(float(stream.time_base), 1e-3), 0.25 * interval)
-  emitted, held, time, end, begin = 0, None, float("inf"), 0.0, 0.0
+  emitted, held, time, end = 0, None, float("inf"), 0.0
   for frame, now, duration in decoded.decode(container, path, start):
     time, before = now, time
-    begin = float(frame.pts * stream.time_base) - now
     # Some files do not say how long the last frame stays.
     end = time + (duration or max(interval, time - before))
     if fps is None:
@@ -126,6 +125,7 @@ def _choose(container, path, start, count, fps):
     while emitted != count and start + emitted / fps < end - slack:
       yield held
       emitted += 1
+  begin = 0.0 if held is None else float(held.pts * stream.time_base) - time
   declared = media.declared_duration(stream, begin)
   if declared is None and len(container.streams) == 1:
     declared = media.declared_total(container)

@@ -29,8 +29,8 @@ _P3_TO_BT709 = (
   (-0.019638, -0.078636, 1.098274),
 )
 _SAME = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
-# Unspecified is BT.2020: BT.2100 has no other.
 WIDE = (9, 12)  # those that hold colours which BT.709 has not
+# Unspecified is BT.2020: BT.2100 has no other.
 PRIMARIES = {1: _SAME, 2: _BT2020_TO_BT709, 9: _BT2020_TO_BT709, 12: _P3_TO_BT709}
 
 
