@@ -18,17 +18,10 @@ from data.test_colour_profiles import COLOURS, P3, SRGB, decoded, encoded, to_xy
 from sora_jax import prepare
 from sora_jax.data import clips, listing, sources
 from sora_jax.data.intake import ledger, measure
-from sora_jax.data.video import media, probe, reader, writer
+from sora_jax.data.video import media, pictures, probe, reader, writer
 from sora_jax.run import recipe as recipes
 
 LIMITS = {"max_frames": 17, "max_pixels": 64 * 96, "size_multiple": 16}
-
-
-def yuv(video_THWC):
-  return [
-    av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
-    for frame in video_THWC
-  ]
 
 
 def test_a_last_frame_that_stays(tmp_path):
@@ -43,7 +36,7 @@ def test_a_last_frame_that_stays(tmp_path):
 def test_frames_in_avi_that_refer_to_later_ones(tmp_path):
   path = tmp_path / "a.avi"
   options = {"g": "8", "bf": "3", "qp": "4"}
-  video_files.write(path, yuv(numbered(33)), fps=10, options=options)
+  video_files.write(path, video_files.yuv_frames(numbered(33)), fps=10, options=options)
   with av.open(str(path)) as container:
     times = [frame.pts for frame in container.decode(video=0)]
   assert times != sorted(times)  # else the file shows nothing
@@ -149,7 +142,7 @@ def test_the_film_behind_another_track(tmp_path, kind):
 def test_windows_media_that_begins_late(tmp_path, late):
   path = tmp_path / "a.wmv"
   pts = [late + n for n in range(33)]
-  video_files.write(path, yuv(numbered(33)), "wmv2", fps=10, pts=pts,
+  video_files.write(path, video_files.yuv_frames(numbered(33)), "wmv2", fps=10, pts=pts,
                     options={"b": "2M"})  # fmt: skip
   info = probe.probe(path)
   assert info.frames == 33 and info.duration == pytest.approx(3.3, abs=0.11)
@@ -159,8 +152,11 @@ def test_windows_media_that_begins_late(tmp_path, late):
 def test_flash_of_h264_whose_frames_stay_for_different_times(tmp_path):
   path = tmp_path / "a.flv"
   pts = np.cumsum([0, *np.random.default_rng(1).choice([1, 1, 1, 2, 5], 32)])
-  video_files.write(path, yuv(numbered(33)), fps=10, pts=pts.tolist(),
-                    options={"bf": "2", "g": "8", "qp": "10"})  # fmt: skip
+  frames, options = (
+    video_files.yuv_frames(numbered(33)),
+    {"bf": "2", "g": "8", "qp": "10"},
+  )
+  video_files.write(path, frames, fps=10, pts=pts.tolist(), options=options)
   assert probe.probe(path).frames == 33
   assert numbers(reader.read(path), 33) == list(range(33))
 
@@ -173,7 +169,9 @@ def test_a_window_of_interlaced_video_is_a_part_of_the_whole(tmp_path, name, cod
   edges = rng.integers(0, 255, (8, 12, 3), np.uint8).repeat(8, 0).repeat(8, 1)
   video = np.stack([np.roll(edges, 2 * t, 1) for t in range(33)])
   options = {"flags": "+ildct+ilme", "g": "8", "b": "4M"}
-  video_files.write(tmp_path / name, yuv(video), codec, fps=25, options=options)
+  video_files.write(
+    tmp_path / name, video_files.yuv_frames(video), codec, fps=25, options=options
+  )
   whole = reader.read(tmp_path / name)
   for start in range(30):
     part = reader.read(tmp_path / name, start=start / 25, fps=25.0, frames=3)
@@ -228,7 +226,6 @@ def test_a_line_of_measurements_that_is_none(tmp_path, line):
 
 def test_encoded_images_are_read_as_files_are(tmp_path):
   """Pictures in a data set: transparency on white, 16 bits, turned, by `pictures`."""
-  from sora_jax.data.video import pictures
 
   def bytes_of(image, kind="png", **options):
     file = io.BytesIO()

@@ -17,10 +17,7 @@ MS = fractions.Fraction(1, 1000)
 
 def encoded(frames, count, size=(48, 64)):
   """VideoFrames that tell their number by brightness."""
-  return [
-    av.VideoFrame.from_ndarray(a, format="rgb24").reformat(format="yuv420p")
-    for a in numbered(frames, *size)[:count]
-  ]
+  return video_files.yuv_frames(numbered(frames, *size)[:count])
 
 
 def with_sound(path, codec, sound_codec, late):
@@ -96,8 +93,7 @@ def test_an_avi_that_starts_late(tmp_path, late):
 def test_a_late_file_that_is_cut_off_is_still_refused(tmp_path, suffix, reason):
   path, fps = tmp_path / f"a{suffix}", 10
   pts = [3 * fps + n for n in range(40)]
-  frames = [av.VideoFrame.from_ndarray(a, format="rgb24") for a in noise(40)]
-  frames = [frame.reformat(format="yuv420p") for frame in frames]
+  frames = video_files.yuv_frames(noise(40))
   video_files.write(path, frames, fps=fps, pts=pts)
   data = path.read_bytes()
   path.write_bytes(data[: len(data) // 2])
@@ -216,8 +212,7 @@ def test_pictures_of_the_cover_are_no_video(tmp_path):
 @pytest.mark.parametrize("suffix", [".mp4", ".ts", ".avi"])
 def test_damage_in_the_middle_is_noticed(tmp_path, suffix):
   path = tmp_path / f"a{suffix}"
-  frames = [av.VideoFrame.from_ndarray(a, format="rgb24") for a in noise(30)]
-  frames = [frame.reformat(format="yuv420p") for frame in frames]
+  frames = video_files.yuv_frames(noise(30))
   codec = "mpeg4" if suffix == ".avi" else "libx264"
   options = {"g": "10"} | ({"b": "3M"} if suffix == ".avi" else {"qp": "20"})
   video_files.write(path, frames, codec, fps=10, options=options)

@@ -43,6 +43,14 @@ def write(
     container.mux(stream.encode(None))
 
 
+def yuv_frames(video_THWC):
+  """RGB pictures as frames of 4:2:0."""
+  return [
+    av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
+    for frame in video_THWC
+  ]
+
+
 def flat(height, width, y, u, v, fmt="yuv420p"):
   """A frame of one colour, by its numbers."""
   shift = (fmt in ("yuv420p", "yuvj420p")), fmt != "yuv444p"

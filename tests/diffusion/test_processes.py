@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden.make_losses import FAST_COMPILE
+from random_params import random_params
 
 from sora_jax.diffusion import noise_process, schedules, solvers
 from sora_jax.models.caption_encoder import TextEncoderConfig
@@ -41,10 +41,6 @@ TABLE = {
 # These two have the DiT, the others two layers: what goes together does not hang on the
 # network.
 WITH_DIT = (("flow", "velocity"), ("ddpm_linear", "x0"))
-
-
-# Compiling takes nearly all of the time, and the programs are tiny.
-fast_jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
 
 
 def rows():
@@ -82,12 +78,8 @@ def task_of(process, target, **kwargs):
 
 @functools.cache
 def params(seed):
-  """Random ones: a fresh head is zero, and would hide what a sampler does."""
-  shapes = jax.eval_shape(task_of("flow", "velocity").init, jax.random.key(0))
-  rng = np.random.default_rng(seed)
-  return jax.tree.map(
-    lambda s: 0.3 * rng.standard_normal(s.shape).astype(np.float32), shapes
-  )
+  init = task_of("flow", "velocity").init
+  return random_params(init, jax.random.key(0), seed=seed, scale=0.3)
 
 
 def two_layers(config, params, x_BLP, t_BG, context, dtype, *_, **__):
@@ -125,7 +117,7 @@ def test_trains(process, target):
     shift_tokens=4,
     min_snr_gamma=5.0,
   )
-  step = fast_jit(
+  step = jax.jit(
     jax.value_and_grad(
       lambda p: task.loss(p, rows().packed, jax.random.key(1)), has_aux=True
     )
@@ -140,7 +132,7 @@ def test_trains(process, target):
 
 @functools.cache
 def program(process, target):
-  return fast_jit(
+  return jax.jit(
     functools.partial(
       integrate.integrate,
       integrate.Networks(MODEL, TEXT, jnp.float32, process, target),
@@ -243,13 +235,13 @@ def test_ddpm_learns_and_samples():
     updates, moments = optimizer.update(gradients, moments)
     return (optax.apply_updates(params, updates), moments), loss
 
-  @fast_jit
+  @jax.jit
   def train(params):
     start = params, optimizer.init(params)
     (params, _), losses = jax.lax.scan(update, start, jnp.arange(800))
     return params, losses
 
-  trained, losses = train(fast_jit(task.init)(jax.random.key(0)))
+  trained, losses = train(jax.jit(task.init)(jax.random.key(0)))
   assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:5])
   table = solvers.make_table(
     "ddpm", schedules.uniform(1000, np.ones((count, SEGMENTS))), "ddpm_linear"

@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_losses import FAST_COMPILE
 
 from sora_jax.models import attention, layers
 from sora_jax.models.attention import blockwise, per_head
 
-fast_jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
 SEGMENTS_Q = np.array([[1, 1, 2, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]], np.int32)
 SEGMENTS_K = np.array([[1, 2, 2, 2, 3, 3, 0], [1, 1, 1, 0, 0, 0, 0]], np.int32)
 
@@ -58,7 +56,7 @@ def compiled(backend):
     out = backend(q, k, v, SEGMENTS_Q, segments_k)
     return jnp.sum(out.astype(jnp.float32) * weight), out
 
-  @fast_jit
+  @jax.jit
   def run(*arguments):
     (_, out), gradients = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(*arguments)
     return jax.tree.map(lambda x: x.astype(jnp.float32), (out, gradients))
@@ -139,7 +137,7 @@ def test_chunks_keep_no_scores_for_the_backward_pass():
 
     return jnp.sum(jax.lax.scan(layer, x_BLNK, scale_D)[0])
 
-  compiled = fast_jit(jax.grad(loss)).lower(np.ones(3, np.float32), segments).compile()
+  compiled = jax.jit(jax.grad(loss)).lower(np.ones(3, np.float32), segments).compile()
   scores = 4 * 512 * 512 * 4  # bytes
   assert compiled.memory_analysis().temp_size_in_bytes < scores / 2
 
@@ -147,7 +145,7 @@ def test_chunks_keep_no_scores_for_the_backward_pass():
 def test_packed_equals_separate():
   """Through the function that the networks call."""
 
-  @fast_jit
+  @jax.jit
   def run(q, k, v):
     packed = attention.attention(q, k, v, SEGMENTS_Q, SEGMENTS_K)
     pairs = []
@@ -185,7 +183,7 @@ def test_rope_is_a_complex_rotation(platform, monkeypatch):
   turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angle)[:, :, None]
   expected = np.concatenate([turned.real, turned.imag], -1)
   monkeypatch.setattr(layers.partition, "platform", lambda: platform)
-  turn = fast_jit(lambda position: rotate(x, position, dims))
+  turn = jax.jit(lambda position: rotate(x, position, dims))
   out = turn(position)
   np.testing.assert_allclose(out, expected, atol=2e-5)
   # Scores depend on differences of positions only.

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_losses import FAST_COMPILE
 from markers import slow_but
+from random_params import random_like
 
 from sora_jax.models import dit_cache
 from sora_jax.models.caption_encoder import TextEncoder, TextEncoderConfig
@@ -28,15 +28,6 @@ CONFIG = DiTConfig(
 )
 TEXT = TextEncoderConfig(vocab_size=11, width=8, depth=2, heads=2)
 TOKENS, TEXT_TOKENS, SEGMENTS = 32, 16, 4
-fast_jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
-
-
-def random_params(shapes, seed=0):
-  """All params random: at init the head and the gates are 0 and hide the rest."""
-  rng = np.random.default_rng(seed)
-  return jax.tree.map(
-    lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes
-  )
 
 
 def make_clip(rng, grid, text_tokens, t, given=(), extras=()):
@@ -128,7 +119,7 @@ def apply(config, params, batch, dtype=jnp.float32, **kwargs):
 
 @functools.cache
 def params():
-  return random_params(
+  return random_like(
     jax.eval_shape(
       lambda key, batch: DiT(CONFIG).init(
         key,
@@ -137,7 +128,8 @@ def params():
       ),
       jax.random.key(0),
       rows()[0],
-    )["params"]
+    )["params"],
+    scale=0.3,
   )
 
 
@@ -151,7 +143,7 @@ def results(remat):
     out = apply(config, params, {**batch, **inputs})
     return jnp.einsum("blp,blp,b", out, batch["weight"], row_weight), out
 
-  run = fast_jit(jax.grad(total, (0, 1), has_aux=True))
+  run = jax.jit(jax.grad(total, (0, 1), has_aux=True))
   inputs = {name: batch[name] for name in ("x", "t", "text")}
   values = {}
   for name, chosen in {
@@ -222,7 +214,7 @@ def test_text_states_made_once_are_those_of_every_block(remat):
   """And their layers are then not asked: without their params nothing changes."""
   config, batch = dataclasses.replace(CONFIG, remat=remat), rows()[0]
 
-  @fast_jit
+  @jax.jit
   def run(params, text):
     states = dit_cache.text_states(config.width, params, text)
     blind = jax.tree_util.tree_map_with_path(
@@ -241,7 +233,7 @@ def test_blocks_are_skipped_until_their_input_has_changed():
   batch, _ = rows()
   start = Reuse.start(len(ORDERS), TOKENS, CONFIG.width, jnp.float32)
 
-  @fast_jit
+  @jax.jit
   def run(x, reuse, limit):
     reuse = reuse._replace(limit=limit)
     return apply(CONFIG, params(), {**batch, "x": x}, reuse=reuse)
@@ -267,7 +259,7 @@ def test_blocks_are_skipped_until_their_input_has_changed():
   assert run(other, kept, 1e9)[1].change < 1e-6
 
 
-@fast_jit
+@jax.jit
 def gradients_of_first_clip(t, text, x):
   batch, _ = rows()
   first = (batch["segment"] == 1)[:1, :, None]
@@ -382,13 +374,13 @@ def test_packed_captions_equal_each_alone():
   names = ("ids", "text_segment", "text_position")
   arguments = [batch[name] for name in names]
   shapes = jax.eval_shape(TextEncoder(TEXT).init, jax.random.key(0), *arguments)
-  variables = random_params(shapes)
+  variables = random_like(shapes, scale=0.3)
 
   def total(variables, row_weight):
     out = TextEncoder(TEXT).apply(variables, *arguments)
     return jnp.einsum("bse,bse,b", out, batch["text_weight"], row_weight), out
 
-  run = fast_jit(jax.grad(total, has_aux=True))
+  run = jax.jit(jax.grad(total, has_aux=True))
   gradients = {}
   for chosen in (PACKED, PERMUTED, ALONE):
     row_weight = np.isin(np.arange(len(ORDERS)), chosen).astype(np.float32)
@@ -427,7 +419,7 @@ def test_only_absolute_positions_tell_where_a_clip_is():
       jnp.ones((1, len(clip["text"])), jnp.int32),
     )
     shapes = jax.eval_shape(dit.init, jax.random.key(0), *args)
-    return np.asarray(fast_jit(dit.apply)(random_params(shapes), *args))
+    return np.asarray(jax.jit(dit.apply)(random_like(shapes, scale=0.3), *args))
 
   absolute = dataclasses.replace(CONFIG, absolute_positions=3)
   for config, differs in ((CONFIG, False), (absolute, True)):

@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_losses import FAST_COMPILE
 
 from sora_jax.models import attention, partition
 from sora_jax.models.attention import blockwise, flash_gpu
 
-fast_jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
 LENGTH = 2 * flash_gpu.KEPT
 
 
@@ -46,7 +44,7 @@ def seen(queries, keys):
   return (np.stack([np.isin(q, k) & (q > 0) for q, k in rows]))[..., None, None]
 
 
-@functools.partial(fast_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def run(backend, qkv, queries, keys, dout):
   """(output, gradients of queries, keys and values), of any dtype, as float32."""
   out, pull = jax.vjp(lambda *qkv: backend(*qkv, queries, keys), *qkv)
@@ -124,7 +122,7 @@ def test_the_parts_of_a_ring():
   """Forward and backward pass apart; some clips have no keys on this chip."""
   qkv, dout = draw(CLIPS, CAPTIONS)
 
-  @functools.partial(fast_jit, static_argnums=(0, 1))
+  @functools.partial(jax.jit, static_argnums=(0, 1))
   def run(backend, options):
     options = dict(options)
     inputs = (*qkv, jnp.asarray(CLIPS), jnp.asarray(CAPTIONS))

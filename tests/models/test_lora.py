@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import tiny
 from golden import make_losses
-from golden.make_losses import FAST_COMPILE
 from jax.sharding import PartitionSpec as P
 
 from sora_jax.data.video import reader
@@ -75,12 +74,12 @@ def test_merging_keeps_the_output():
       dit.Context.of_batch(batch, text_BSE),
     )
 
-  merge = jax.jit(lora.merge).lower(BASE, adapters, config.scale).compile(FAST_COMPILE)
+  merge = jax.jit(lora.merge).lower(BASE, adapters, config.scale).compile()
   merged = merge(BASE, adapters, config.scale)
   attached = lora.attach(BASE, adapters, config.scale)
   new = lora.attach(BASE, adapters, 0.0)
   plain_run, lora_run = (
-    jax.jit(run).lower(params).compile(FAST_COMPILE) for params in (merged, attached)
+    jax.jit(run).lower(params).compile() for params in (merged, attached)
   )
   real = batch["segment_L"] > 0
   merged, plain, attached, new = (
@@ -190,8 +189,8 @@ def test_training_lowers_the_loss_and_leaves_the_base(tmp_path):
   built = loop.build(task, config, mesh, rules, seed=0)
   batches = [sharding.shard_batch(make_batch(i % 2), mesh) for i in range(12)]
   with jax.set_mesh(mesh):
-    state = built.init.lower().compile(FAST_COMPILE)()
-    update = built.update.lower(state, batches[0], task.frozen).compile(FAST_COMPILE)
+    state = built.init.lower().compile()()
+    update = built.update.lower(state, batches[0], task.frozen).compile()
     losses = []
     for batch in batches:
       state, values = update(state, batch, task.frozen)

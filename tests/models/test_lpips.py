@@ -1,13 +1,11 @@
 """LPIPS equals torchmetrics' (tests/golden/make_lpips.py); its file and its errors."""
 
-import functools
 import pathlib
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from golden.make_losses import FAST_COMPILE
 from golden.random_weights import random_tensor
 
 from sora_jax.models.lpips import LPIPS, WIDTHS
@@ -38,7 +36,7 @@ def test_names_are_those_of_the_reference():
 @pytest.mark.parametrize("case", ["square", "wide", "tall"])
 def test_distances(file, case):
   params = lpips.load(file, NARROW)
-  apply = functools.partial(jax.jit, compiler_options=FAST_COMPILE)(LPIPS(NARROW).apply)
+  apply = jax.jit(LPIPS(NARROW).apply)
   x, y = (GOLDEN[f"{case}_{n}"].transpose(0, 2, 3, 1) for n in "xy")
   expected = GOLDEN[f"{case}_distance"]
   assert expected.min() > 0.05

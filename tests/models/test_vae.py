@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_losses import FAST_COMPILE
 from markers import slow_but
 
 from sora_jax.models.vae import VAE, Blend, VAEConfig, _add_overlap, _unfold
@@ -70,7 +69,7 @@ def behaviour(name):
     shapes,
   )
 
-  @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+  @jax.jit
   def run(params, video, latent):
     def encode(video):
       return jnp.concatenate(

@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-from unittest import mock
 
 import jax
 import numpy as np
 import pytest
-from golden.make_losses import FAST_COMPILE
 from markers import slow_but
+from random_params import random_params
 
 from sora_jax.encoders import tiling
 from sora_jax.encoders.autoencoder import Autoencoder, NonFiniteError, in_chunks
@@ -68,17 +67,9 @@ FRAMES, LATENTS = 17, 5
 CHUNKINGS = [(1, 1, 1, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 1, 1), (1, 2, 2)]
 
 
-def random_params(config, seed=0):
-  """All random: zero biases would hide what padding does."""
-  rng = np.random.default_rng(seed)
+def params_of(config):
   video = np.zeros((1, 1, config.space_factor, config.space_factor, 3), np.float32)
-  shapes = jax.eval_shape(VAE(config).init, jax.random.key(0), video)["params"]
-  return jax.tree.map(
-    lambda leaf: (
-      rng.standard_normal(leaf.shape) / np.sqrt(max(1, np.prod(leaf.shape[:-1])))
-    ).astype(np.float32),
-    shapes,
-  )
+  return random_params(VAE(config).init, jax.random.key(0), video)["params"]
 
 
 class Case:
@@ -86,18 +77,21 @@ class Case:
 
   def __init__(self, name):
     config = CONFIGS[name]
-    vae, params = VAE(config), random_params(config)
+    vae, params = VAE(config), params_of(config)
     rng = np.random.default_rng(1)
     size = (config.space_factor, 2 * config.space_factor)
     self.video = rng.uniform(-1, 1, (1, FRAMES, *size, 3)).astype(np.float32)
     shape = (1, LATENTS, 1, 2, config.latent_channels)
     self.latent = rng.standard_normal(shape).astype(np.float32)
-    jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
-    whole = jit(lambda p, x, z: (vae.apply(p, x, method=VAE.encode),
-                                 vae.apply(p, z, method=VAE.decode)))  # fmt: skip
+    whole = jax.jit(
+      lambda p, x, z: (
+        vae.apply(p, x, method=VAE.encode),
+        vae.apply(p, z, method=VAE.decode),
+      )
+    )
     self.whole = whole({"params": params}, self.video, self.latent)
     self.steps = [
-      functools.partial(jit(functools.partial(step, vae)), params)
+      functools.partial(jax.jit(functools.partial(step, vae)), params)
       for step in (encode_chunk, decode_chunk)
     ]
 
@@ -146,7 +140,7 @@ def test_few_compilations_and_a_plain_cache_of_one_size(case):
 
 def test_chunks_off_the_grid():
   config = CONFIGS["mixed"]
-  vae, params = VAE(config), random_params(config)
+  vae, params = VAE(config), params_of(config)
   video = np.zeros((1, 6, 2, 2, 3), np.float32)
   with pytest.raises(ValueError, match="6 frames of 2x2 is off"):
     encode_chunk(vae, params, video)
@@ -167,17 +161,15 @@ def folder(tmp_path_factory):
       "latent_mean": [0.1, 0.2, -0.3],
       "latent_std": [1.5, 0.5, 1.0],
     }
-    checkpoint.save_model(parent / name, random_params(config), meta)
+    checkpoint.save_model(parent / name, params_of(config), meta)
   return parent
 
 
 def load(path, **axes):
-  """The autoencoder, on one device without axes of a mesh; quick to compile."""
+  """The autoencoder, on one device without axes of a mesh."""
   devices = jax.devices() if axes else jax.devices()[:1]
   mesh = sharding.make_mesh(**axes, devices=devices)
-  jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
-  with mock.patch("jax.jit", jit):
-    return Autoencoder(path, mesh)
+  return Autoencoder(path, mesh)
 
 
 def uint8_video(*shape):

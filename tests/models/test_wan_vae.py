@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_losses import FAST_COMPILE
 from golden.random_weights import random_tensor
 
 from sora_jax.models.vae import LATENT_STATS, PRESETS, VAE, VAEConfig
@@ -58,7 +57,7 @@ def test_equals_diffusers(name):
     (config.latent_channels, *config.latent_shape(*shape)), np.float32
   )
 
-  @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+  @jax.jit
   def run(params, video_BTHWC, latent_BTHWC):
     vae = functools.partial(VAE(config).apply, {"params": params})
     return (

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import make_losses as golden
+from random_params import random_params
 from tasks.test_tasks import (
   KEY,
   SMALL_GAN,
   SMALL_VAE,
-  fast_jit,
   names_of,
-  random_params,
 )
 
 from sora_jax.models.lpips import LPIPS
@@ -41,7 +40,7 @@ def narrow_lpips(monkeypatch):
   narrow = functools.partial(LPIPS, LPIPS_WIDTHS)
   monkeypatch.setattr(vae_task, "LPIPS", narrow)
   image = jnp.zeros((1, 16, 16, 3))
-  return fast_jit(narrow().init)(KEY, image, image)["params"]
+  return jax.jit(narrow().init)(KEY, image, image)["params"]
 
 
 def large_batch(step=golden.GAN_START, rows=2, size=16):
@@ -80,9 +79,9 @@ def test_lpips_term(narrow_lpips):
   """It is the mean over valid frames, and padding changes nothing."""
   config = dataclasses.replace(EVERYTHING, gan_weight=0.0, lpips_frames=0)
   task = vae_task.make(SMALL_VAE, config, lpips_params=narrow_lpips)
-  params = random_params(task, 0.1)
+  params = random_params(task.init, KEY, scale=0.1)
   assert "lpips" not in params and set(task.frozen) == {"lpips"}
-  step = fast_jit(jax.value_and_grad(task.loss, has_aux=True))
+  step = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
   batch = large_batch()
   (loss, metrics), gradients = step(params, batch, KEY, task.frozen)
   expected = metrics["l1"] + config.kl_weight * metrics["kl"]
@@ -99,7 +98,7 @@ def test_lpips_term(narrow_lpips):
   nothing = {**batch, "valid_3": np.zeros_like(batch["valid_3"])}
   (loss, _), gradients = step(params, nothing, KEY, task.frozen)
   assert loss == 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
-  evaluated = fast_jit(task.evaluate)(params, batch, KEY, task.frozen)
+  evaluated = jax.jit(task.evaluate)(params, batch, KEY, task.frozen)
   assert (
     set(evaluated) == {"psnr", "effective_rank", "lpips"} and evaluated["lpips"] > 0
   )
@@ -111,7 +110,7 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms(narrow_lpips):
   task = vae_task.make(SMALL_VAE, EVERYTHING, lpips_params=narrow_lpips)
   fixed = dataclasses.replace(EVERYTHING, gan_adaptive=False)
   fixed_task = vae_task.make(SMALL_VAE, fixed, lpips_params=narrow_lpips)
-  params, batch = random_params(task, 0.1), large_batch()
+  params, batch = random_params(task.init, KEY, scale=0.1), large_batch()
 
   def term(weigh):
     def loss(params):
@@ -120,7 +119,7 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms(narrow_lpips):
 
     return jax.grad(loss)
 
-  @fast_jit
+  @jax.jit
   def brute_force(params):
     ours = term({"l1": 1.0, "mse": 0.5, "lpips": 0.7})(params)
     theirs = term({"gan_generator": 1.0})(params)
@@ -133,7 +132,7 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms(narrow_lpips):
     tree["vae"]["decoder"]["conv_out"]["conv"]["kernel"] for tree in (ours, theirs)
   ]
   scale = np.linalg.norm(last[0]) / (np.linalg.norm(last[1]) + 1e-4)
-  step = fast_jit(jax.value_and_grad(task.loss, has_aux=True))
+  step = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
   (loss, metrics), gradients = step(params, batch, KEY, task.frozen)
   np.testing.assert_allclose(metrics["gan_scale"], scale, rtol=1e-4)
   # And the gradients are those of the terms, so weighted; the weight has none itself.
@@ -178,9 +177,9 @@ def test_step_with_everything_on_two_devices(narrow_lpips):
   del batch["step"]
   batch = sharding.shard_batch(batch, mesh)
   with jax.set_mesh(mesh):
-    state = built.init.lower().compile(golden.FAST_COMPILE)()
+    state = built.init.lower().compile()()
     lowered = built.update.lower(built.abstract, batch, task.frozen)
-    state, values = lowered.compile(golden.FAST_COMPILE)(state, batch, task.frozen)
+    state, values = lowered.compile()(state, batch, task.frozen)
   assert set(state.params) == {"vae", "discriminator"}
   assert {"l1", "kl", "mse", "lpips", "gan_scale", "gan_critic"} < set(values)
   for value in (*values.values(), *jax.tree.leaves(state)):

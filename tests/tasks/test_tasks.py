@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from golden import make_losses as golden
 from jax.sharding import PartitionSpec
+from random_params import random_params
 
 from sora_jax.evaluation import vae_health
 from sora_jax.models import discriminator
@@ -20,7 +21,6 @@ from sora_jax.tasks import clip_pixels
 from sora_jax.tasks import vae as vae_task
 
 KEY = jax.random.key(3)
-fast_jit = functools.partial(jax.jit, compiler_options=golden.FAST_COMPILE)
 
 
 @functools.cache
@@ -129,7 +129,7 @@ SMALL_VAE = dataclasses.replace(golden.VAE, width=4, blocks=0)
 SMALL_GAN = dataclasses.replace(golden.VAE_LOSS, discriminator_width=4)
 
 
-@fast_jit
+@jax.jit
 def vae_gradients(params, batch):
   task = vae_task.make(SMALL_VAE, SMALL_GAN)
   (loss, metrics), gradients = jax.value_and_grad(task.loss, has_aux=True)(
@@ -138,18 +138,9 @@ def vae_gradients(params, batch):
   return loss, metrics, gradients
 
 
-def random_params(task, scale):
-  """At init some outputs are 0 and hide the rest."""
-  rng = np.random.default_rng(0)
-  return jax.tree.map(
-    lambda leaf: (scale * rng.standard_normal(leaf.shape)).astype(np.float32),
-    jax.eval_shape(task.init, KEY),
-  )
-
-
 @functools.cache
 def small_vae_params():
-  return random_params(vae_task.make(SMALL_VAE, SMALL_GAN), 0.1)
+  return random_params(vae_task.make(SMALL_VAE, SMALL_GAN).init, KEY, scale=0.1)
 
 
 def vae_batch(step=0, **changes):
@@ -229,7 +220,7 @@ def test_noise_on_latents_is_for_the_decoder_in_training():
   noisy = dataclasses.replace(quiet, latent_noise=0.5)
   tasks = [vae_task.make(SMALL_VAE, config) for config in (quiet, noisy)]
   params, batch = {"vae": small_vae_params()["vae"]}, vae_batch()
-  (_, a), (_, b) = (fast_jit(task.loss)(params, batch, KEY) for task in tasks)
+  (_, a), (_, b) = (jax.jit(task.loss)(params, batch, KEY) for task in tasks)
   assert a["kl"] == b["kl"] and a["l1"] != b["l1"]
   latent = 3.0 * np.random.default_rng(0).standard_normal((64, 5, 4, 4, 2))
   noise = vae_task.noise_like(latent.astype(np.float32), KEY)
@@ -264,10 +255,10 @@ def test_critic_has_a_logit_for_each_cell_of_the_mask():
 def test_critic_on_cpu_equals_plain_convolutions(monkeypatch):
   critic = Discriminator(4, 3)
   video = np.random.default_rng(0).uniform(-1, 1, (2, 5, 24, 17, 3)).astype(np.float32)
-  params = fast_jit(critic.init)(KEY, video)
-  folded = fast_jit(critic.apply)(params, video)
+  params = jax.jit(critic.init)(KEY, video)
+  folded = jax.jit(critic.apply)(params, video)
   monkeypatch.setattr(discriminator, "_conv", None)  # what flax takes by itself
-  plain = fast_jit(Discriminator(4, 3).apply)(params, video)
+  plain = jax.jit(Discriminator(4, 3).apply)(params, video)
   assert folded.shape == plain.shape
   np.testing.assert_allclose(folded, plain, atol=1e-5)
 
@@ -275,7 +266,7 @@ def test_critic_on_cpu_equals_plain_convolutions(monkeypatch):
 # --- DiT
 
 
-@fast_jit
+@jax.jit
 def dit_loss(params, batch):
   return golden.CASES["dit"][0].loss(params, batch, KEY)
 
@@ -286,7 +277,10 @@ def dit_batch(**changes):
 
 @pytest.mark.slow
 def test_dit_loss_ignores_padding():
-  batch, params = dit_batch(), random_params(golden.CASES["dit"][0], 0.2)
+  batch, params = (
+    dit_batch(),
+    random_params(golden.CASES["dit"][0].init, KEY, scale=0.2),
+  )
   loss, metrics = dit_loss(params, batch)
   rng = np.random.default_rng(1)
   padding, text_padding = batch["segment_L"] == 0, batch["text_segment_S"] == 0
@@ -331,7 +325,7 @@ def test_dit_loss_is_the_mean_over_noisy_tokens():
 
 
 def test_given_tokens_are_seen_clean_and_captions_are_read():
-  params = random_params(golden.CASES["dit"][0], 0.2)
+  params = random_params(golden.CASES["dit"][0].init, KEY, scale=0.2)
   batch = dit_batch()
   loss, _ = dit_loss(params, batch)
   given = batch["group_L"] % 2 == 1
@@ -381,16 +375,16 @@ def test_decorrelation_term():
   losses = []
   for each in (quiet, config):
     task = vae_task.make(SMALL_VAE, each)
-    losses.append(fast_jit(task.loss)(params, batch, KEY))
+    losses.append(jax.jit(task.loss)(params, batch, KEY))
   (plain, _), (total, metrics) = losses
   np.testing.assert_allclose(total, plain + 0.5 * metrics["decorrelation"], rtol=1e-6)
   assert metrics["decorrelation"] > 0.01
   only = dataclasses.replace(config, decorrelation_weight=1e3)
-  gradient = fast_jit(
+  gradient = jax.jit(
     jax.grad(lambda p: vae_task.make(SMALL_VAE, only).loss(p, batch, KEY)[0])
   )(params)
   stepped = jax.tree.map(lambda p, g: p - 1e-6 * g, params, gradient)
-  _, lower = fast_jit(vae_task.make(SMALL_VAE, config).loss)(stepped, batch, KEY)
+  _, lower = jax.jit(vae_task.make(SMALL_VAE, config).loss)(stepped, batch, KEY)
   assert lower["decorrelation"] < metrics["decorrelation"]
   with pytest.raises(ValueError, match="decorrelation_weight -0.1 is negative"):
     vae_task.VAELossConfig(decorrelation_weight=-0.1)
@@ -401,8 +395,8 @@ def test_effective_rank_is_scored():
   """It is that of evaluation/vae_health.py, of the posterior's means."""
   task = vae_task.make(SMALL_VAE, dataclasses.replace(golden.VAE_LOSS, gan_weight=0.0))
   # Params of a size that makes channels vary by more than what counts as nothing.
-  params, batch = random_params(task, 0.4), vae_batch()
-  rank = fast_jit(task.evaluate)(params, batch, KEY)["effective_rank"]
+  params, batch = random_params(task.init, KEY, scale=0.4), vae_batch()
+  rank = jax.jit(task.evaluate)(params, batch, KEY)["effective_rank"]
   video = clip_pixels.to_float(batch["video_THWC"])
   mean_BTHWC, _ = VAE(SMALL_VAE).apply({"params": params["vae"]}, video,
                                        method=VAE.encode)  # fmt: skip

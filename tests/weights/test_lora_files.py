@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_losses import FAST_COMPILE
 from models import test_wan_dit
 
 from sora_jax.models import lora
@@ -47,7 +46,7 @@ def test_a_file_of_diffusers_gives_its_output():
     jnp.ones((1, L), jnp.int32), position_L3[None], text_SE[None],
     jnp.ones((1, S), jnp.int32),
   )  # fmt: skip
-  out_BLP = apply.lower({"params": params}, *inputs).compile(FAST_COMPILE)(
+  out_BLP = apply.lower({"params": params}, *inputs).compile()(
     {"params": params}, *inputs
   )
   latent_CTHW = np.load(GOLDEN.with_suffix(".npz"))["image"][0]
