@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from sora_jax.models import expander, vae
 from sora_jax.run import recipe
 
-VARIANTS = ("gpu", "simple", "short")
+VARIANTS = ("gpu", "medium", "simple", "short")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -132,13 +132,14 @@ def get_config(variant: str = "") -> ConfigDict:
     c.dit.train.decay_steps = 4000
     c.dit.train.save_every = c.dit.train.eval_every = 1000
     c.matmul_precision = ""
-  if variant in ("simple", "short"):
+  if variant in ("medium", "simple", "short"):
     c.data.world = variant
-    c.data.train_clips = {"simple": 8000, "short": 16000}[variant]
+    c.data.train_clips = {"medium": 40000, "simple": 8000, "short": 16000}[variant]
     c.data.heldout_clips = 512
-    c.data.max_pixels = 64 * 64
-    frames, rate = {"simple": (17, 12.0), "short": (9, 8.0)}[variant]
-    c.encode.frame_buckets = (1, frames)
+    c.data.max_pixels = (96 if variant == "medium" else 64) * 64
+    c.encode.frame_buckets = {
+      "medium": (1, 9, 17), "simple": (1, 17), "short": (1, 9)
+    }[variant]  # fmt: skip
     c.dit.model.depth = 4
     c.dit.given_prob = 0.2
     c.dit.rows = 6
@@ -146,14 +147,21 @@ def get_config(variant: str = "") -> ConfigDict:
     c.dit.text_tokens = 96
     c.dit.segments = 10
     c.dit.max_text_tokens = 40
-    c.dit.train.steps = {"simple": 4000, "short": 5000}[variant]
+    c.dit.train.steps = {"medium": 10000, "simple": 4000, "short": 5000}[variant]
     c.dit.train.decay_steps = 1000
+    frames, rate = (9, 8.0) if variant == "short" else (17, 12.0)
     c.sample.prompts = tuple(
-      (text, (64, 64), min(count, frames), rate)
-      for text, _, count, _ in c.sample.prompts
-      if " and " not in text and "bar" not in text
+      (text, size if "bar" in text else (64, 64), min(count, frames), rate)
+      for text, size, count, _ in c.sample.prompts
+      if " and " not in text and ("bar" not in text or variant == "medium")
     )
-  if variant == "short":
+  if variant in ("medium", "short"):
     c.vae.crop = (9, 64, 64)
     c.vae.train.steps = 2000
+  if variant == "medium":
+    c.vae.train.steps = 8000
+    c.dit.given_prob = 0.4
+    c.dit.tokens = 168  # a clip with a bar, and two key frames
+    c.dit.max_text_tokens = 64
+    c.dit.train.decay_steps = 2500
   return recipe.complete(c)

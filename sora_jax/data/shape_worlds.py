@@ -54,4 +54,8 @@ WORLDS = {
   "simple": _SIMPLE,
   # For minutes on a laptop: a second, in which everything moves as far.
   "short": dataclasses.replace(_SIMPLE, frames=(9,), rates=(8,)),
+  # For an hour: also clips that are long enough to be cut in two, and bars.
+  "medium": dataclasses.replace(
+    _SIMPLE, frames=(9, 17), rates=(8, 12), images=0.3, bars=True
+  ),
 }

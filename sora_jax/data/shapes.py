@@ -35,6 +35,7 @@ MOTIONS = (
 _DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 _BAR = (24, 22, 26)
+_BAR_FRAMES = 17  # at least, of a clip in which something is hidden for a while
 MARKER = "seed.txt"  # says beside the clips of which seed and world they are
 _MARGIN = 1.5  # pixels between an object and the edge of its region
 
@@ -139,7 +140,8 @@ def describe(split, index, seed, world=WORLDS["whole"]) -> dict:
     others = stills if world.pairs and (kind < 0.02 or 0.1 < kind < 0.2) else None
     truth = _scene(rng, world, triple, others, frames=(1,))
   elif world.bars and triple[2] in ("left", "right") and kind < 0.55:
-    truth = _scene(rng, world, triple, None, frames=(17, 33), bar=True)
+    long = [count for count in sorted(set(world.frames)) if count >= _BAR_FRAMES]
+    truth = _scene(rng, world, triple, None, frames=long, bar=True)
   else:
     others = known if world.pairs and (kind < 0.3 or kind > 0.95) else None
     truth = _scene(rng, world, triple, others, frames=world.frames)
@@ -323,8 +325,10 @@ def _track(rng, shape, motion, region, times, small, across, steady):
   elif motion in _DIRECTIONS:
     step_x, step_y = _DIRECTIONS[motion]
     room = room_x if step_x else room_y
-    # A steady one goes about as far as a star can.
-    distance = 28.0 if steady else _log_uniform(rng, 8, 90) * duration
+    if steady:  # about as far as a star can
+      distance = 60.0 if across else 28.0
+    else:
+      distance = _log_uniform(rng, 8, 90) * duration
     if not 16 <= distance <= room:
       return None
     # As far as it goes on either side of the middle of its room.
