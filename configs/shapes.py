@@ -159,6 +159,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.vae.crop = (9, 64, 64)
     c.vae.train.steps = 2000
   if variant == "medium":
+    c.data.max_frames = 17
     c.vae.train.steps = 8000
     c.dit.given_prob = 0.4
     c.dit.tokens = 168  # a clip with a bar, and two key frames

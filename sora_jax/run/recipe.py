@@ -58,7 +58,7 @@ class Data:
     "mixture".
   mixture: (source, share of visits) of each, if the source is "mixture", see
     data/mixture.py.
-  world: what generated clips can show: "whole", "simple", "short"; see data/shapes.py.
+  world: what generated clips can show, one of `shape_worlds.WORLDS`.
   train_clips, heldout_clips: number of generated clips.
   max_frames, max_pixels: of a clip; longer videos are cut, larger ones made smaller.
   size_multiple: height and width are multiples of it.

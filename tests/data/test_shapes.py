@@ -95,6 +95,24 @@ def test_simple_worlds_show_one_object_at_one_size_and_rate(tmp_path, name, leng
     shapes.generate(tmp_path, num_train=1, num_heldout=1, seed=0, world="flat")
 
 
+def test_the_medium_world_has_two_lengths_and_bars():
+  world = shape_worlds.WORLDS["medium"]
+  truths = [shapes.describe("train", i, 0, world)["truth"] for i in range(600)]
+  assert {t["count"] for t in truths} == {1}
+  assert {(t["frames"], t["fps"]) for t in truths} == {
+    (1, 1), (9, 8), (9, 12), (17, 8), (17, 12)
+  }  # fmt: skip
+  hidden = [t for t in truths if t["occluder"]]
+  assert len(hidden) > 20 and {t["frames"] for t in hidden} == {17}
+  assert {t["objects"][0]["motion"] for t in hidden} == {"left", "right"}
+  for truth in truths:
+    wide = truth["occluder"]
+    assert (truth["height"], truth["width"]) == (64, 96 if wide else 64)
+    if truth["frames"] > 1 and truth["objects"][0]["motion"] in ("left", "right"):
+      x = np.array(truth["objects"][0]["trajectory"])[:, 0] * truth["width"]
+      assert np.ptp(x) == pytest.approx(60 if wide else 28, abs=0.01)
+
+
 def test_objects_stay_in_the_frame_and_apart():
   for index in range(300):
     truth = shapes.describe("train", index, 1)["truth"]
