@@ -19,6 +19,7 @@ from absl import flags, logging
 
 from sora_jax.data import text_file
 from sora_jax.language import chat, recaptioning, styles, writers
+from sora_jax.models.meta import CaptionerMeta
 from sora_jax.run import cli
 from sora_jax.runtime import checkpoint, hosts, sharding
 
@@ -35,7 +36,7 @@ def _define_flags():
   flags.DEFINE_string("endpoint", None, "Address of a chat API, in place of it.")
   flags.DEFINE_string("model", "", "Name of the endpoint's model.")
   flags.DEFINE_list(
-    "styles", list(styles.TRAINED), "Of captions; each clip gets one of each."
+    "styles", None, "Of captions; each clip gets one of each. Else the usual ones."
   )
   flags.DEFINE_multi_string("prompt", [], "STYLE:TEXT that asks the endpoint for it.")
   flags.DEFINE_multi_string("prompt_file", [], "STYLE:FILE with such a text.")
@@ -104,13 +105,13 @@ def _writer(args) -> tuple[writers.Writer, list[styles.Style]]:
     return vision, asked
   if prompts:
     raise ValueError("--prompt is for --endpoint: a captioner of ours takes none")
-  asked = styles.trained(args.styles)
-  return _trained(args), asked
-
-
-def _trained(args) -> writers.Trained:
   model = pathlib.Path(args.captioner) / "captioner" / "model"
-  identity = f"captioner-{checkpoint.digest(checkpoint.load_meta(model))}"
+  meta = checkpoint.load_meta(model)
+  asked = styles.trained(args.styles, CaptionerMeta.from_json(meta, model).styles)
+  return _trained(args, f"captioner-{checkpoint.digest(meta)}"), asked
+
+
+def _trained(args, identity: str) -> writers.Trained:
   from sora_jax.encoders.captioner import Captioner  # takes JAX's devices
 
   captioner = Captioner.from_checkpoint(args.captioner)
@@ -139,6 +140,8 @@ def _main(argv):
     raise ValueError(f"unexpected arguments {argv[1:]}")
   manifest = _manifest(args)
   share = recaptioning.Share(args.process or 0, args.processes or 1)
+  if (args.process is None) != (args.processes is None) and not args.distributed:
+    raise ValueError("--process and --processes are needed together")
   if args.distributed:
     hosts.start(args.coordinator, args.processes, args.process)
     share = recaptioning.Share(jax.process_index(), jax.process_count())

@@ -163,6 +163,12 @@ def _expander(args, checkpoint) -> expansion.Expander | None:
     if given:
       raise ValueError(f"--expand_{given[0]} needs --expand")
     return None
+  other = "model" if not args.expand_endpoint else "top_p"
+  if args[f"expand_{other}"].present:
+    raise ValueError(
+      f"--expand_{other} is for "
+      + ("--expand_endpoint" if other == "model" else "the model's own expander")
+    )
   folder = shipped.find(checkpoint)
   if not args.expand_endpoint:
     if args.expand_top_p and expander.TrainedExpander.is_in(folder):

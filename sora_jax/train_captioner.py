@@ -19,7 +19,7 @@ from absl import logging
 from sora_jax.data import pixel_records, records, tokenizer
 from sora_jax.data.bad_clips import report_bad_clips
 from sora_jax.data.batches import Batches, first_batches
-from sora_jax.data.caption_texts import StyledCaptionIds
+from sora_jax.data.caption_texts import StyledCaptionIds, warn_of_cut
 from sora_jax.data.clips import Clip, read_manifest
 from sora_jax.data.packed_dataset import Choice, PackedDataset, PackedOptions, Reader
 from sora_jax.models import captioner
@@ -50,6 +50,8 @@ def setup(recipe: recipes.Recipe, workdir, mesh, listed: _Listed) -> loop.Setup:
   texts = StyledCaptionIds(
     tokenizer.Tokenizer(str(vocabulary)), stage.max_text_tokens, stage.model.vocab_size
   )
+  if jax.process_index() == 0:
+    warn_of_cut(texts, clips, "config.captioner.max_text_tokens")
   options = PackedOptions(
     build.budget(stage),
     stage.patch_size,
@@ -160,7 +162,11 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   state = loop.train(ready, stage.train, folder, mesh, recipe.seed, recipe.profile)
   ready.data.close()
   meta = _meta(recipe, workdir, listed.captioned)
-  meta = dataclasses.replace(meta, id=checkpoint.fingerprint(state.ema))
+  meta = dataclasses.replace(
+    meta,
+    id=checkpoint.fingerprint(state.ema),
+    vocabulary=tokenizer.Tokenizer(str(folder / "tokenizer.model")).digest,
+  )
   checkpoint.save_model(folder / "model", state.ema, meta.to_json())
   if jax.process_index() == 0:
     shutil.copyfile(folder / "tokenizer.model", folder / "model" / "tokenizer.model")

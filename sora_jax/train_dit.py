@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from absl import logging
 
-from sora_jax.data import presence, records
+from sora_jax.data import presence, records, tokenizer
 from sora_jax.data.bad_clips import report_bad_clips
 from sora_jax.data.batches import Batches, first_batches
-from sora_jax.data.caption_texts import CaptionIds
+from sora_jax.data.caption_texts import CaptionIds, warn_of_cut
 from sora_jax.data.clips import read_manifest
 from sora_jax.data.packed_dataset import Choice, PackedDataset
 from sora_jax.encoders import autoencoder, model_folders
@@ -46,7 +46,7 @@ def setup(recipe: recipes.Recipe, workdir, mesh) -> loop.Setup:
   sharding.sync("tokenizer")
   texts = rows.caption_texts(recipe, workdir, vocabulary)
   if isinstance(texts, CaptionIds) and jax.process_index() == 0:
-    texts.warn_of_cut(latents, "config.dit.max_text_tokens")
+    warn_of_cut(texts, latents, "config.dit.max_text_tokens")
   host, hosts = sharding.host_shard(mesh)
   shard = {"process_index": host, "process_count": hosts}
   options = rows.packed_options(stage)
@@ -89,13 +89,15 @@ def _check_clips(recipe, workdir, latents):
 
 def _meta(recipe, workdir, captioned) -> DiTMeta:
   """What the model's folder says of it; captioned: whether the clips are."""
-  stage, text = recipe.dit, recipe.text
+  stage, text, words = recipe.dit, recipe.text, ""
   base = init_from.base_meta(recipe)
   encoder = stage.text
   if text.folder:
     empty_text = records.read_empty_text(workdir / "encode" / records.EMPTY_TEXT)
     place = model_folders.of_text(text.folder).parents[1]
     encoder = FrozenText(empty_text.encoder, text.pad_to, str(place))
+  else:
+    words = tokenizer.Tokenizer(str(workdir / "dit" / "tokenizer.model")).digest
   return DiTMeta(
     model=stage.model,
     text=encoder,
@@ -114,6 +116,7 @@ def _meta(recipe, workdir, captioned) -> DiTMeta:
     boundary=base.boundary if base else 0.0,
     image=base.image if base else "",
     low_noise=stage.low_noise,
+    vocabulary=words,
   )
 
 

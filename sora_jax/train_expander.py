@@ -19,7 +19,7 @@ from sora_jax.data import tokenizer
 from sora_jax.data.batches import Batches, first_batches
 from sora_jax.data.clips import read_manifest
 from sora_jax.language import expander
-from sora_jax.language.pairs import PairDataset, pairs_of
+from sora_jax.language.pairs import PairDataset, as_given, pairs_of
 from sora_jax.models.meta import ExpanderMeta
 from sora_jax.run import build, cli
 from sora_jax.run import recipe as recipes
@@ -44,7 +44,11 @@ def run(recipe: recipes.Recipe, workdir) -> None:
   ready.data.close()
   weights = checkpoint.fingerprint(state.ema)
   meta = ExpanderMeta(
-    stage.model, stage.max_tokens, stage.train.steps, f"expander-{weights}"
+    stage.model,
+    stage.max_tokens,
+    stage.train.steps,
+    f"expander-{weights}",
+    tokenizer.Tokenizer(str(vocabulary)).digest,
   )
   checkpoint.save_model(folder / "model", state.ema, meta.to_json())
   if jax.process_index() == 0:
@@ -59,7 +63,8 @@ def _setup(recipe, workdir, vocabulary, mesh) -> loop.Setup:
   clips = read_manifest(workdir / "data" / "manifest.jsonl")
   pairs = pairs_of(clips)
   if jax.process_index() == 0 and not vocabulary.exists():
-    texts = list(dict.fromkeys(itertools.chain.from_iterable(pairs)))
+    both = ((as_given(short), long) for short, long in pairs)
+    texts = list(dict.fromkeys(itertools.chain.from_iterable(both)))
     tokenizer.train(texts, str(vocabulary), stage.model.vocab_size)
   sharding.sync("tokenizer of the expander")
   words = tokenizer.Tokenizer(str(vocabulary))

@@ -63,21 +63,25 @@ class CaptionIds:
     captions = [caption for clip in clips for caption in clip.captions]
     return np.array(self.tokenizer.lengths([*captions, ""], self.max_tokens), np.int64)
 
-  def warn_of_cut(self, clips: Sequence[LatentClip], key: str) -> None:
-    """Logs how many captions are longer than max_tokens, which `key` of a config is."""
-    captions = [caption for clip in clips for caption in clip.captions][:_ASKED]
-    lengths = np.array(self.tokenizer.lengths(captions, 2**30), np.int64)
-    if cut := np.count_nonzero(lengths > self.max_tokens):
-      logging.warning(
-        "%d of %d captions have more than the %d tokens of %s, and their ends are not "
-        "read; the longest has %d",
-        cut, len(captions), self.max_tokens, key, lengths.max(),
-      )  # fmt: skip
-
   def text(self, clip: LatentClip, record: dict, caption: int) -> np.ndarray:
     """Ids, with the end of text."""
     text = clip.captions[caption] if caption >= 0 else ""
     return np.array(self.tokenizer.encode(text, self.max_tokens), np.int32)
+
+
+def warn_of_cut(
+  texts: "CaptionIds | StyledCaptionIds", clips: Sequence[LatentClip], key: str
+) -> None:
+  """Logs how many captions have more than texts.max_tokens, `key` of a config."""
+  captions = [caption for clip in clips for caption in clip.captions][:_ASKED]
+  lengths = np.array(texts.tokenizer.lengths(captions, 2**30), np.int64)
+  lengths += isinstance(texts, StyledCaptionIds)  # the token of the style
+  if cut := np.count_nonzero(lengths > texts.max_tokens):
+    logging.warning(
+      "%d of %d captions have more than the %d tokens of %s, and their ends are not "
+      "read; the longest has %d",
+      cut, len(captions), texts.max_tokens, key, lengths.max(),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

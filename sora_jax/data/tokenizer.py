@@ -5,8 +5,10 @@ spelled in bytes, so every script works, also ones no training caption had).
 """
 
 import collections
+import hashlib
 import io
 import os
+import pathlib
 import unicodedata
 from collections.abc import Iterable
 
@@ -79,11 +81,27 @@ def train(captions: Iterable[str], path: str, vocab_size: int = 8192) -> None:
 class Tokenizer:
   """Text to ids. Loads the model on first use, so it can be pickled to workers."""
 
-  def __init__(self, path: str):
+  def __init__(self, path: str, digest: str = ""):
+    """Args: digest is that of the file that is wanted; "" takes any.
+
+    Raises:
+      ValueError: if there is none, or it is another one.
+    """
     self._path = os.fspath(path)
     self._processor = None
     if not os.path.exists(self._path):
       raise ValueError(f"{self._path}: no such tokenizer model")
+    if digest and self.digest != digest:
+      raise ValueError(
+        f"{self._path} is {self.digest}, not the tokenizer {digest} that the model "
+        "beside it was trained with"
+      )
+
+  @property
+  def digest(self) -> str:
+    """Hash of the file: a model is of no use with another one."""
+    data = pathlib.Path(self._path).read_bytes()
+    return f"vocabulary-{hashlib.sha256(data).hexdigest()[:12]}"
 
   def encode(self, text: str, max_tokens: int) -> list[int]:
     """Ids of `text`, at most `max_tokens`, always ending in EOS."""

@@ -108,7 +108,7 @@ class Captioner:
     vae = None
     if meta.input == "latents":
       vae = Autoencoder(folder.parents[1] / "vae" / "model", None, dtype)
-    tokenizer = Tokenizer(str(folder / "tokenizer.model"))
+    tokenizer = Tokenizer(str(folder / "tokenizer.model"), meta.vocabulary)
     return cls(params, meta, tokenizer, vae, mesh, dtype)
 
   def caption(
@@ -309,9 +309,10 @@ class Captioner:
     prompted = self._apply(params, clips, clip_BM, method=captioner.Captioner.prompt)
 
     def step(ids_BM, time, past):
-      return self._apply(
+      logits_BMV, past = self._apply(
         params, ids_BM, time, past, prompted, method=captioner.Captioner.step
       )
+      return decoding.below(self._texts.tokenizer.vocab_size, logits_BMV), past
 
     tokens = self.meta.max_text_tokens - 1
     past = captioner.no_past(self.meta.model, clip_BM, tokens, self._network.dtype)

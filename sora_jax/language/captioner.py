@@ -23,7 +23,7 @@ class Captioner(Protocol):
     method: str = "greedy",
     seed: int = 0,
   ) -> list[str]:
-    """A caption of each clip; style is one of `styles.TRAINED`."""
+    """A caption of each clip; style is one that it has learnt."""
 
   def similarity(
     self, clips: Sequence[ClipPixels], captions: Sequence[str]

@@ -6,6 +6,7 @@ heard it.
 """
 
 import dataclasses
+import logging as python_logging
 import os
 import random
 import threading
@@ -23,6 +24,12 @@ _LATER = (408, 409, 425, 429)
 # Codes that say that no request will work: key, rights, model or address are wrong.
 _NEVER = (401, 403, 404, 405)
 _LONGEST_PAUSE = 60.0  # seconds; a server may ask for longer ones
+_CONNECTING = 10.0  # seconds, in which who is there takes a call
+# Characters of a key that is a secret. Servers that want none get "none" or "x", which
+# are words that a caption may have.
+_SECRET = 12
+# What the client logs: a line for each request, with all of its address.
+_CLIENT_LOGS = ("openai", "httpx", "httpx2", "httpcore", "httpcore2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +37,8 @@ class Endpoint:
   """Where to ask, and how patiently.
 
   Attributes:
-    url: of the API, as https://api.openai.com/v1. model: its name there.
+    url: of the API, as https://api.openai.com/v1; what it has behind a "?" goes with
+      every question. model: its name there.
     timeout: seconds to wait for an answer.
     retries: how often a question is put again after a failure that may pass.
     backoff: seconds before the first retry; doubled for each further one.
@@ -51,6 +59,12 @@ class Endpoint:
   def __post_init__(self):
     if not self.url.startswith(("http://", "https://")):
       raise ValueError(f"endpoint {self.url!r} does not begin with http:// or https://")
+    try:
+      host, _ = self._parts.hostname, self._parts.port
+    except ValueError as error:
+      raise ValueError(f"endpoint {self.url!r}: {error}") from error
+    if not host:
+      raise ValueError(f"endpoint {self.url!r} names no host")
     if not self.model:
       raise ValueError(f"endpoint {self.shown}: the name of the model is missing")
     if self.timeout <= 0 or min(self.retries, self.requests_per_minute) < 0:
@@ -63,9 +77,23 @@ class Endpoint:
   @property
   def shown(self) -> str:
     """The address for messages: without what may be a secret in it."""
-    parts = urllib.parse.urlsplit(self.url)
+    parts = self._parts
     port = f":{parts.port}" if parts.port else ""
     return f"{parts.scheme}://{parts.hostname}{port}{parts.path}"
+
+  @property
+  def base(self) -> str:
+    """The address without what is behind a "?"."""
+    return self._parts._replace(query="", fragment="").geturl()
+
+  @property
+  def query(self) -> dict[str, str]:
+    """What is behind the "?"."""
+    return dict(urllib.parse.parse_qsl(self._parts.query))
+
+  @property
+  def _parts(self) -> urllib.parse.SplitResult:
+    return urllib.parse.urlsplit(self.url)
 
 
 class Reply(NamedTuple):
@@ -120,13 +148,19 @@ class Chat:
     self._api = openai
     # Retries are ours: the client's own would let every thread run into a limit alone.
     self._client = openai.OpenAI(
-      base_url=endpoint.url,
+      base_url=endpoint.base,
+      default_query=endpoint.query,
       api_key=self._key,
-      timeout=endpoint.timeout,
+      timeout=openai.Timeout(
+        endpoint.timeout, connect=min(_CONNECTING, endpoint.timeout)
+      ),
       max_retries=0,
     )
+    for name in _CLIENT_LOGS:
+      python_logging.getLogger(name).setLevel(python_logging.WARNING)
     self._lock = threading.Lock()
-    self._next = 0.0  # time before which nothing is asked
+    self._next = 0.0  # time of the next turn
+    self._held = 0.0  # time before which nobody asks, whatever turn it has
     self._reached = False  # whether anything ever came back
 
   def ask(self, messages: Sequence[dict[str, Any]]) -> Reply:
@@ -150,7 +184,8 @@ class Chat:
         pause = self._pause(attempt, later.after)
         if later.all_wait:
           with self._lock:
-            self._next = max(self._next, self._clock.now() + pause)
+            self._held = max(self._held, self._clock.now() + pause)
+            self._next = max(self._next, self._held)
         logging.log_first_n(logging.WARNING, "%s; retrying", 5, later.reason)
         self._clock.sleep(pause)
     raise AssertionError("unreachable")
@@ -166,7 +201,11 @@ class Chat:
         max_completion_tokens=end.max_tokens,
         **warm,
       )
-    except api.APITimeoutError:
+    except api.APITimeoutError as error:
+      if not self._reached and type(error.__cause__).__name__ == "ConnectTimeout":
+        raise ValueError(
+          f"endpoint {end.shown}: no connection (it does not take the call)"
+        ) from None
       raise _TryLater(f"no answer within {end.timeout:g} s") from None
     except api.APIStatusError as error:
       raise self._of_status(error) from None
@@ -205,24 +244,25 @@ class Chat:
       message = choice.message
       content = message.content
       if isinstance(content, str):
-        content = content.replace(self._key, "***")
+        content = self._without_key(content)
       refusal = getattr(message, "refusal", None) or ""
-      tokens = (0, 0)
-      if usage is not None:
-        tokens = (int(usage.prompt_tokens), int(usage.completion_tokens))
+      tokens = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
       return Reply(content, self._safe(refusal), str(choice.finish_reason), tokens)
     except (AttributeError, IndexError, TypeError, ValueError) as error:
       raise _TryLater(f"an answer without a message ({self._safe(error)})") from None
 
   def _wait_for_turn(self) -> None:
-    """Sleeps until the rate allows one more question."""
+    """Sleeps until the rate allows one more question, and no 429 holds all."""
     rate = self.endpoint.requests_per_minute
-    with self._lock:
-      turn = max(self._clock.now(), self._next)
-      if rate:
-        self._next = turn + 60.0 / rate
-    while (left := turn - self._clock.now()) > 0:
-      self._clock.sleep(left)
+    while True:
+      with self._lock:
+        turn = max(self._clock.now(), self._next)
+        if rate:
+          self._next = turn + 60.0 / rate
+      while (left := turn - self._clock.now()) > 0:
+        self._clock.sleep(left)
+      if turn >= self._held:  # which may have changed meanwhile: then another turn
+        return
 
   def _pause(self, attempt, after) -> float:
     """Seconds until the next attempt: what the server asks for, or twice as long."""
@@ -233,8 +273,11 @@ class Chat:
 
   def _safe(self, text) -> str:
     """One line of a message from outside, without the key."""
-    line = " ".join(str(text).split()).replace(self._key, "***")
+    line = self._without_key(" ".join(str(text).split()))
     return line.encode(errors="replace").decode()[:200]
+
+  def _without_key(self, text: str) -> str:
+    return text.replace(self._key, "***") if len(self._key) >= _SECRET else text
 
 
 class _TryLater(Exception):
@@ -248,6 +291,12 @@ class _TryLater(Exception):
 def _hung_up(error: Exception) -> bool:
   """Whether a server took a call and ended it; named as httpx, whatever its package."""
   return type(error.__cause__).__name__ in ("RemoteProtocolError", "ReadError")
+
+
+def _count(usage, name: str) -> int:
+  """Tokens by what a server says of them, which may be nothing."""
+  count = getattr(usage, name, 0)
+  return int(count) if isinstance(count, (int, float)) else 0
 
 
 def _seconds(header: str) -> float | None:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from sora_jax.data.tokenizer import EOS, Tokenizer
+from sora_jax.language.pairs import as_given
 from sora_jax.models import expander
 from sora_jax.models.meta import ExpanderMeta
 from sora_jax.runtime import checkpoint
@@ -39,7 +40,7 @@ class TrainedExpander:
       raise ValueError(f"top_p {top_p:g} is not from 0 to 1")
     model = pathlib.Path(folder) / NETWORK / "model"
     meta = ExpanderMeta.from_json(checkpoint.load_meta(model), model)
-    self._tokenizer = Tokenizer(str(model / TOKENIZER))
+    self._tokenizer = Tokenizer(str(model / TOKENIZER), meta.vocabulary)
     if self._tokenizer.vocab_size > meta.model.vocab_size:
       raise ValueError(
         f"{model / TOKENIZER} has {self._tokenizer.vocab_size} pieces, but the "
@@ -47,7 +48,10 @@ class TrainedExpander:
       )
     self._params, _ = checkpoint.load_model(model)
     self._tokens, self.by, self.top_p = meta.max_tokens, meta.id, top_p
-    self._generate = jax.jit(functools.partial(expander.generate, meta.model))
+    pieces = self._tokenizer.vocab_size
+    self._generate = jax.jit(
+      functools.partial(expander.generate, meta.model, pieces=pieces)
+    )
 
   @staticmethod
   def is_in(folder) -> bool:
@@ -63,7 +67,7 @@ class TrainedExpander:
     if not texts:
       return []
     most = self._tokens // 2
-    given = [self._tokenizer.encode(text, self._tokens) for text in texts]
+    given = [self._tokenizer.encode(as_given(text), 1 << 20) for text in texts]
     for text, ids in zip(texts, given, strict=True):
       if len(ids) > most:
         raise ValueError(
@@ -73,7 +77,8 @@ class TrainedExpander:
     ids_BS, given_B = np.zeros((rows, self._tokens), np.int32), np.ones(rows, np.int32)
     for row, ids in enumerate(given):
       ids_BS[row, : len(ids)], given_B[row] = ids, len(ids)
-    words = [zlib.crc32(text.encode()) for text in texts] + [0] * (rows - len(texts))
+    words = [zlib.crc32(as_given(text).encode()) for text in texts]
+    words += [0] * (rows - len(texts))
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
       jax.random.key(seed), np.array(words, np.uint32)
     )

@@ -22,14 +22,17 @@ class Pair(NamedTuple):
 def pairs_of(clips: Sequence[Clip], split: str = "train") -> list[Pair]:
   """The different pairs of the clips of a split, in their order.
 
-  A descriptive caption is also paired with itself: what is long enough stays.
+  A descriptive caption is also paired with itself: what is long enough stays. Images
+  are left out where there are videos: of a few words that say no motion a prompt for a
+  video is to be made.
 
   Raises:
     ValueError: no clip has a short caption beside a longer one.
   """
   found: dict[Pair, None] = {}
-  for clip in clips:
-    if clip.split != split or not (long := descriptive(clip)):
+  clips = [clip for clip in clips if clip.split == split]
+  for clip in [clip for clip in clips if clip.frames > 1] or clips:
+    if not (long := descriptive(clip)):
       continue
     shorter = [text for text in clip.training_captions if len(text) < len(long)]
     for short in shorter:
@@ -41,6 +44,11 @@ def pairs_of(clips: Sequence[Clip], split: str = "train") -> list[Pair]:
       f"no {split} clip has a short caption and a longer one: `recaption` writes both"
     )
   return list(found)
+
+
+def as_given(text: str) -> str:
+  """A short text as an expander reads it: people write RED as they write red."""
+  return text.lower()
 
 
 class PairDataset(EndlessDataset):
@@ -55,7 +63,10 @@ class PairDataset(EndlessDataset):
   ):
     """Raises ValueError if not one pair fits into max_tokens."""
     self._seed, self._size = seed, max_tokens
-    rows = [[tokenizer.encode(text, max_tokens + 1) for text in pair] for pair in pairs]
+    rows = [
+      [tokenizer.encode(text, max_tokens + 1) for text in (as_given(short), long)]
+      for short, long in pairs
+    ]
     self._rows = [row for row in rows if sum(map(len, row)) <= max_tokens]
     if not self._rows:
       shortest = min(sum(map(len, row)) for row in rows)

@@ -12,6 +12,7 @@ own, and the one that finds the notes of all writes the manifest.
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 import threading
@@ -31,7 +32,8 @@ from sora_jax.runtime import files
 from sora_jax.runtime.progress import Progress
 
 FOLDER = "recaption"
-# So many questions in a row without an answer: something is wrong with all of them.
+# So many questions in a row without an answer, none of which was asked in an earlier
+# run: something is wrong with all of them.
 MOST_FAILURES = 20
 
 
@@ -76,8 +78,11 @@ def run(
   with (
     Kept(folder, "files", share.process) as digests,
     Kept(folder, "answers", share.process) as answers,
+    Kept(folder, "failures", share.process) as failures,
   ):
-    asking = _Asking(writer, digests, answers)
+    asking = _Asking(writer, digests, answers, failures)
+    # Last, so that they do not keep the others from being asked.
+    batches.sort(key=lambda batch: any(map(asking.has_failed, batch)))
     total = sum(map(len, batches))
     with Progress("captioned", total, "captions", share.process) as progress:
       _run_all(asking, batches, progress, writer.threads)
@@ -108,20 +113,23 @@ def merge(
   clips = _clips(manifest)
   folder = manifest.parent / FOLDER
   job = _job(clips, writer, styles, processes)
-  failed = []
+  reasons = {}
   for process in range(processes):
     note = _read_note(_note(folder, process))
     if note.get("job") != job:
       return None
-    failed += note["failed"]
+    reasons |= {(i, style): reason for i, style, reason in note["failed"]}
   answered = list(_answered(clips, writer, styles, folder))
-  merged, summary = _merged(clips, answered, writer, styles, replace)
-  failed += [
-    (c.id, s.name, answer.reason) for c, s, answer in answered if answer.reason
+  merged, summary = _merged(clips, answered, writer, replace)
+  reasons |= {(c.id, s.name): a.reason for c, s, a in answered}
+  failed = [
+    {"id": c.id, "style": s.name, "reason": reason}
+    for c, s in itertools.product(clips, styles)
+    if (reason := reasons.get((c.id, s.name), "another copy of it had no answer"))
   ]
-  rows = ({"id": i, "style": s, "reason": r} for i, s, r in sorted(map(tuple, failed)))
+  failed.sort(key=lambda row: (row["id"], row["style"]))
   listed = folder / "failed.jsonl"
-  clip_files.write_lines(listed, (json.dumps(r, ensure_ascii=False) for r in rows))
+  clip_files.write_lines(listed, (json.dumps(r, ensure_ascii=False) for r in failed))
   if not summary.captions:
     raise ValueError(f"not one caption could be made; {listed} says why")
   clip_files.write_manifest(manifest, merged)
@@ -136,8 +144,9 @@ def merge(
 class _Asking:
   """The state of a run that its threads share."""
 
-  def __init__(self, writer: Writer, digests: Kept, answers: Kept):
+  def __init__(self, writer: Writer, digests: Kept, answers: Kept, failures: Kept):
     self.writer, self.digests, self.answers = writer, digests, answers
+    self._failures = failures
     self.failed: set[tuple[str, str, str]] = set()
     self._lock = threading.Lock()
     self._open: set[str] = set()  # keys that a thread is asking for now
@@ -166,6 +175,13 @@ class _Asking:
       with self._lock:
         self._open -= wanted
 
+  def has_failed(self, question: Question) -> bool:
+    """Whether it was ever asked without an answer, and may be rejected for itself."""
+    return self._name(question) in self._failures
+
+  def _name(self, question) -> str:
+    return f"{self.writer.by} {question.style.name} {question.clip.id}"
+
   def _claim(self, keys) -> set[str]:
     """Those of the keys that nobody has asked for; copies are asked for once."""
     with self._lock:
@@ -182,6 +198,9 @@ class _Asking:
     self._fail(question, answer.reason)
     if not answer.asked:
       return
+    if self.has_failed(question):  # in an earlier run: it is no news of the endpoint
+      return
+    self._failures.add(self._name(question), answer.reason)
     with self._lock:
       self._in_a_row += 1
       if self._in_a_row >= MOST_FAILURES:
@@ -275,8 +294,12 @@ def _finish(open_batches, progress):
 
 
 def _answered(clips, writer, styles, folder) -> Iterator[tuple[Clip, Style, Answer]]:
-  """Yields all answers that there are, in the manifest's order."""
+  """Yields all answers that there are, in the manifest's order.
+
+  Tokens are those of the first of several copies: one question was asked for all.
+  """
   digests, answers = read(folder, "files"), read(folder, "answers")
+  counted: set[str] = set()
   for clip in clips:
     try:
       digest = digests[key_of(pathlib.Path(clip.path), clip.path)]
@@ -286,12 +309,17 @@ def _answered(clips, writer, styles, folder) -> Iterator[tuple[Clip, Style, Answ
       k = key(Question(clip, style), writer, digest)
       if k in answers:
         text, reason, tokens = answers[k]
-        yield clip, style, Answer(text, reason, tuple(tokens))
+        paid = (0, 0) if k in counted else tuple(tokens)
+        counted.add(k)
+        yield clip, style, Answer(text, reason, paid)
 
 
-def _merged(clips, answered, writer, styles, replace) -> tuple[list[Clip], Summary]:
-  """The clips with their captions, and what these are."""
-  asked = {(writer.by, style.name, style.digest) for style in styles}
+def _merged(clips, answered, writer, replace) -> tuple[list[Clip], Summary]:
+  """The clips with their captions, and what these are.
+
+  An earlier caption of the same model, style and prompt makes room for a new one, and
+  stays where there is none.
+  """
   written: dict[str, list[SyntheticCaption]] = {}
   captions, paid = 0, [0, 0]
   for clip, style, answer in answered:
@@ -302,8 +330,10 @@ def _merged(clips, answered, writer, styles, replace) -> tuple[list[Clip], Summa
       captions += 1
   merged = []
   for clip in clips:
-    others = [c for c in clip.synthetic if (c.by, c.style, c.prompt) not in asked]
-    found = ([] if replace else others) + written.get(clip.id, [])
+    new = written.get(clip.id, [])
+    instead = {(c.by, c.style, c.prompt) for c in new}
+    others = [c for c in clip.synthetic if (c.by, c.style, c.prompt) not in instead]
+    found = ([] if replace else others) + new
     found.sort(key=lambda c: (c.by, c.style, c.prompt))
     merged.append(dataclasses.replace(clip, synthetic=tuple(found)))
   return merged, Summary(captions, 0, (paid[0], paid[1]))

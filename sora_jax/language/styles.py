@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-# What a captioner that was trained here knows; an endpoint takes any, with a prompt.
-TRAINED = ("descriptive", "short")
+# Those that are asked for if nobody names any; an endpoint takes any, with a prompt.
+USUAL = ("descriptive", "short")
 
 _PROMPTS = {
   "descriptive": (
@@ -38,27 +38,37 @@ class Style(NamedTuple):
     return hashlib.sha256(self.prompt.encode()).hexdigest()[:12]
 
 
-def trained(names: Sequence[str]) -> list[Style]:
+def trained(names: Sequence[str] | None, known: Sequence[str]) -> list[Style]:
   """Styles of a captioner of ours, which takes no prompts.
+
+  Args:
+    names: of the styles; None for the usual ones, or "any" if it has learnt no other.
+    known: those that it has learnt.
 
   Raises:
     ValueError: for a style that it has not learnt.
   """
+  if names is None:
+    names = [name for name in USUAL if name in known] or ["any"]
   _check(names)
-  if unknown := [name for name in names if name not in TRAINED]:
-    raise ValueError(f"style {unknown[0]!r} is none of a captioner: {TRAINED}")
+  if unknown := [name for name in names if name not in known]:
+    raise ValueError(
+      f"style {unknown[0]!r} is none of this captioner's: {', '.join(known)}"
+    )
   return [Style(name) for name in names]
 
 
-def prompted(names: Sequence[str], prompts: Mapping[str, str]) -> list[Style]:
+def prompted(names: Sequence[str] | None, prompts: Mapping[str, str]) -> list[Style]:
   """Styles of an endpoint.
 
   Args:
-    names: of the styles. prompts: style -> prompt, in place of ours.
+    names: of the styles; None for the usual ones. prompts: style -> prompt, in place of
+      ours.
 
   Raises:
     ValueError: for a style without a prompt, and a prompt of no style.
   """
+  names = USUAL if names is None else names
   _check(names)
   if unused := [name for name in prompts if name not in names]:
     raise ValueError(f"a prompt of style {unused[0]!r}, which is none of {list(names)}")

@@ -17,12 +17,16 @@ from sora_jax.language import chat
 from sora_jax.language.captioner import Captioner, ClipPixels
 from sora_jax.language.styles import Style
 
-# As models begin that do not do what they are asked to.
+# As models begin that do not do what they are asked to. Captions may quote "Sorry".
 _REFUSAL = re.compile(
-  r"(i['’]?m sorry|i am sorry|sorry,|i (can ?not|can['’]t|am unable|['’]?m unable)"
-  r"|as an ai\b|unable to (assist|help|comply))",
+  r"(i['’]?m sorry\b|i am sorry\b|(sorry, )?(but )?i (can ?not|can['’]t|am unable to"
+  r"|['’]?m unable to) (assist|help|comply|describe|see|view|watch|provide|identify"
+  r"|answer|analy[sz]e|process|access|create|write|do|fulfil|determine|discuss)\b"
+  r"|as an ai\b|unable to (assist|help|comply)\b)",
   re.IGNORECASE,
 )
+# What models think before they answer, where a server does not take that away.
+_THOUGHTS = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 
 
 class Question(NamedTuple):
@@ -181,8 +185,10 @@ def checked(reply: chat.Reply, max_characters: int) -> tuple[str, str]:
   if not isinstance(reply.content, str):
     kind = type(reply.content).__name__
     return "", f"the answer is no text but {kind}"
-  text = " ".join(text_file.clean(reply.content).split())
-  text = text.strip('"').strip() if text.count('"') == 2 else text
+  text = _THOUGHTS.sub("", text_file.clean(reply.content), count=1)
+  text = " ".join(text.split())
+  if len(text) > 1 and text.count('"') == 2 and text[0] == text[-1] == '"':
+    text = text[1:-1].strip()
   if not text:
     return "", "the answer is empty"
   if fault := text_file.control_character(text):

@@ -177,6 +177,11 @@ def beam(
   return Found(ids_BNT, jnp.take_along_axis(sum_BNW, best_BN1, axis=2)[..., 0])
 
 
+def below(pieces: int, logits_BMV: Array) -> Array:
+  """Logits of which only those of ids below `pieces` can be said."""
+  return jnp.where(jnp.arange(logits_BMV.shape[-1]) < pieces, logits_BMV, _NEVER)
+
+
 def _divisor(lengths: Array, power: float) -> Array:
   """What makes log-probabilities of texts of these lengths comparable."""
   return jnp.maximum(lengths, 1).astype(jnp.float32) ** power

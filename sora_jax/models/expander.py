@@ -125,6 +125,7 @@ def generate(
   given_B: Array,
   keys_B: Array,
   top_p: float,
+  pieces: int | None = None,
 ) -> Array:
   """Goes on behind given tokens, a token at a time: [B, S] with the given ones.
 
@@ -135,6 +136,7 @@ def generate(
     keys_B: random keys, so that a text does not depend on those beside it.
     top_p: the likeliest tokens that have this much of the probability are drawn from
       (arXiv:1904.09751); 0 takes the likeliest one.
+    pieces: only ids below are said: a tokenizer may have fewer than the embedding.
   """
   B, S = ids_BS.shape
   model, choose = ExpanderLM(config), decoding.nucleus(keys_B[:, None], top_p)
@@ -142,6 +144,7 @@ def generate(
   def step(carry, place):
     token_B, cache = carry
     logits_BSV, cache = model.apply({"params": params}, token_B[:, None], place, cache)
+    logits_BSV = decoding.below(pieces or config.vocab_size, logits_BSV)
     drawn_B = choose(logits_BSV, place)[:, 0].astype(jnp.int32)
     next_B = jnp.where(place + 1 < given_B, ids_BS[:, place + 1], drawn_B)
     return (next_B, cache), next_B

@@ -265,6 +265,8 @@ class DiTMeta(_Meta):
       imported checkpoint has none.
     sampling: of a published model; None for one that was trained from nothing here,
       whose recipe says it.
+    vocabulary: digest of the small text encoder's tokenizer; "" for those of older
+      versions.
   """
 
   model: DiTConfig
@@ -284,6 +286,7 @@ class DiTMeta(_Meta):
   image: str = ""
   sampling: Sampling | None = None
   low_noise: bool = False
+  vocabulary: str = ""
 
   network: ClassVar[str] = "dit"
   noun: ClassVar[str] = "a DiT"
@@ -337,6 +340,7 @@ class CaptionerMeta(_Meta):
     vae: id of the VAE whose latents it reads; "" for pixels.
     steps: of its training.
     id: of the weights.
+    vocabulary: digest of its tokenizer; "" for those of older versions.
   """
 
   model: CaptionerConfig
@@ -353,6 +357,7 @@ class CaptionerMeta(_Meta):
   vae: str = ""
   steps: int = 0
   id: str = ""
+  vocabulary: str = ""
 
   network: ClassVar[str] = "captioner"
   noun: ClassVar[str] = "a captioner"
@@ -367,12 +372,14 @@ class ExpanderMeta(_Meta):
     max_tokens: of a short and a long caption, with both ends.
     steps: of its training.
     id: of the weights.
+    vocabulary: digest of its tokenizer; "" for those of older versions.
   """
 
   model: ExpanderConfig
   max_tokens: int
   steps: int
   id: str
+  vocabulary: str = ""
 
   network: ClassVar[str] = "expander"
   noun: ClassVar[str] = "an expander of prompts"

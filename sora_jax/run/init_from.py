@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sora_jax.data.tokenizer import Tokenizer
 from sora_jax.encoders import model_folders
 from sora_jax.models import lora
 from sora_jax.models.meta import DiTMeta, ImageMeta, TextMeta, VAEMeta
@@ -204,7 +205,9 @@ def begin(
   vocabulary = pathlib.Path(workdir) / "dit" / "tokenizer.model"
   if not recipe.text.folder and jax.process_index() == 0 and not vocabulary.exists():
     vocabulary.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / "tokenizer.model", vocabulary)
+    words = folder / "tokenizer.model"
+    Tokenizer(str(words), meta.vocabulary)  # which says so if it is another's
+    shutil.copyfile(words, vocabulary)
   sharding.sync("tokenizer of the base")
   if not stage.lora.rank:
     return (

@@ -57,7 +57,7 @@ class Denoiser:
         for features_SE in encode_text(texts, limit)
       ]
     else:
-      words = tokenizer.Tokenizer(str(vocabulary))
+      words = tokenizer.Tokenizer(str(vocabulary), meta.vocabulary)
       self._encode_texts = lambda texts: _ids(words, texts, limit)
     process, target = meta.noise.process, meta.noise.target
     self._networks = integrate.Networks(

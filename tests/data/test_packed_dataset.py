@@ -12,7 +12,7 @@ from data.batch_checks import assert_equal, rows_of, take
 
 from sora_jax.data import records, tokenizer
 from sora_jax.data.batches import Batches, first_batches
-from sora_jax.data.caption_texts import CaptionIds
+from sora_jax.data.caption_texts import CaptionIds, warn_of_cut
 from sora_jax.data.packed_dataset import Choice, PackedDataset, PackedOptions
 from sora_jax.packing import patches, planner
 
@@ -363,9 +363,9 @@ def test_captions_that_are_cut_are_counted(latents, caplog):
   captions = [caption for clip in clips for caption in clip.captions]
   whole = [len(words.encode(caption, 1000)) for caption in captions]
   most = sorted(whole)[len(whole) // 2]
-  CaptionIds(words, max(whole)).warn_of_cut(clips, "config.dit.max_text_tokens")
+  warn_of_cut(CaptionIds(words, max(whole)), clips, "config.dit.max_text_tokens")
   assert not caplog.text
-  CaptionIds(words, most).warn_of_cut(clips, "config.dit.max_text_tokens")
+  warn_of_cut(CaptionIds(words, most), clips, "config.dit.max_text_tokens")
   cut = sum(length > most for length in whole)
   assert 0 < cut < len(whole)
   said = f"{cut} of {len(whole)} captions have more than the {most} tokens of config."

@@ -155,6 +155,16 @@ def test_other_folders_and_vocabularies_are_refused(folder, tmp_path):
   params, _ = checkpoint.load_model(place)
   with pytest.raises(ValueError, match="it is of another vocabulary"):
     Captioner(params, META, tokenizer.Tokenizer(str(path)))
+  # A smaller one is seen by its hash, and what it has not is never said.
+  tokenizer.train(CAPTIONS[:1], str(path), MODEL.vocab_size - 8)
+  words = tokenizer.Tokenizer(str(path))
+  assert words.vocab_size < MODEL.vocab_size
+  model = Captioner(params, META, words)
+  for seed in range(3):
+    model.caption(CLIPS[:2], method="nucleus", seed=seed, top_p=1.0)
+  whole = tokenizer.Tokenizer(str(place / "tokenizer.model")).digest
+  with pytest.raises(ValueError, match=f"{words.digest}, not the tokenizer {whole}"):
+    tokenizer.Tokenizer(str(path), whole)
 
 
 @pytest.mark.slow

@@ -40,13 +40,13 @@ class Server:
     plan: number of a request, from 0 -> what to do instead of answering well: a status,
       (status, headers), "hang", "drop", raw bytes of a body, or a dict.
     bodies: of the questions in order. answered: digests of those with a good answer.
-    keys: that came with them.
+    keys: that came with them. paths: that were asked for.
     say: question -> text of a good answer.
   """
 
   def __init__(self, url):
     self.url, self.plan, self.bodies = url, {}, []
-    self.answered, self.keys = [], set()
+    self.answered, self.keys, self.paths = [], set(), []
     self.say = lambda body: f"caption {question_digest(body)}"
     self.lock = threading.Lock()
 
@@ -56,6 +56,7 @@ class Server:
     with self.lock:
       number = len(self.bodies)
       self.bodies.append(body)
+      self.paths.append(handler.path)
       self.keys.add(handler.headers["Authorization"])
       plan = self.plan(number) if callable(self.plan) else self.plan.get(number)
       if plan is None:

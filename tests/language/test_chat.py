@@ -1,5 +1,6 @@
 """The client of endpoints against a server that fails in every way."""
 
+import contextlib
 import logging
 import socket
 
@@ -65,6 +66,19 @@ def test_retry_after_holds_for_all(server, talk, fake_time):
   assert fake_time.time == 17 + 60 + 5
 
 
+def test_a_429_holds_those_who_have_a_turn_already(talk, fake_time):
+  talk_now = talk(requests_per_minute=60)
+  talk_now._next = 1.0  # the turn that is taken
+
+  def sleep(seconds):
+    fake_time.sleep(seconds)
+    talk_now._held = 5.0  # another thread hears "slow down" meanwhile
+
+  talk_now._clock = chat.Clock(fake_time.now, sleep)
+  talk_now.ask(HELLO)
+  assert fake_time.time >= 5
+
+
 def test_requests_per_minute(talk, fake_time):
   talk_now = talk(requests_per_minute=30)
   for _ in range(4):
@@ -120,12 +134,59 @@ def test_bad_endpoints(monkeypatch):
     chat.Chat(chat.Endpoint("http://x", "m"))
 
 
-def test_secrets_of_an_address_are_not_shown():
+@pytest.mark.parametrize("url", ["http://h:abc/v1", "http:///v1", "http://[::1/v1"])
+def test_addresses_that_are_none(url):
+  with pytest.raises(ValueError, match="^endpoint 'http://"):
+    chat.Endpoint(url, "m")
+
+
+def test_an_endpoint_that_does_not_take_the_call(monkeypatch, fake_time):
+  monkeypatch.setenv(chat.KEY, SECRET)
+  with socket.socket() as s, contextlib.ExitStack() as callers:
+    s.bind(("127.0.0.1", 0))
+    s.listen(0)
+    for _ in range(4):  # so many that nobody else is let in
+      caller = callers.enter_context(socket.socket())
+      caller.setblocking(False)
+      caller.connect_ex(s.getsockname())
+    url = f"http://127.0.0.1:{s.getsockname()[1]}/v1"
+    talk = chat.Chat(chat.Endpoint(url, "m", timeout=0.3), fake_time.clock)
+    with pytest.raises(ValueError, match=f"{url}: no connection .*not take the call"):
+      talk.ask(HELLO)
+
+
+def test_secrets_of_an_address_are_not_shown(server, caplog, monkeypatch):
   endpoint = chat.Endpoint("https://me:pass@h:8/v1?key=1", "m")
   assert endpoint.shown == "https://h:8/v1"
+  caplog.set_level(logging.INFO)
+  address = server.url.replace("//", "//me:pass@") + "?key=s3cret"
+  assert chat.Chat(chat.Endpoint(address, "m")).ask(HELLO).content
+  assert server.paths == ["/v1/chat/completions?key=s3cret"]
+  assert "s3cret" not in caplog.text and "pass" not in caplog.text
 
 
-def test_the_key_is_nowhere(server, talk, caplog):
+@pytest.mark.parametrize("key", ["x", "none"])
+def test_a_key_that_is_a_word_is_none_of_a_caption(server, monkeypatch, key):
+  monkeypatch.setenv(chat.KEY, key)
+  server.plan = {0: good("a fox, none of it")}
+  reply = chat.Chat(chat.Endpoint(server.url, "m")).ask(HELLO)
+  assert reply.content == "a fox, none of it"
+
+
+@pytest.mark.parametrize(
+  "usage", [None, {}, {"total_tokens": 9}, {"prompt_tokens": "?"}]
+)
+def test_an_answer_counts_whatever_is_said_of_tokens(server, talk, usage):
+  server.plan = {0: {**good("a dog"), "usage": usage}}
+  reply = talk().ask(HELLO)
+  assert reply.content == "a dog" and reply.tokens == (0, 0)
+
+
+def test_the_key_is_nowhere(server, talk, caplog, monkeypatch):
+  def log(level, text, _, *args):  # whatever was logged before
+    chat.logging.log(level, text, *args)
+
+  monkeypatch.setattr(chat.logging, "log_first_n", log)
   absl_logging.set_verbosity(absl_logging.DEBUG)
   caplog.set_level(logging.DEBUG)
   server.plan = {

@@ -1,5 +1,6 @@
 """The expander that is trained here: its network, its pairs, and what survives it."""
 
+import dataclasses
 import functools
 import json
 
@@ -70,6 +71,10 @@ def test_generation_is_what_the_whole_text_says(params):
   assert np.any(drawn != made_BS)
   near = np.asarray(generate(params, ids_BS, given_B, keys_B, 1e-6))
   np.testing.assert_array_equal(near, made_BS)
+  # Ids that the tokenizer does not have are never said.
+  pieces = int(drawn[0, 1:].max())
+  few = jax.jit(functools.partial(expander.generate, CONFIG, pieces=pieces))
+  assert np.asarray(few(params, ids_BS, given_B, keys_B, 1.0))[0, 1:].max() < pieces
 
 
 def test_sharding_rules_fit():
@@ -134,6 +139,14 @@ def test_pairs():
     ValueError, match="no train clip has a short caption and a longer"
   ):
     pairs_of(clips[2:4])
+
+
+def test_images_are_left_out_where_there_are_videos():
+  """Else a few words that say no motion would make an image of every video."""
+  image, video = make_clip(0, "a", "an image of a"), make_clip(1, "b", "b moves")
+  video = dataclasses.replace(video, frames=5)
+  assert pairs_of([image, video]) == [("b", "b moves"), ("b moves", "b moves")]
+  assert ("a", "an image of a") in pairs_of([image])
 
 
 def test_rows_of_pairs(tmp_path):
@@ -243,7 +256,10 @@ def test_seeds(trained):
   assert first == made.expand(texts, 1) and made.expand([]) == []
   assert [made.expand([text], 1)[0] for text in texts] == first
   assert len({tuple(made.expand(texts, seed)) for seed in range(4)}) > 1
-  with pytest.raises(ValueError, match="has 96 tokens, but the expander takes 48"):
+  assert made.expand([text.upper() for text in texts]) == made.expand(
+    [text.lower() for text in texts]
+  )
+  with pytest.raises(ValueError, match="has [1-9][0-9]{2,} tokens, but .* takes 48"):
     made.expand(["a red circle " * 100])
   with pytest.raises(ValueError, match="top_p 2 is not from 0 to 1"):
     TrainedExpander(trained, 2)

@@ -1,5 +1,6 @@
 """Captions of a manifest: nothing is lost or asked twice, and bytes are the same."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -19,8 +20,11 @@ from sora_jax.data.clips import Clip, SyntheticCaption, read_manifest, write_man
 from sora_jax.data.video import writer as video_writer
 from sora_jax.language import chat, kept, recaptioning, styles, writers
 from sora_jax.language.recaptioning import Share
+from sora_jax.models.captioner import CaptionerConfig
+from sora_jax.models.meta import CaptionerMeta
 from sora_jax.run import cli, stages
 
+LEARNT = ("any", "descriptive", "short")
 ASKED = styles.prompted(["descriptive", "short"], {})
 COUNT = 6
 
@@ -144,6 +148,81 @@ def test_captions_of_any_script(server, vision, manifest, text):
   assert {c.text for c in read_manifest(manifest)[0].synthetic} == {
     " ".join(expected.split())
   }
+
+
+@pytest.mark.parametrize(
+  "said, text",
+  [
+    ('"A dog."', "A dog."),
+    ('A sign reads "STOP."', 'A sign reads "STOP."'),
+    ("<think>a cat?\nno</think>\n\nA dog.", "A dog."),
+    ("Sorry, reads a note on a door.", "Sorry, reads a note on a door."),
+    ("I can't believe it, says a sign.", "I can't believe it, says a sign."),
+  ],
+)
+def test_what_is_a_caption_of_an_answer(said, text):
+  assert writers.checked(chat.Reply(said, "", "stop", (0, 0)), 99) == (text, "")
+
+
+@pytest.mark.parametrize(
+  "said",
+  ["Sorry, but I can't help with that.", "I cannot describe this.", "As an AI I"],
+)
+def test_what_is_none(said):
+  assert "refuses" in writers.checked(chat.Reply(said, "", "stop", (0, 0)), 99)[1]
+
+
+def test_rejected_clips_do_not_keep_others_from_being_asked(
+  server, vision, manifest, monkeypatch
+):
+  """As a content policy does; they are the first ones, and more than the limit."""
+  monkeypatch.setattr(recaptioning, "MOST_FAILURES", 4)
+  clips = read_manifest(manifest)
+  seen = {
+    question_digest({"messages": writers.question_of(style.prompt, [image])})
+    for clip in clips[:4]
+    for style in ASKED
+    for image in [writers.jpeg(writers._frames(clip)[0][0], 512)]
+  }
+  server.plan = lambda n: 400 if question_digest(server.bodies[n]) in seen else None
+  with pytest.raises(ValueError, match="questions in a row had no answer"):
+    recaptioned(manifest, vision())
+  for _ in range(2):
+    with contextlib.suppress(ValueError):  # of those that were not asked before
+      recaptioned(manifest, vision())
+  assert recaptioned(manifest, vision())[:2] == (2 * COUNT - 8, 8)
+  listed = (manifest.parent / recaptioning.FOLDER / "failed.jsonl").read_text()
+  assert listed.count("status 400") == 8
+
+
+def test_copies_count_once_and_fail_together(server, vision, manifest):
+  clips = read_manifest(manifest)
+  copies = [dataclasses.replace(clips[0], id=f"copy{i}") for i in range(3)]
+  write_manifest(manifest, [*copies, clips[1]])
+  asked = ASKED[:1]
+  server.plan = lambda n: 500 if n < 1 else None
+  talk = vision(retries=0)
+  first = recaptioned(manifest, talk, asked)
+  listed = (manifest.parent / recaptioning.FOLDER / "failed.jsonl").read_text()
+  without = [clip for clip in read_manifest(manifest) if not clip.synthetic]
+  assert first.failed == len(without) == len(listed.splitlines())
+  second = recaptioned(manifest, talk, asked)
+  assert second == (4, 0, (200, 20))  # of two questions, not of four
+
+
+def test_an_earlier_caption_stays_where_there_is_no_new_one(server, vision, manifest):
+  asked = ASKED[:1]
+  recaptioned(manifest, vision(), asked)
+  before = read_manifest(manifest)
+  count = len(server.bodies)
+  server.plan = lambda n: 500 if n - count in (1, 3) else None
+  server.say = lambda body: "new"
+  summary = recaptioned(manifest, vision(retries=0, max_tokens=9), asked)
+  assert summary[:2] == (COUNT - 2, 2)
+  after = read_manifest(manifest)
+  kept_ones = [a.synthetic == b.synthetic for a, b in zip(before, after, strict=True)]
+  assert sum(kept_ones) == 2
+  assert all(len(clip.synthetic) == 1 for clip in after)
 
 
 def test_what_fails_for_now_is_asked_by_the_next_run(server, vision, manifest):
@@ -286,7 +365,7 @@ def test_a_captioner_of_ours(manifest):
   def trained(**fields):
     return writers.Trained(Double(), "captioner-1", size=4, **fields)
 
-  asked = styles.trained(["descriptive", "short"])
+  asked = styles.trained(None, LEARNT)
   assert recaptioned(manifest, trained(), asked) == (2 * COUNT, 0, (0, 0))
   whole = manifest.read_bytes()
   first = read_manifest(manifest)[1].synthetic
@@ -307,14 +386,20 @@ def test_a_captioner_of_ours(manifest):
 
 
 def test_styles():
-  with pytest.raises(ValueError, match="style 'camera' is none of a captioner"):
-    styles.trained(["camera"])
+  with pytest.raises(
+    ValueError, match="'camera' is none of this captioner's: any, des"
+  ):
+    styles.trained(["camera"], LEARNT)
+  # One that has learnt from one caption a clip knows no styles.
+  assert [style.name for style in styles.trained(None, ("any",))] == ["any"]
+  with pytest.raises(ValueError, match="'short' is none of this captioner's: any"):
+    styles.trained(["short"], ("any",))
   with pytest.raises(ValueError, match="style 'camera' has no prompt"):
     styles.prompted(["camera"], {})
   with pytest.raises(ValueError, match="prompt of style 'x', which is none of"):
     styles.prompted(["short"], {"x": "y"})
   with pytest.raises(ValueError, match="occurs twice"):
-    styles.trained(["short", "short"])
+    styles.trained(["short", "short"], LEARNT)
   assert len({style.digest for style in ASKED}) == 2 and not styles.Style("a").digest
 
 
@@ -391,7 +476,11 @@ def test_the_command(server, command, manifest, monkeypatch, tmp_path):
     command(f"--manifest={manifest}", f"--captioner={tmp_path}")
   model = tmp_path / "captioner" / "model"
   model.mkdir(parents=True)
-  (model / "model.json").write_text('{"params": "params-0", "meta": {"id": "x"}}')
+  meta = CaptionerMeta(
+    CaptionerConfig(), "pixels", (1, 8, 8), LEARNT, 40, 160, 10, 24.0, 17, 4096, 16
+  )
+  saved = {"params": "params-0", "meta": meta.to_json()}
+  (model / "model.json").write_text(json.dumps(saved))
   command(f"--manifest={manifest}", f"--captioner={tmp_path}", "--styles=descriptive")
   assert len(double.calls) == 1 and len(read_manifest(manifest)[0].synthetic) == 3
 
@@ -408,7 +497,12 @@ def test_the_command(server, command, manifest, monkeypatch, tmp_path):
     ),
     (["M", "--endpoint=http://x"], "name of the model is missing"),
     (["M", "--captioner=x", "--prompt=short:y"], "--prompt is for --endpoint"),
-    (["M", "--captioner=x", "--process=2"], "--process=2 is not below --processes=1"),
+    (["M", "--captioner=x", "--process=2"], "--process and --processes are needed tog"),
+    (["M", "--captioner=x", "--processes=2"], "--process and --processes are needed"),
+    (
+      ["M", "--captioner=x", "--process=2", "--processes=2"],
+      "--process=2 is not below --processes=2",
+    ),
     (["M", "y"], "unexpected arguments"),
   ],
 )

@@ -262,6 +262,12 @@ def test_an_expanded_prompt_is_kept(command, sampler, tmp_path, monkeypatch, cap
     command(f"--from={first}.json", "--expand", f"--out={again}")
   with pytest.raises(ValueError, match="--expand_model needs --expand"):
     command(*new, "--prompt=x", "--expand_model=m", f"--out={again}")
+  for flag, words in (
+    (["--expand_model=m"], "--expand_model is for --expand_endpoint"),
+    (["--expand_endpoint=http://x", "--expand_top_p=0.5"], "top_p is for the model's"),
+  ):
+    with pytest.raises(ValueError, match=words):
+      command(*new, "--prompt=x", "--expand", *flag, f"--out={again}")
   monkeypatch.setattr(sampler, "expander", None)
   with pytest.raises(ValueError, match="no expander of prompts: .*train_expander"):
     command(*new, "--prompt=x", "--expand", f"--out={again}")
