@@ -113,7 +113,7 @@ def merge(
   clips = _clips(manifest)
   folder = manifest.parent / FOLDER
   job = _job(clips, writer, styles, processes)
-  reasons = {}
+  reasons: dict[tuple[str, str], str] = {}
   for process in range(processes):
     note = _read_note(_note(folder, process))
     if note.get("job") != job:
