@@ -14,8 +14,8 @@ expanded prompts. The table has the share of samples that show what the short pr
 says, with 95 % intervals, and how much of the way from the poor captions to the true
 ones the new ones go. It is in results.json.
 
-Below --workdir are the runs `pool`, `captioner`, `poor`, `new` and `true`; typed again,
-what is complete stays.
+On a CPU it takes about an hour; launch/README.md has the table. Below --workdir are the
+runs `pool`, `captioner`, `poor`, `new` and `true`; typed again, what is complete stays.
 """
 
 import dataclasses
