@@ -19,8 +19,8 @@ from sora_jax.language.styles import Style
 
 # As models begin that do not do what they are asked to. Captions may quote "Sorry".
 _REFUSAL = re.compile(
-  r"(i['’]?m sorry\b|i am sorry\b|(sorry, )?(but )?i (can ?not|can['’]t|am unable to"
-  r"|['’]?m unable to) (assist|help|comply|describe|see|view|watch|provide|identify"
+  r"(i['’]?m sorry\b|i am sorry\b|(sorry, )?(but )?i( can ?not| can['’]t| am unable to"
+  r"|['’]m unable to) (assist|help|comply|describe|see|view|watch|provide|identify"
   r"|answer|analy[sz]e|process|access|create|write|do|fulfil|determine|discuss)\b"
   r"|as an ai\b|unable to (assist|help|comply)\b)",
   re.IGNORECASE,
