@@ -166,7 +166,12 @@ def test_what_is_a_caption_of_an_answer(said, text):
 
 @pytest.mark.parametrize(
   "said",
-  ["Sorry, but I can't help with that.", "I cannot describe this.", "As an AI I"],
+  [
+    "Sorry, but I can't help with that.",
+    "I cannot describe this.",
+    "As an AI I",
+    "I'm unable to see it",
+  ],
 )
 def test_what_is_none(said):
   assert "refuses" in writers.checked(chat.Reply(said, "", "stop", (0, 0)), 99)[1]
