@@ -1,4 +1,4 @@
-"""A tour of the ways of prompting, as one looping GIF of about 20 seconds.
+"""A tour of the ways of prompting, as one looping GIF of about 25 seconds.
 
   python launch/tour.py --checkpoint=shapes --out=tour.gif
 
