@@ -33,8 +33,9 @@ def get_config(variant: str = "") -> ConfigDict:
   """The recipe; any key can be overridden with --config.key=value.
 
   Variant "gpu" takes larger batches, and more clips. The others have one object on one
-  ground, and the quickstart's network, which is trained for longer: "short" in 9 frames,
-  as in the quickstart, "simple" in 17, "medium" in either, with bars to pass behind.
+  ground, and the quickstart's network, which is trained for longer: "short" in 9
+  frames, as in the quickstart, "simple" in 17, "medium" in either, with bars to pass
+  behind.
   """
   if variant not in ("", *VARIANTS):
     raise ValueError(
