@@ -137,24 +137,25 @@ np.testing.assert_allclose(weight_LS[real_L].sum(-1), 1, rtol=1e-5)
 def test_sampling(commands, tiny_run, tmp_path):
   checks = """
 shapes_of = {name: video.shape for name, video in made.items()}
-film = (9, 64, 64, 3)
-assert shapes_of["a white square moves left"] == (9, 60, 60, 3)
+film = (17, 64, 64, 3)
+assert shapes_of["a white square moves left"] == (17, 60, 60, 3)
 assert shapes_of["a cyan triangle"] == (1, 64, 64, 3)
 assert shapes_of["preview"][1:] == (64, 64, 3)
 assert shapes_of["full size"][1:] == (128, 128, 3)
-assert shapes_of["shots"] == shapes_of["blend"] == (17, 64, 64, 3)
-# As long as the model's own videos, or as the given one.
-images = ("first image", "last image", "first and last image", "key frame at 0.5 s")
-assert all(shapes_of[name] == (17, 64, 64, 3) for name in images)
+assert shapes_of["shots"] == shapes_of["blend"] == (33, 64, 64, 3)
+# As long as the model's own videos, which the given one is, too.
+images = ("first image", "last image", "first and last image")
+assert all(shapes_of[name] == film for name in images)
+assert shapes_of["key frame in the middle"] == film
 same = ("strength 0.4", "right half anew", "turn into", "infill")
 assert all(shapes_of[name] == film for name in same)
 # Half a second of the tiny run's 12 frames a second is two latent frames.
-assert len(made["extend after"]) == len(made["extend before"]) == 17
-assert len(made["extend both"]) == 25 and len(made["long"]) == 33
-assert len(made["connect"]) > 18 and len(made["loop of a video"]) > 9
-assert len(made["loop of a text"]) == 16 and len(made["interpolate"]) == 17
+assert len(made["extend after"]) == len(made["extend before"]) == 25
+assert len(made["extend both"]) == 33 and len(made["long"]) == 33
+assert len(made["connect"]) > 34 and len(made["loop of a video"]) > 17
+assert len(made["loop of a text"]) == 16 and len(made["interpolate"]) == 33
 assert all(video.std() > 1 for video in made.values())
-assert list(given_T) == [True] * 3 + [False] * 2 and kept
+assert list(given_T) == [True] * 3 + [False] * 2 and kept  # one window
 moved = np.abs(made["strength 0.8"].astype(int) - made["strength 0.4"]).mean()
 assert moved > 1
 """
