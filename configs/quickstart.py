@@ -25,6 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
   clips in a minute or two: to see that everything runs, not to learn anything.
   Variant "memorise" trains the DiT on 24 clips only, and compares samples of their
   captions with the clips: a chain that cannot do that cannot learn more either.
+  These are in evaluate/samples; other prompts, as in sample/, are nothing to it.
   Variant "ddpm" trains and samples the DiT as DDPM does (arXiv:2006.11239, algorithms 1
   and 2, but 250 of the 1000 steps).
   """
