@@ -148,7 +148,6 @@ def get_config(variant: str = "") -> ConfigDict:
     c.dit.tokens = 160
     c.dit.text_tokens = 96
     c.dit.segments = 10
-    c.dit.max_text_tokens = 40
     c.dit.train.steps = {"medium": 10000, "simple": 4000, "short": 5000}[variant]
     c.dit.train.decay_steps = 1000
     frames, rate = (9, 8.0) if variant == "short" else (17, 12.0)
@@ -159,14 +158,13 @@ def get_config(variant: str = "") -> ConfigDict:
     )
   if variant in ("simple", "short"):
     c.data.max_pixels = 64 * 64  # in place of 96x64, which a clip with a bar has
+    c.dit.max_text_tokens = 40
   if variant in ("medium", "short"):
     c.vae.crop = (9, 64, 64)
-    c.vae.train.steps = 2000
+    c.vae.train.steps = {"medium": 8000, "short": 2000}[variant]
   if variant == "medium":
     c.data.max_frames = 17
-    c.vae.train.steps = 8000
     c.dit.given_prob = 0.4
     c.dit.tokens = 168  # a clip with a bar, and two key frames
-    c.dit.max_text_tokens = 64
     c.dit.train.decay_steps = 2500
   return recipe.complete(c)

@@ -163,12 +163,10 @@ def _expander(args, checkpoint) -> expansion.Expander | None:
     if given:
       raise ValueError(f"--expand_{given[0]} needs --expand")
     return None
-  other = "model" if not args.expand_endpoint else "top_p"
-  if args[f"expand_{other}"].present:
-    raise ValueError(
-      f"--expand_{other} is for "
-      + ("--expand_endpoint" if other == "model" else "the model's own expander")
-    )
+  if args.expand_endpoint and args["expand_top_p"].present:
+    raise ValueError("--expand_top_p is for the model's own expander")
+  if args["expand_model"].present and not args.expand_endpoint:
+    raise ValueError("--expand_model is for --expand_endpoint")
   folder = shipped.find(checkpoint)
   if not args.expand_endpoint:
     if args.expand_top_p and expander.TrainedExpander.is_in(folder):

@@ -12,7 +12,7 @@ from data.batch_checks import assert_equal, rows_of, take
 
 from sora_jax.data import records, tokenizer
 from sora_jax.data.batches import Batches, first_batches
-from sora_jax.data.caption_texts import CaptionIds, warn_of_cut
+from sora_jax.data.caption_texts import CaptionIds, StyledCaptionIds, warn_of_cut
 from sora_jax.data.packed_dataset import Choice, PackedDataset, PackedOptions
 from sora_jax.packing import patches, planner
 
@@ -370,6 +370,12 @@ def test_captions_that_are_cut_are_counted(latents, caplog):
   assert 0 < cut < len(whole)
   said = f"{cut} of {len(whole)} captions have more than the {most} tokens of config."
   assert said in caplog.text and f"longest has {max(whole)}" in caplog.text
+  # Behind the token of a style one token less is left.
+  caplog.clear()
+  warn_of_cut(StyledCaptionIds(words, max(whole) + 1, 512), clips, "config.x")
+  assert not caplog.text
+  warn_of_cut(StyledCaptionIds(words, max(whole), 512), clips, "config.x")
+  assert f"the longest has {max(whole) + 1}" in caplog.text
 
 
 @pytest.mark.slow
