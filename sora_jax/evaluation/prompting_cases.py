@@ -115,8 +115,8 @@ class _Held(NamedTuple):
 
   @property
   def after_gap(self) -> int:
-    """Where what comes after the gap begins: with the still of its first frame."""
-    return self.lengths.given + self.gap - 3
+    """Where what comes after the gap begins: with its first frame."""
+    return self.lengths.given + self.gap
 
   @property
   def at_start(self):
@@ -150,8 +150,8 @@ def cases_of(
 ) -> dict[str, Case]:
   """Returns all modes on a clip, and another one where a mode takes two.
 
-  Frames are counted as latents hold them: 1 + 4k frames, so that what is new after
-  n of a video begins at n, and what is new before k latents ends at 4k - 3.
+  Frames are counted as latents hold them: 1 + 4k frames. What is given at an end is
+  given from its second frame on; its first guides, as an image.
   """
   held = _hold(model, clip, other, seed, lengths)
   return {
@@ -189,8 +189,7 @@ def _cases_of_images(held: _Held) -> dict[str, Case]:
   first, last = held.sample[:1], held.sample[-1:]
   start = ((slice(0, 1), held.first_image),)
   end = ((slice(-1, None), held.last_image),)
-  # The last image has a latent, which shows it four times.
-  before_end = held.lengths.sampled - 4
+  before_end = held.lengths.sampled - 1
   between = slice(1, before_end)
   return {
     "first image": Case(
@@ -225,9 +224,7 @@ def _cases_of_time(held: _Held) -> dict[str, Case]:
   job = functools.partial(held.job, size=SIZE)
   given = held.lengths.given
   at_end = slice(-given, None)
-  # Latent frames, of which the last one shows four times the video's first frame.
-  before = max(2, time_grid.latent_frames(given) - 1)
-  before_video = time_grid.frame_at(before - 1) + 1
+  before = given - 1
   middle = (given + held.after_gap) // 2
   return {
     "extend after": Case(
@@ -238,11 +235,11 @@ def _cases_of_time(held: _Held) -> dict[str, Case]:
       parts=(Part(held.own, slice(given, None), 1, held.motions),),
     ),
     "extend before": Case(
-      job(video=held.end, extend_before=time_grid.frame_at(before) / held.fps),
+      job(video=held.end, extend_before=held.seconds),
       held.truth,
       ((at_end, held.rebuilt_end),),
-      seams=(before_video,),
-      parts=(Part(held.end, slice(0, before_video), -1, held.motions),),
+      seams=(before,),
+      parts=(Part(held.end, slice(0, before), -1, held.motions),),
     ),
     "connect": Case(
       job(video=held.own, connect=held.second, gap=held.gap_seconds),
@@ -339,12 +336,12 @@ def _cases_of_loops(held: _Held) -> dict[str, Case]:
   job = functools.partial(held.job, size=SIZE, loop=True)
   of_gap = functools.partial(job, video=held.own, gap=held.gap_seconds)
   given = held.lengths.given
-  gap = slice(given, held.after_gap)
+  gap = slice(given, None)
   of_video = functools.partial(
     Case,
     truth=held.truth,
     kept=held.at_start,
-    seams=(given, held.after_gap, 0),
+    seams=(given, 0),
     parts=(Part(held.own, gap), Part(held.own, gap, -1)),
   )
   # Of a loop of text, which has whole latent frames, each half goes on with the other.

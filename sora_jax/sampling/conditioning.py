@@ -5,19 +5,18 @@ value exactly; others begin as noise, or as known latents with some noise on the
 (SDEdit, arXiv:2108.01073); images at any time are *extra* tokens. Training draws all of
 these at random, in the same layout, so that every mode here is a few lines:
 
-  image to video        bridge(before=its latent)       last frame: bridge(after=...)
+  image to video        bridge(before=its latent)       last frame: bridge(extras=...)
   extend forwards       bridge(before=end of the video)
-  extend backwards      bridge(after=start of the video)
-  connect, infill       bridge(before, after)
-  loop of a video       bridge(before=its end, after=its start)
+  extend backwards      bridge(after=start of the video, extras=its first frame)
+  connect, infill       bridge(before, after, extras)
+  loop of a video       bridge(before=its end, after, extras=its start)
   loop of a text        Prompt(loop=True)
   video to video        Prompt(latent, strength=...); of a region: `kept` ones given
 
 The causal VAE lays time out as 1 + 4k frames: latent i > 0 holds frames 4i - 3 .. 4i,
-so that frame f is at time f / 4 and a one-frame latent at the time of its frame. A
-frame at a whole time is given on the grid by a *still*: the latent of four times that
-frame, of which the last one is shown at its time. Other frames are extra tokens, which
-guide the video but are not in it.
+so that frame f is at time f / 4 and a one-frame latent at the time of its frame. A latent
+of which all four frames are known is given on the grid. Where only some of them are, as
+before a given end, these are extra tokens: they guide the latent that is made.
 """
 
 import dataclasses
@@ -122,7 +121,6 @@ def bridge(
   before_THWC: np.ndarray | None = None,
   after_THWC: np.ndarray | None = None,
   extras: tuple[tuple[float, np.ndarray], ...] = (),
-  stills: tuple[tuple[int, np.ndarray], ...] = (),
 ) -> Prompt:
   """A video that begins with given latents, ends with given ones, or both.
 
@@ -130,13 +128,12 @@ def bridge(
     request: what to make.
     grid: tokens (t, h, w); t in latent frames.
     before_THWC: latents of a video's last frames, the first of one frame.
-    after_THWC: latents of a video's first frames, the first of them a still.
-    extras: further images, see `Prompt`.
-    stills: (index, latent_HWC) of images on the grid in between.
+    after_THWC: latents of what comes after a video's first frame; that one is an extra,
+      since the latent that shows it shows three frames before it, too.
+    extras: images, see `Prompt`.
 
   Raises:
-    ValueError: if nothing is left to make, or an image is outside the video, or at a
-      given frame.
+    ValueError: if nothing is left to make, or an image is outside the video.
   """
   total = grid[0]
   begin = 0 if before_THWC is None else len(before_THWC)
@@ -146,13 +143,12 @@ def bridge(
       f"nothing to make: of {total} latent frames {begin} are given at the start and "
       f"{total - end} at the end"
     )
-  check_times([time for time, _ in (*extras, *stills)], total)
+  check_times([time for time, _ in extras], total)
   shown = [] if before_THWC is None else list(before_THWC)
   shown += [] if after_THWC is None else list(after_THWC)
-  shown += [latent_HWC for _, latent_HWC in stills]
   if not shown:
     return Prompt(request, grid, extras=extras)
-  places = [*range(begin), *range(end, total), *(index for index, _ in stills)]
+  places = [*range(begin), *range(end, total)]
   latent_THWC = np.zeros((total, *shown[0].shape), np.float32)
   given_THW = np.zeros(grid, bool)
   latent_THWC[places], given_THW[places] = shown, True
@@ -201,15 +197,15 @@ class Timeline:
   Attributes:
     request: of the whole video, its size on the grid of the model.
     grid: tokens (t, h, w); t without the latent frames of `backwards`.
-    before_THWC, after_THWC, extras, stills: as in `bridge`; before may have no frames.
+    before_THWC, after_THWC, extras: as in `bridge`; before may have no frames.
     start_THWC: latents that begin with noise of level `strength` on them, or None.
     strength_THW: as in Prompt.
     kept_THW: bool by token; those of start_THWC that stay as they are.
     loop: as in Prompt; such a video is one window.
     backwards: latent frames before all of these, which are made window by window
       towards the start.
-    closes: the end leads to the start: `after` is what the video began with, and is
-      not shown again.
+    closes: the end leads to the start: `after`, and the image that the last latent
+      made leads to, is what the video began with, and is not shown again.
     crop_hw: (height, width) in pixels that frames are cut to; None = all of them.
     condition_THWC, image_JV: as in Prompt; such a video is one window.
   """
@@ -223,7 +219,6 @@ class Timeline:
   strength: float = 1.0
   kept_THW: np.ndarray | None = None
   loop: bool = False
-  stills: tuple[tuple[int, np.ndarray], ...] = ()
   strength_THW: np.ndarray | None = None
   backwards: int = 0
   closes: bool = False
@@ -233,7 +228,7 @@ class Timeline:
 
   def __post_init__(self):
     check_level("strength", self.strength)
-    check_times([time for time, _ in (*self.extras, *self.stills)], self.grid[0])
+    check_times([time for time, _ in self.extras], self.grid[0])
 
   @property
   def end(self) -> int:
@@ -243,7 +238,7 @@ class Timeline:
   @property
   def frames(self) -> int:
     """Frames that are shown; a video that closes ends before its first frame."""
-    return time_grid.frame_at(self.end) if self.closes else self.request.frames
+    return time_grid.frame_at(self.end - 1) if self.closes else self.request.frames
 
 
 # --- what a prompt is, by latent frame

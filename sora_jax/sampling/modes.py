@@ -49,11 +49,6 @@ def rate(job: Job) -> float:
   return media.canvas(job).fps * job.interpolate
 
 
-def still(image_THWC: np.ndarray) -> np.ndarray:
-  """Frames whose second latent is a still: the first frame in the middle of a video."""
-  return np.repeat(image_THWC[:1], 5, axis=0)
-
-
 # --- the modes
 
 
@@ -66,28 +61,19 @@ def text(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
 def image(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
   """A video with given first, last or other frames.
 
-  The first one is given as the latent of one frame, those at a whole latent's time as
-  stills; others guide as extra tokens.
+  The first one has a latent of its own, which is given; others guide as extra tokens.
   """
   frames = frames_of(job)
   images = images_of(job, canvas, frames)
   if frames == 1:
     raise ValueError("an image to a video needs 2 frames or more, not 1")
-  stills = [at for at in images if at and time_grid.is_last_of_latent(at)]
-  latents = dict(
-    zip(
-      images,
-      encode([still(images[at]) if at in stills else images[at] for at in images]),
-      strict=True,
-    )
-  )
+  latents = dict(zip(images, encode(list(images.values())), strict=True))
   return timeline(
     job,
     canvas,
     frames,
     before_THWC=_first(latents),
-    extras=_extras({at: x for at, x in latents.items() if at and at not in stills}),
-    stills=tuple((time_grid.latent_of(at), latents[at][1]) for at in stills),
+    extras=_extras({at: x for at, x in latents.items() if at}),
   )
 
 
@@ -130,10 +116,7 @@ def connect(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
   to_THWC = second_THWC[np.minimum(away[::-1], len(second_THWC) - 1)]
   between_THWC = ((1.0 - turned_T) * from_THWC + turned_T * to_THWC).round()
   between = [between_THWC.astype(np.uint8)] if job.gap_strength < 1.0 else []
-  before_THWC, after_THWC, still_THWC, *middle = encode(
-    [first_THWC, second_THWC, still(second_THWC), *between]
-  )
-  return _bridged(job, canvas, gap, before_THWC, after_THWC, still_THWC, *middle)
+  return _bridged(job, canvas, gap, *encode([first_THWC, second_THWC, *between]))
 
 
 def loop(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
@@ -151,9 +134,9 @@ def loop(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
   steps = time_grid.video_frames(1 + gap)
   back = np.linspace(len(video_THWC) - 1, 0, steps).round().astype(int)
   between = [video_THWC[back]] if job.gap_strength < 1.0 else []
-  before_THWC, still_THWC, *middle = encode([video_THWC, still(video_THWC), *between])
-  after_THWC = before_THWC[: job.windows.given]
-  made = _bridged(job, canvas, gap, before_THWC, after_THWC, still_THWC, *middle)
+  before_THWC, *middle = encode([video_THWC, *between])
+  after_THWC = before_THWC[: 1 + job.windows.given]
+  made = _bridged(job, canvas, gap, before_THWC, after_THWC, *middle)
   return dataclasses.replace(made, closes=True)
 
 
@@ -212,10 +195,7 @@ def infill(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
   latents = dict(zip(parts, encode(list(parts.values())), strict=True))
   known: dict[str, Any] = {"before_THWC": latents.get("before")}
   if "after" in latents:
-    # The first one's latent is that of a missing one, too: it guides as an image.
-    image_HWC, *later = latents["after"]
-    known["extras"] = ((time_grid.time_of(end), image_HWC),)
-    known["after_THWC"] = np.array(later) if later else None
+    known |= _leads_to(latents["after"], time_grid.latent_of(end))
   return timeline(job, canvas, frames, **known)
 
 
@@ -289,7 +269,7 @@ def frames_of(job: Job) -> int:
 
 
 def _gap(job: Job, canvas: Canvas, seconds: float) -> int:
-  """Latent frames up to the next video's first frame, which has one for itself."""
+  """Latent frames up to the one that ends with the next video's first frame."""
   seconds = seconds if job.gap is None else job.gap
   return max(2, round(time_grid.time_of(seconds * canvas.fps + 1)))
 
@@ -327,24 +307,36 @@ def _padded(video_THWC: np.ndarray) -> np.ndarray:
   return np.pad(video_THWC, ((0, over), (0, 0), (0, 0), (0, 0)), mode="edge")
 
 
+def _leads_to(latent_THWC: np.ndarray, last: int) -> dict[str, Any]:
+  """What is known of a timeline where something has to lead to a video.
+
+  latent_THWC: of the video. The latent frame `last` of the timeline is to end with its
+  first frame, and shows three others before it: that frame guides, as an image.
+  """
+  image_HWC, *later = latent_THWC
+  return {
+    "extras": ((float(last), image_HWC),),
+    "after_THWC": np.array(later) if later else None,
+  }
+
+
 def _bridged(
-  job, canvas, gap, before_THWC, after_THWC, still_THWC, between_THWC=None
+  job, canvas, gap, before_THWC, after_THWC, between_THWC=None
 ) -> Timeline:
   """A timeline from given latents to others.
-
-  Something leads to the others, so that they begin with a still.
 
   between_THWC: latents of frames that begin and end where those meet. The gap begins as
   these with noise on them, or else as noise alone.
   """
-  after_THWC = np.concatenate([still_THWC[1:], after_THWC[1:]])
-  known = {"before_THWC": before_THWC, "after_THWC": after_THWC}
+  known = {"before_THWC": before_THWC}
+  known |= _leads_to(after_THWC, len(before_THWC) + gap - 1)
   if between_THWC is not None:
-    start_THWC = np.concatenate([before_THWC, between_THWC[1:gap], after_THWC])
+    parts = [before_THWC, between_THWC[1:], after_THWC[1:]]
+    start_THWC = np.concatenate(parts)
     level_T = np.zeros(len(start_THWC))
     # Least where it meets what is given.
-    share_T = np.sin(np.pi * np.arange(1, gap) / gap) ** 2
-    level_T[len(before_THWC) : -len(after_THWC)] = job.gap_strength * share_T
+    share_T = np.sin(np.pi * np.arange(1, gap + 1) / (gap + 1)) ** 2
+    level_T[len(before_THWC) :][:gap] = job.gap_strength * share_T
     shape = (len(level_T), *canvas.grid_hw)
     known |= {
       "start_THWC": start_THWC,

@@ -448,9 +448,7 @@ class Sampler:
     with tempfile.TemporaryDirectory() as folder:
       paths = []
       while state.left:
-        image_THWC = self.autoencoder.decode(self._copied(state.head_THWC[:1]))[0]
-        still_HWC = self.encode(modes.still(image_THWC))[1]
-        window = windows.previous_window(timeline, cut, state, still_HWC)
+        window = windows.previous_window(timeline, cut, state)
         state, final_THWC = windows.step_back(
           cut, state, window, denoise(window.prompt)
         )
@@ -467,9 +465,8 @@ class Sampler:
       return denoise(windows.next_window(timeline, cut, windows.begin(timeline)).prompt)
     walk = self._walk(timeline, cut, denoise, tile)
     latent_THWC = np.concatenate([part_THWC for part_THWC, _ in walk])
-    # In the middle of a video, the first frame has another latent.
-    latent_THWC[0] = timeline.after_THWC[0]
-    return latent_THWC
+    # In the middle of a video, the first frame is the last one of what leads to it.
+    return np.concatenate([latent_THWC[-1:], latent_THWC[1:-1]])
 
   def _around(self, timeline, latent_THWC, tile):
     """(frames of a loop, how many to skip): its end is decoded before its start."""

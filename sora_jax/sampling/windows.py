@@ -121,11 +121,6 @@ def next_window(
       for time, latent in timeline.extras
       if new.start - 1 < time <= new.stop - 1
     ),
-    tuple(
-      (index - first, latent)
-      for index, latent in timeline.stills
-      if new.start <= index < new.stop
-    ),
   )
   if timeline.start_THWC is not None:
     prompt = _on_top(prompt, timeline, first)
@@ -197,22 +192,21 @@ def begin_backwards(timeline: Timeline, cut: Windows) -> BackwardState:
   return BackwardState(timeline.backwards, _head(cut, before_THWC), before_THWC)
 
 
-def previous_window(
-  timeline: Timeline, cut: Windows, state: BackwardState, still_HWC: np.ndarray
-) -> Window:
-  """The window before what is known.
+def previous_window(timeline: Timeline, cut: Windows, state: BackwardState) -> Window:
+  """The window before what is known, up to the latent that ends with its first frame.
 
-  still_HWC: a still of the first known frame, see `conditioning`: in the middle of a
-    video its latent is another one.
+  That latent is made, too: it shows three frames more.
   """
   known = len(state.head_THWC)
   new = state.left
   if cut.length:
     new = min(new, max(1, cut.length - known))
-  after_THWC = np.array(state.head_THWC)
-  after_THWC[0] = still_HWC
+  first_HWC, *later = state.head_THWC
   prompt = bridge(
-    timeline.request, (new + known, *timeline.grid[1:]), after_THWC=after_THWC
+    timeline.request,
+    (new + known, *timeline.grid[1:]),
+    after_THWC=np.array(later) if later else None,
+    extras=((new, first_HWC),),
   )
   noise = cut.noise if state.left < timeline.backwards else 0.0
   prompt = dataclasses.replace(prompt, start=state.left - new, given_noise=noise)
@@ -224,7 +218,8 @@ def step_back(
 ) -> tuple[BackwardState, np.ndarray]:
   """(next state, latents that are final) once a window's prompt is latent_THWC.
 
-  Final is what the state before held: its first latent is now one of the middle.
+  Final is what the state before held: its first latent is now one of the middle, and
+  was made again.
   """
   new = window.new
   final_THWC = np.concatenate([latent_THWC[new : new + 1], state.first_THWC[1:]])
