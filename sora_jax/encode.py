@@ -223,12 +223,18 @@ class _Wanted:
     self._extras, self._seed, self._given = extras, seed, given
 
   def images(self, clip) -> list[int]:
-    """Frames that are kept as images; a clip's first has a latent of its own anyway."""
+    """Frames that are kept as images; a clip's first has a latent of its own anyway.
+
+    Half of them, if not one more, are the last of their latent frames, as the first
+    frame of a given end is.
+    """
     if clip.frames == 1:
       return []
     rng = np.random.default_rng([self._seed, *clip.id.encode()])
-    chosen = rng.permutation(np.arange(1, clip.frames))[: self._extras]
-    return sorted(int(frame) for frame in chosen)
+    frames = rng.permutation(np.arange(1, clip.frames))
+    ends = frames[time_grid.is_last_of_latent(frames)][: -(-self._extras // 2)]
+    others = frames[~np.isin(frames, ends)][: self._extras - len(ends)]
+    return sorted(int(frame) for frame in (*ends, *others))
 
   def given(self, clip) -> set[int]:
     """Frames that the model is given."""

@@ -1,5 +1,7 @@
 """Random draws of the data sets: pure functions of (seed, epoch, clip)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 # What a draw is for: keeps the random streams of one epoch apart.
@@ -56,14 +58,27 @@ def draw_visits(
 
 
 def draw_given(
-  rng: np.random.Generator, grid: tuple[int, int, int], prob: float
+  rng: np.random.Generator,
+  grid: tuple[int, int, int],
+  prob: float,
+  images: Sequence[int] = (),
 ) -> np.ndarray:
   """Draws which tokens of a clip are given: bool [t, h, w], never all of them.
 
   A single frame has none; neither has a share 1 - prob of the other clips.
+
+  Args:
+    rng: generator.
+    grid: patches (t, h, w).
+    prob: share of clips with given tokens.
+    images: indices t of tokens whose last frame is given as an image. What comes after
+      one of them is given then, and in half of the draws a beginning, as where a video
+      has to lead to a given end; after the last one nothing comes.
   """
   if grid[0] < 2 or rng.random() >= prob:
     return np.zeros(grid, bool)
+  if images:
+    return lead_mask(rng, grid, images[rng.integers(len(images))])
   return given_mask(rng, grid, GIVEN_PATTERNS[rng.integers(len(GIVEN_PATTERNS))])
 
 
@@ -112,6 +127,17 @@ def given_mask(
     given[0] = True
   else:
     raise ValueError(f"pattern {pattern!r} is none of {GIVEN_PATTERNS}")
+  return given
+
+
+def lead_mask(
+  rng: np.random.Generator, grid: tuple[int, int, int], image: int
+) -> np.ndarray:
+  """Tokens behind index `image`, and at random some of the first: bool [t, h, w]."""
+  given = np.zeros(grid, bool)
+  given[image + 1 :] = True
+  if image > 0 and rng.random() < 0.5:
+    given[: _prefix(rng, image)] = True
   return given
 
 

@@ -33,7 +33,8 @@ class PackedOptions:
     reference_fps: pixel frame rate whose latent frames are the unit of t.
     caption_dropout: share of visits with the empty text.
     given_prob: share of videos with given tokens.
-    extra_prob: share of videos with image latents appended, where there are any.
+    extra_prob: share of videos with image latents appended, where there are any; of a
+      video with given tokens too, these come after one of the images, see `draws`.
     synthetic_captions: share of visits with a caption that a model wrote, of clips that
       have such and others.
     condition_width, image: of a model that reads given frames beside the noise, see
@@ -265,18 +266,21 @@ def segment_of(
   """
   scale = options.reference_fps / clip.fps
   grid = patches.grid_shape(clip.shape, options.patch_size)
-  given_L = draws.draw_given(rng, grid, options.given_prob).reshape(-1)
+  chosen = np.sort(rng.permutation(len(clip.extras))[:extra_count])
+  times = np.array([clip.extras[i] for i in chosen], np.float32)
+  # Those at the end of a latent frame; images need patches of one frame.
+  ends = [int(time) for time in times if time == int(time)]
+  given_L = draws.draw_given(rng, grid, options.given_prob, ends).reshape(-1)
   patch_LP = patches.patchify(record["latent_THWC"], options.patch_size)
-  times = np.zeros(0, np.float32)
   if extra_count:
-    chosen = np.sort(rng.permutation(len(clip.extras))[:extra_count])
-    times = np.array([clip.extras[i] for i in chosen], np.float32) * scale
     extras_NHWC = record["extras_NHWC"][chosen]
     extra_NLP = patches.patchify(extras_NHWC[:, None], options.patch_size)
     extra_LP = extra_NLP.reshape(-1, patch_LP.shape[1])
     patch_LP = np.concatenate([patch_LP, extra_LP])
     given_L = np.concatenate([given_L, np.ones(len(extra_LP), bool)])
-  position_L3 = patches.clip_positions(grid, options.patch_size[0] * scale, times)
+  position_L3 = patches.clip_positions(
+    grid, options.patch_size[0] * scale, times * scale
+  )
   segment = Segment(patch_LP, position_L3, given_L, [text])
   return segment._replace(**_beside(clip, record, options))
 
