@@ -165,6 +165,7 @@ def get_config(variant: str = "") -> ConfigDict:
   if variant == "medium":
     c.data.max_frames = 17
     c.dit.given_prob = 0.4
+    c.dit.extra_prob = 0.3
     c.dit.tokens = 168  # a clip with a bar, and two key frames
     c.dit.train.decay_steps = 2500
   return recipe.complete(c)

@@ -133,6 +133,9 @@ def describe(split, index, seed, world=WORLDS["whole"]) -> dict:
   rng = np.random.default_rng([seed, split == "heldout", index])
   known = combinations(split)
   stills = [triple for triple in known if triple[2] == "still"]
+  if split == "train":
+    turning = [triple for triple in known if triple[2] == "turn"]
+    known = known + (world.turns - 1) * turning
   triple = _deal(known, index, [seed, split == "heldout"])
   kind = rng.random()
   if kind < world.images or triple[2] == "still" and kind < 0.8:
@@ -184,6 +187,8 @@ def _claim(folder, seed, world):
   """Refuses a folder of another seed or world: its files would be taken for ours."""
   marker = folder / MARKER
   wanted = str(seed) if world == "whole" else f"{seed} {world}"
+  if (turns := WORLDS[world].turns) > 1:
+    wanted += f" turns {turns}"
   if marker.exists():
     found = marker.read_text().strip()
     if found != wanted:
