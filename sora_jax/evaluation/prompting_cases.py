@@ -184,7 +184,10 @@ def _cases_of_text(held: _Held) -> dict[str, Case]:
 
 
 def _cases_of_images(held: _Held) -> dict[str, Case]:
-  """Returns the modes that are given the first or the last image, or both."""
+  """Returns the modes that are given the first or the last image, or both.
+
+  The first is kept, the last one guides.
+  """
   job = functools.partial(held.job, size=SIZE, frames=held.lengths.sampled)
   first, last = held.sample[:1], held.sample[-1:]
   start = ((slice(0, 1), held.first_image),)
@@ -203,13 +206,14 @@ def _cases_of_images(held: _Held) -> dict[str, Case]:
       job(last_image=last[0]),
       held.truth,
       end,
+      soft=True,
       seams=(before_end,),
       parts=(Part(last, slice(0, before_end), -1, held.motions),),
     ),
     "both images": Case(
       job(image=first[0], last_image=last[0]),
       held.truth,
-      (*start, *end),
+      start,
       seams=(1, before_end),
       parts=(
         Part(first, between, 1, held.motions),
@@ -223,7 +227,8 @@ def _cases_of_time(held: _Held) -> dict[str, Case]:
   """Returns the modes that sample what comes after, before or between videos."""
   job = functools.partial(held.job, size=SIZE)
   given = held.lengths.given
-  at_end = slice(-given, None)
+  # All of a given end but its first frame, which guides.
+  at_end = slice(1 - given, None)
   before = given - 1
   middle = (given + held.after_gap) // 2
   return {
@@ -237,14 +242,14 @@ def _cases_of_time(held: _Held) -> dict[str, Case]:
     "extend before": Case(
       job(video=held.end, extend_before=held.seconds),
       held.truth,
-      ((at_end, held.rebuilt_end),),
+      ((at_end, held.rebuilt_end[1:]),),
       seams=(before,),
       parts=(Part(held.end, slice(0, before), -1, held.motions),),
     ),
     "connect": Case(
       job(video=held.own, connect=held.second, gap=held.gap_seconds),
       None,  # two clips have no truth in common
-      (*held.at_start, (at_end, held.rebuilt_second)),
+      (*held.at_start, (at_end, held.rebuilt_second[1:])),
       seams=(given, held.after_gap),
       # Half of the gap is the first clip's, and half the second's.
       parts=(
@@ -252,7 +257,32 @@ def _cases_of_time(held: _Held) -> dict[str, Case]:
         Part(held.second, slice(middle, held.after_gap), -1),
       ),
     ),
+    "connect parts": _case_of_parts_connected(held),
   }
+
+
+def _case_of_parts_connected(held: _Held) -> Case:
+  """Returns the mode that connects videos, on the start and the end of one clip."""
+  frames = len(held.whole)
+  given = time_grid.round_down(held.lengths.given // 2 + 1)
+  gap = frames - 2 * given
+  start_THWC, end_THWC = held.whole[:given], held.whole[-given:]
+  return Case(
+    held.job(
+      size=SIZE,
+      video=start_THWC,
+      connect=end_THWC,
+      gap=gap / held.fps,
+      gap_strength=1.0,
+    ),
+    held.truth,
+    ((slice(0, given), held.rebuilt[:given]),),
+    seams=(given, given + gap),
+    parts=(
+      Part(start_THWC, slice(given, given + gap), 1, held.motions),
+      Part(end_THWC, slice(given, given + gap), -1, held.motions),
+    ),
+  )
 
 
 def _cases_of_parts(held: _Held) -> dict[str, Case]:
@@ -340,7 +370,7 @@ def _cases_of_loops(held: _Held) -> dict[str, Case]:
   of_video = functools.partial(
     Case,
     truth=held.truth,
-    kept=held.at_start,
+    kept=((slice(1, given), held.rebuilt[1:]),),
     seams=(given, 0),
     parts=(Part(held.own, gap), Part(held.own, gap, -1)),
   )

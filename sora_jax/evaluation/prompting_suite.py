@@ -17,7 +17,7 @@ All modes of one checkpoint on held-out clips of generated shapes:
           did, see evaluation/continuity.py. Of a connection, half of the gap is judged
           by each of the two videos; of a region, only clips count in which the object
           enters or leaves it; a loop of text, whose halves are judged by each other,
-          and other gaps need not move on as what is beside them.
+          and gaps that lead elsewhere need not move on as what is beside them.
   s       seconds a video, one after the other and without compilation.
   colour, shape, motion, count: share of videos that are as the prompt says, as measured
           by evaluation/shape_attributes.py. "real" is the clip itself after the VAE.
@@ -149,6 +149,10 @@ def evaluate(
     other = clips[(i + 1) % len(clips)]
     for name, case in cases_of(model, clip, other, i, long).items():
       cases[name].append(case)
+  # A loop of a text needs a motion that comes back by itself.
+  for i, clip in enumerate(endless):
+    case = cases_of(model, clip, clip, i, long)["loop of text"]
+    cases["loop of text, endless"].append(case)
   modes, shown = {}, {}
   for name, group in track(list(cases.items()), "measured", "modes"):
     modes[name], shown[name] = measure(model, group, options)

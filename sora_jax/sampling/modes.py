@@ -320,9 +320,7 @@ def _leads_to(latent_THWC: np.ndarray, last: int) -> dict[str, Any]:
   }
 
 
-def _bridged(
-  job, canvas, gap, before_THWC, after_THWC, between_THWC=None
-) -> Timeline:
+def _bridged(job, canvas, gap, before_THWC, after_THWC, between_THWC=None) -> Timeline:
   """A timeline from given latents to others.
 
   between_THWC: latents of frames that begin and end where those meet. The gap begins as
@@ -336,7 +334,7 @@ def _bridged(
     level_T = np.zeros(len(start_THWC))
     # Least where it meets what is given.
     share_T = np.sin(np.pi * np.arange(1, gap + 1) / (gap + 1)) ** 2
-    level_T[len(before_THWC) :][:gap] = job.gap_strength * share_T
+    level_T[len(before_THWC) :][:gap] = job.gap_strength * share_T / share_T.max()
     shape = (len(level_T), *canvas.grid_hw)
     known |= {
       "start_THWC": start_THWC,

@@ -47,6 +47,30 @@ def test_given_probability():
   assert all(draws.draw_given(rng, (2, 2, 2), 1.0).any() for _ in range(100))
 
 
+def test_what_comes_after_an_image_is_given():
+  """The image ends its latent frame, which is made: a video leads to it."""
+  rng = np.random.default_rng(0)
+  begins = []
+  for _ in range(1000):
+    given = draws.draw_given(rng, (6, 2, 2), 1.0, [3])
+    assert np.all(given == given[:, :1, :1])
+    (*before, at, after, last) = given[:, 0, 0]
+    assert not at and after and last
+    assert not before[2] or before[1]  # a beginning, without holes
+    begins.append(before[0])
+  assert np.mean(begins) == pytest.approx(0.5, abs=0.05)
+  # Nothing comes after the last one, or before the first.
+  ends = [draws.draw_given(rng, (6, 2, 2), 1.0, [5]).any() for _ in range(1000)]
+  assert np.mean(ends) == pytest.approx(0.5, abs=0.05)
+  given = draws.draw_given(rng, (3, 1, 1), 1.0, [0])
+  assert given[:, 0, 0].tolist() == [False, True, True]
+  # One of several images, as often as without any.
+  drawn = [draws.draw_given(rng, (6, 1, 1), 0.3, [1, 3]) for _ in range(4000)]
+  made = [given[:, 0, 0].tolist() for given in drawn if given.any()]
+  assert len(made) == pytest.approx(1200, abs=120)
+  assert {given[2:4] == [True, True] for given in map(list, made)} == {True, False}
+
+
 def test_visit_probabilities():
   counts = np.repeat([0, 1, 2], 10_000)
   draw = {"caption_dropout": 0.2, "extra_prob": 0.4}

@@ -13,7 +13,12 @@ from data.batch_checks import assert_equal, rows_of, take
 from sora_jax.data import records, tokenizer
 from sora_jax.data.batches import Batches, first_batches
 from sora_jax.data.caption_texts import CaptionIds, StyledCaptionIds, warn_of_cut
-from sora_jax.data.packed_dataset import Choice, PackedDataset, PackedOptions
+from sora_jax.data.packed_dataset import (
+  Choice,
+  PackedDataset,
+  PackedOptions,
+  segment_of,
+)
 from sora_jax.packing import patches, planner
 
 BUDGET = planner.Budget(tokens=64, text_tokens=40, segments=6)
@@ -195,6 +200,33 @@ def test_long_clips_take_the_extras_that_fit(latents):
   dataset = packed(latents, budget=budget, extra_prob=1.0)
   for row in epoch_rows(dataset):
     assert (row["segment_L"] > 0).sum() <= 30
+
+
+def test_given_ends_begin_with_an_image(latents):
+  """One at the end of a latent frame, of the images of a visit; what follows is given."""
+  _, clips = latents
+  clip = dataclasses.replace(clips[3], extras=(2.0, 3.25))
+  assert clip.shape[0] == 5 and clip.fps == 16.0
+  rng = np.random.default_rng(0)
+  record = {
+    "latent_THWC": rng.standard_normal((*clip.shape, 3)),
+    "extras_NHWC": rng.standard_normal((2, *clip.shape[1:], 3)),
+  }
+  options = PackedOptions(planner.Budget(60, 40, 6), PATCH, 16.0, given_prob=1.0)
+  frame = clip.shape[1] * clip.shape[2] // 4
+  for images in (1, 2):
+    leads = []
+    for seed in range(40):
+      segment = segment_of(
+        np.random.default_rng(seed), clip, record, images, np.zeros(1, int), options
+      )
+      times = segment.position_L3[5 * frame :: frame, 0].tolist()
+      given = segment.given_L[::frame].tolist()
+      assert given[5:] == [True] * images
+      if 2.0 in times:
+        assert given[2:5] == [False, True, True]
+      leads.append(2.0 in times)
+    assert all(leads) if images == 2 else 5 < sum(leads) < 35
 
 
 def test_damaged_records_are_left_out(latents, tmp_path):

@@ -44,7 +44,7 @@ def cases(clips, world):
 
 
 def test_every_mode_is_a_case(cases, clips):
-  assert len(cases) == 17
+  assert len(cases) == 18
   for case in cases.values():
     job = case.job
     assert (job.prompt, job.seed, job.fps) == (clips[0].caption, 3, clips[0].fps)
@@ -59,7 +59,8 @@ def frames_of(name, world):
   gap = max(given - 2, 11)
   return {
     "real": whole, "infill region": whole, "extend after": whole,
-    "extend before": given + max(given - 1, 8), "connect": 2 * given + gap,
+    "extend before": 2 * given - 1, "connect": 2 * given + gap,
+    "connect parts": whole,
     "loop of video": given + gap, "loop, gap anew": given + gap,
     "interpolate": 2 * given - 1, "loop of text": sampled - 1,
   }.get(name, sampled)  # fmt: skip
@@ -205,7 +206,7 @@ def test_the_prompting_suite_needs_no_data(tiny_run, commands, tmp_path):
     "prompting.json", "prompting.md", "prompting.png"
   ]  # fmt: skip
   results = json.loads((folder / "prompting.json").read_text())
-  assert len(results["modes"]) == 17
+  assert len(results["modes"]) == 19
   for name, row in results["modes"].items():
     assert row["n"] == 2 and row["seconds"] > 0 and row["equal"] in (None, True), name
     for share, (low, high, n) in row["intervals"].items():

@@ -11,8 +11,8 @@ from sora_jax.sampling.job import Job
 from sora_jax.sampling.windows import State, Windows
 
 
-def test_images_at_whole_times_are_on_the_grid():
-  """Other ones, between those of latents, are extra tokens."""
+def test_images_after_the_first_guide():
+  """In the window that makes their frames: a latent is given only with all of its."""
   job = Job(
     key_frames=((0.5, clip(1)), (4 / 12, clip(1))), last_image=clip(1), fps=12.0
   )
@@ -20,22 +20,52 @@ def test_images_at_whole_times_are_on_the_grid():
 
   def encode(videos):
     encoded.extend(map(len, videos))
-    return [
-      np.full((1 + len(video_THWC) // 4, 4, 4, C), i, np.float32)
-      for i, video_THWC in enumerate(videos)
-    ]
+    return [np.full((1, 4, 4, C), i, np.float32) for i, video_THWC in enumerate(videos)]
 
   timeline = modes.plan(job, encode, 16)
-  assert sorted(encoded) == [1, 5, 5]  # a still is the second latent of 5 frames
-  assert sorted(index for index, _ in timeline.stills) == [1, 4]
-  assert [time for time, _ in timeline.extras] == [1.5]
+  assert encoded == [1, 1, 1]
+  assert sorted(time for time, _ in timeline.extras) == [1.0, 1.5, 4.0]
   state = State(2, latents(1))
   prompt, _, new = windows.next_window(timeline, Windows(3, 1), state)
   assert new == 2 and prompt.given_THW[:, 0, 0].tolist() == [1, 0, 0]
+  assert [time for time, _ in prompt.extras] == [0.5]
   state = State(4, latents(1))
   prompt, _, new = windows.next_window(timeline, Windows(3, 1), state)
-  assert new == 1 and prompt.given_THW[:, 0, 0].tolist() == [1, 1]
-  np.testing.assert_array_equal(prompt.latent_THWC[1], dict(timeline.stills)[4])
+  assert new == 1 and prompt.given_THW[:, 0, 0].tolist() == [1, 0]
+  ((time, image_HWC),) = prompt.extras
+  assert time == 1.0
+  np.testing.assert_array_equal(image_HWC, dict(timeline.extras)[4.0])
+
+
+def test_a_given_end_begins_with_the_image_of_its_first_frame():
+  """What is made ends with that frame: its latent is made, later ones are given.
+
+  Of an image alone, and of a video of one frame, nothing else is given.
+  """
+  own, other = clip(9), clip(9, 1)
+  cases = {
+    "infill": ({"video": own, "infill": (0.1, 0.3)}, 1, [1, 0, 1], 9),
+    "connect": ({"video": own, "connect": other, "gap": 7 / 12}, 4, [1] * 3 + [0] * 2
+                + [1] * 2, 25),
+    "loop": ({"video": own, "loop": True, "gap": 7 / 12}, 4, [1] * 3 + [0] * 2
+             + [1] * 2, 16),
+    "image": ({"last_image": other[:1], "frames": 9}, 2, None, 9),
+    "one frame": ({"video": own, "connect": other[:1], "gap": 7 / 12}, 4, [1] * 3
+                  + [0] * 2, 17),
+  }  # fmt: skip
+  for name, (kwargs, at, given, frames) in cases.items():
+    timeline = make_job({"fps": 12.0, "gap_strength": 1.0, **kwargs})
+    assert timeline.frames == frames, name
+    prompt = windows.next_window(timeline, Windows(), windows.begin(timeline)).prompt
+    state = windows.begin(timeline)
+    if len(timeline.before_THWC):
+      state = windows.see(timeline, Windows(), state, timeline.before_THWC)
+    prompt = windows.next_window(timeline, Windows(), state).prompt
+    assert [time for time, _ in prompt.extras] == [at], name
+    if given is None:
+      assert prompt.given_THW is None
+    else:
+      assert prompt.given_THW[:, 0, 0].tolist() == given, name
 
 
 def test_a_connection_turns_from_one_video_into_the_other():
@@ -52,7 +82,7 @@ def test_a_connection_turns_from_one_video_into_the_other():
   (between,) = (x for x in seen if len(set(x)) > 1)
   np.testing.assert_array_equal(between, [10, 12, 16, 22, 30, 38, 44, 48, 50])
   level_T = made.strength_THW[:, 0, 0]
-  np.testing.assert_allclose(level_T, [0, 0, 0, 0.4, 0, 0, 0])
+  np.testing.assert_allclose(level_T, [0, 0, 0, 0.4, 0.4, 0, 0])
   alone = Job(video=a, connect=b, gap=7 / 12, gap_strength=1.0)
   assert modes.plan(alone, encode, 16).start_THWC is None
 
