@@ -14,9 +14,9 @@ these at random, in the same layout, so that every mode here is a few lines:
   video to video        Prompt(latent, strength=...); of a region: `kept` ones given
 
 The causal VAE lays time out as 1 + 4k frames: latent i > 0 holds frames 4i - 3 .. 4i,
-so that frame f is at time f / 4 and a one-frame latent at the time of its frame. A latent
-of which all four frames are known is given on the grid. Where only some of them are, as
-before a given end, these are extra tokens: they guide the latent that is made.
+so that frame f is at time f / 4 and a one-frame latent at the time of its frame.
+A latent is given on the grid if all of its frames are known. Where only some are, as
+the first one of a given end, these are extra tokens: they guide what is made there.
 """
 
 import dataclasses

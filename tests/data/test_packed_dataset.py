@@ -203,7 +203,7 @@ def test_long_clips_take_the_extras_that_fit(latents):
 
 
 def test_given_ends_begin_with_an_image(latents):
-  """One at the end of a latent frame, of the images of a visit; what follows is given."""
+  """What follows an image at the end of a latent frame is given, where any is."""
   _, clips = latents
   clip = dataclasses.replace(clips[3], extras=(2.0, 3.25))
   assert clip.shape[0] == 5 and clip.fps == 16.0
