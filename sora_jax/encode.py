@@ -231,10 +231,11 @@ class _Wanted:
     if clip.frames == 1:
       return []
     rng = np.random.default_rng([self._seed, *clip.id.encode()])
-    frames = rng.permutation(np.arange(1, clip.frames))
-    ends = frames[time_grid.is_last_of_latent(frames)][: -(-self._extras // 2)]
-    others = frames[~np.isin(frames, ends)][: self._extras - len(ends)]
-    return sorted(int(frame) for frame in (*ends, *others))
+    frames = [int(frame) for frame in rng.permutation(np.arange(1, clip.frames))]
+    half = -(-self._extras // 2)
+    ends = [frame for frame in frames if time_grid.is_last_of_latent(frame)][:half]
+    others = [frame for frame in frames if frame not in ends]
+    return sorted(ends + others[: self._extras - len(ends)])
 
   def given(self, clip) -> set[int]:
     """Frames that the model is given."""

@@ -78,7 +78,7 @@ def draw_given(
   if grid[0] < 2 or rng.random() >= prob:
     return np.zeros(grid, bool)
   if images:
-    return lead_mask(rng, grid, images[rng.integers(len(images))])
+    return lead_mask(rng, grid, images[int(rng.integers(len(images)))])
   return given_mask(rng, grid, GIVEN_PATTERNS[rng.integers(len(GIVEN_PATTERNS))])
 
 

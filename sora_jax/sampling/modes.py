@@ -326,7 +326,7 @@ def _bridged(job, canvas, gap, before_THWC, after_THWC, between_THWC=None) -> Ti
   between_THWC: latents of frames that begin and end where those meet. The gap begins as
   these with noise on them, or else as noise alone.
   """
-  known = {"before_THWC": before_THWC}
+  known: dict[str, Any] = {"before_THWC": before_THWC}
   known |= _leads_to(after_THWC, len(before_THWC) + gap - 1)
   if between_THWC is not None:
     parts = [before_THWC, between_THWC[1:], after_THWC[1:]]
