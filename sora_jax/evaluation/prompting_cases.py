@@ -374,12 +374,25 @@ def _cases_of_loops(held: _Held) -> dict[str, Case]:
     seams=(given, 0),
     parts=(Part(held.own, gap), Part(held.own, gap, -1)),
   )
-  # Of a loop of text, which has whole latent frames, each half goes on with the other.
-  half = held.lengths.sampled // 2
-  halves = (Part(slice(0, half), slice(half, None)),
-            Part(slice(0, half), slice(half, None), -1))  # fmt: skip
+  frames = held.lengths.sampled - 1
   return {
     "loop of video": of_video(of_gap()),
     "loop, gap anew": of_video(of_gap(gap_strength=1.0)),
-    "loop of text": Case(job(frames=2 * half), held.truth, seams=(0,), parts=halves),
+    "loop of text": _loop_of_text(job(frames=frames), held.truth),
   }
+
+
+def case_of_endless(clip: DrawnClip, seed: int, lengths: Lengths) -> Case:
+  """Returns a loop of a text whose motion comes back by itself, with time to do so."""
+  frames = (lengths.sampled - 1) // 2 * 3
+  job = Job(clip.caption, seed=seed, fps=clip.fps, size=SIZE, loop=True, frames=frames)
+  return _loop_of_text(job, clip.truth)
+
+
+def _loop_of_text(job: Job, truth: dict) -> Case:
+  """Returns a loop of whole latent frames, of which each half goes on with the other."""
+  assert job.frames
+  half = job.frames // 2
+  halves = (Part(slice(0, half), slice(half, None)),
+            Part(slice(0, half), slice(half, None), -1))  # fmt: skip
+  return Case(job, truth, seams=(0,), parts=halves)

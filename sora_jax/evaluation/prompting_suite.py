@@ -39,7 +39,7 @@ from absl import logging
 from sora_jax.data.video import contact_sheet
 from sora_jax.evaluation import continuity, shape_attributes
 from sora_jax.evaluation.heldout import SIZE, DrawnClip, Lengths, drawn_clips, lengths
-from sora_jax.evaluation.prompting_cases import Case, cases_of
+from sora_jax.evaluation.prompting_cases import Case, case_of_endless, cases_of
 from sora_jax.evaluation.quality import psnr
 from sora_jax.evaluation.shares import Share, percent, share_of
 from sora_jax.packing.time_grid import TIME_FACTOR
@@ -149,10 +149,9 @@ def evaluate(
     other = clips[(i + 1) % len(clips)]
     for name, case in cases_of(model, clip, other, i, long).items():
       cases[name].append(case)
-  # A loop of a text needs a motion that comes back by itself.
-  for i, clip in enumerate(endless):
-    case = cases_of(model, clip, clip, i, long)["loop of text"]
-    cases["loop of text, endless"].append(case)
+  cases["loop of text, endless"] = [
+    case_of_endless(clip, i, long) for i, clip in enumerate(endless)
+  ]
   modes, shown = {}, {}
   for name, group in track(list(cases.items()), "measured", "modes"):
     modes[name], shown[name] = measure(model, group, options)
