@@ -390,7 +390,7 @@ def case_of_endless(clip: DrawnClip, seed: int, lengths: Lengths) -> Case:
 
 
 def _loop_of_text(job: Job, truth: dict) -> Case:
-  """Returns a loop of whole latent frames, of which each half goes on with the other."""
+  """Returns a loop of whole latent frames; each half goes on with the other."""
   assert job.frames
   half = job.frames // 2
   halves = (Part(slice(0, half), slice(half, None)),
