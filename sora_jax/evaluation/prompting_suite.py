@@ -23,10 +23,10 @@ All modes of one checkpoint on held-out clips of generated shapes:
           by evaluation/shape_attributes.py. "real" is the clip itself after the VAE.
 
 A loop of a text is measured for all motions, and half as long again for those that come
-back by themselves. Drift is measured window by window over many extensions of clips whose motion can go on
-for ever: distance of colour histograms, colour and shape as the prompt says, identity
-with the clip. Clips are described and drawn in memory, so that models are all that is
-needed.
+back by themselves. Drift is measured window by window over many extensions of clips
+whose motion can go on for ever: distance of colour histograms, colour and shape as the
+prompt says, identity with the clip. Clips are described and drawn in memory, so that
+models are all that is needed.
 """
 
 import collections
