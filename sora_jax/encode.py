@@ -225,14 +225,14 @@ class _Wanted:
   def images(self, clip) -> list[int]:
     """Frames that are kept as images; a clip's first has a latent of its own anyway.
 
-    Half of them, if not one more, are the last of their latent frames, as the first
-    frame of a given end is.
+    Half of them are the last of their latent frames, as the first frame of a given end
+    is; of an odd number, one more in half of the clips.
     """
     if clip.frames == 1:
       return []
     rng = np.random.default_rng([self._seed, *clip.id.encode()])
     frames = [int(frame) for frame in rng.permutation(np.arange(1, clip.frames))]
-    half = -(-self._extras // 2)
+    half = (self._extras + int(rng.integers(2))) // 2
     ends = [frame for frame in frames if time_grid.is_last_of_latent(frame)][:half]
     others = [frame for frame in frames if frame not in ends]
     return sorted(ends + others[: self._extras - len(ends)])

@@ -71,13 +71,12 @@ def draw_given(
     rng: generator.
     grid: patches (t, h, w).
     prob: share of clips with given tokens.
-    images: indices t of tokens whose last frame is given as an image. What comes after
-      one of them is given then, and in half of the draws a beginning, as where a video
-      has to lead to a given end; after the last one nothing comes.
+    images: indices t of tokens whose last frame is given as an image. Half of the clips
+      that have such lead to one of them, see `lead_mask`.
   """
   if grid[0] < 2 or rng.random() >= prob:
     return np.zeros(grid, bool)
-  if images:
+  if images and rng.random() < 0.5:
     return lead_mask(rng, grid, images[int(rng.integers(len(images)))])
   return given_mask(rng, grid, GIVEN_PATTERNS[rng.integers(len(GIVEN_PATTERNS))])
 
@@ -133,10 +132,15 @@ def given_mask(
 def lead_mask(
   rng: np.random.Generator, grid: tuple[int, int, int], image: int
 ) -> np.ndarray:
-  """Tokens behind index `image`, and at random some of the first: bool [t, h, w]."""
+  """A random mask of a clip that leads to a given end: bool [t, h, w], never all.
+
+  All tokens behind index `image`, whose last frame is given as an image, and in half of
+  the draws some of the first. Nothing comes behind the last one, so that some of the
+  first are given then.
+  """
   given = np.zeros(grid, bool)
   given[image + 1 :] = True
-  if image > 0 and rng.random() < 0.5:
+  if image > 0 and (image + 1 == grid[0] or rng.random() < 0.5):
     given[: _prefix(rng, image)] = True
   return given
 

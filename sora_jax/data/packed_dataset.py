@@ -33,8 +33,7 @@ class PackedOptions:
     reference_fps: pixel frame rate whose latent frames are the unit of t.
     caption_dropout: share of visits with the empty text.
     given_prob: share of videos with given tokens.
-    extra_prob: share of videos with image latents appended, where there are any; of a
-      video with given tokens too, these come after one of the images, see `draws`.
+    extra_prob: share of videos with image latents appended, where there are any.
     synthetic_captions: share of visits with a caption that a model wrote, of clips that
       have such and others.
     condition_width, image: of a model that reads given frames beside the noise, see
@@ -266,7 +265,9 @@ def segment_of(
   """
   scale = options.reference_fps / clip.fps
   grid = patches.grid_shape(clip.shape, options.patch_size)
-  chosen = np.sort(rng.permutation(len(clip.extras))[:extra_count])
+  chosen = np.zeros(0, int)
+  if extra_count:
+    chosen = np.sort(rng.permutation(len(clip.extras))[:extra_count])
   times = np.array([clip.extras[i] for i in chosen], np.float32)
   # Those at the end of a latent frame; images need patches of one frame.
   ends = [int(time) for time in times if time == int(time)]

@@ -52,7 +52,7 @@ def test_what_comes_after_an_image_is_given():
   rng = np.random.default_rng(0)
   begins = []
   for _ in range(1000):
-    given = draws.draw_given(rng, (6, 2, 2), 1.0, [3])
+    given = draws.lead_mask(rng, (6, 2, 2), 3)
     assert np.all(given == given[:, :1, :1])
     (*before, at, after, last) = given[:, 0, 0]
     assert not at and after and last
@@ -60,15 +60,20 @@ def test_what_comes_after_an_image_is_given():
     begins.append(before[0])
   assert np.mean(begins) == pytest.approx(0.5, abs=0.05)
   # Nothing comes after the last one, or before the first.
-  ends = [draws.draw_given(rng, (6, 2, 2), 1.0, [5]).any() for _ in range(1000)]
-  assert np.mean(ends) == pytest.approx(0.5, abs=0.05)
-  given = draws.draw_given(rng, (3, 1, 1), 1.0, [0])
+  for _ in range(100):
+    given = draws.lead_mask(rng, (6, 2, 2), 5)[:, 0, 0]
+    assert given[0] and not given[5]
+  given = draws.lead_mask(rng, (3, 1, 1), 0)
   assert given[:, 0, 0].tolist() == [False, True, True]
-  # One of several images, as often as without any.
-  drawn = [draws.draw_given(rng, (6, 1, 1), 0.3, [1, 3]) for _ in range(4000)]
-  made = [given[:, 0, 0].tolist() for given in drawn if given.any()]
-  assert len(made) == pytest.approx(1200, abs=120)
-  assert {given[2:4] == [True, True] for given in map(list, made)} == {True, False}
+  # Of clips with images as many have given tokens as of others; half of them lead.
+  drawn = [draws.draw_given(rng, (6, 1, 1), 0.3, [1, 3])[:, 0, 0] for _ in range(4000)]
+  drawn = [tuple(given.tolist()) for given in drawn if given.any()]
+  assert len(drawn) == pytest.approx(1200, abs=100)
+  ends = [given[i + 1 :] for given in drawn for i in (1, 3) if not given[i]]
+  leads = [end for end in ends if end and all(end)]
+  assert len(leads) > 0.5 * len(drawn)
+  # What is given beside an image need not come after it.
+  assert (True, False, False, False, False, False) in drawn
 
 
 def test_visit_probabilities():
