@@ -46,8 +46,8 @@ class Case:
     job: what to sample.
     truth: what the result should show, or None.
     kept: (slice of the result, frames that it should show).
-    soft: whether the kept frames were given as images in time, which guide the video
-      but are not copied.
+    met: the same of frames that were given as images in time, which guide the video but
+      are not copied, as the first one of a given end does.
     seams: indices of frames that begin something new; 0 is the seam of a loop.
     place: index of a frame whose place among the four of a latent is that of the seam,
       where it is not the seam's own index.
@@ -58,7 +58,7 @@ class Case:
   job: Job
   truth: dict | None
   kept: tuple[tuple[slice, np.ndarray], ...] = ()
-  soft: bool = False
+  met: tuple[tuple[slice, np.ndarray], ...] = ()
   seams: tuple[int, ...] = ()
   place: int = 0
   region: tuple[slice, slice] = (slice(None), slice(None))
@@ -184,16 +184,12 @@ def _cases_of_text(held: _Held) -> dict[str, Case]:
 
 
 def _cases_of_images(held: _Held) -> dict[str, Case]:
-  """Returns the modes that are given the first or the last image, or both.
-
-  The first is kept, the last one guides.
-  """
+  """Returns the modes that are given the first or the last image, or both."""
   job = functools.partial(held.job, size=SIZE, frames=held.lengths.sampled)
   first, last = held.sample[:1], held.sample[-1:]
   start = ((slice(0, 1), held.first_image),)
   end = ((slice(-1, None), held.last_image),)
-  before_end = held.lengths.sampled - 1
-  between = slice(1, before_end)
+  between = slice(1, -1)
   return {
     "first image": Case(
       job(image=first[0]),
@@ -205,16 +201,15 @@ def _cases_of_images(held: _Held) -> dict[str, Case]:
     "last image": Case(
       job(last_image=last[0]),
       held.truth,
-      end,
-      soft=True,
-      seams=(before_end,),
-      parts=(Part(last, slice(0, before_end), -1, held.motions),),
+      met=end,
+      parts=(Part(last, slice(0, -1), -1, held.motions),),
     ),
     "both images": Case(
       job(image=first[0], last_image=last[0]),
       held.truth,
       start,
-      seams=(1, before_end),
+      end,
+      seams=(1,),
       parts=(
         Part(first, between, 1, held.motions),
         Part(last, between, -1, held.motions),
@@ -227,8 +222,8 @@ def _cases_of_time(held: _Held) -> dict[str, Case]:
   """Returns the modes that sample what comes after, before or between videos."""
   job = functools.partial(held.job, size=SIZE)
   given = held.lengths.given
-  # All of a given end but its first frame, which guides.
-  at_end = slice(1 - given, None)
+  # The first frame of a given end is made, in the latent that leads to it.
+  at_end, first_of_end = slice(1 - given, None), slice(-given, 1 - given)
   before = given - 1
   middle = (given + held.after_gap) // 2
   return {
@@ -243,14 +238,16 @@ def _cases_of_time(held: _Held) -> dict[str, Case]:
       job(video=held.end, extend_before=held.seconds),
       held.truth,
       ((at_end, held.rebuilt_end[1:]),),
-      seams=(before,),
+      ((first_of_end, held.rebuilt_end[:1]),),
+      seams=(before + 1,),
       parts=(Part(held.end, slice(0, before), -1, held.motions),),
     ),
     "connect": Case(
       job(video=held.own, connect=held.second, gap=held.gap_seconds),
       None,  # two clips have no truth in common
       (*held.at_start, (at_end, held.rebuilt_second[1:])),
-      seams=(given, held.after_gap),
+      ((first_of_end, held.rebuilt_second[:1]),),
+      seams=(given, held.after_gap + 1),
       # Half of the gap is the first clip's, and half the second's.
       parts=(
         Part(held.own, slice(given, middle)),
@@ -267,6 +264,10 @@ def _case_of_parts_connected(held: _Held) -> Case:
   given = time_grid.round_down(held.lengths.given // 2 + 1)
   gap = frames - 2 * given
   start_THWC, end_THWC = held.whole[:given], held.whole[-given:]
+  first_of_end = given + gap
+  kept = ((slice(0, given), held.rebuilt[:given]),)
+  if given > 1:
+    kept += ((slice(first_of_end + 1, None), held.rebuilt_end[1 - given :]),)
   return Case(
     held.job(
       size=SIZE,
@@ -276,11 +277,12 @@ def _case_of_parts_connected(held: _Held) -> Case:
       gap_strength=1.0,
     ),
     held.truth,
-    ((slice(0, given), held.rebuilt[:given]),),
-    seams=(given, given + gap),
+    kept,
+    ((slice(first_of_end, first_of_end + 1), held.rebuilt_end[-given:][:1]),),
+    seams=(given, first_of_end + 1)[: len(kept)],
     parts=(
-      Part(start_THWC, slice(given, given + gap), 1, held.motions),
-      Part(end_THWC, slice(given, given + gap), -1, held.motions),
+      Part(start_THWC, slice(given, first_of_end), 1, held.motions),
+      Part(end_THWC, slice(given, first_of_end), -1, held.motions),
     ),
   )
 
@@ -301,6 +303,7 @@ def _cases_of_parts(held: _Held) -> dict[str, Case]:
         (slice(0, first), rebuilt[:first]),
         (slice(last + 1, None), rebuilt[last + 1 :]),
       ),
+      ((slice(last, last + 1), rebuilt[last : last + 1]),),
       seams=(first, last + 1),
       parts=(
         Part(sample[:first], new, 1, held.motions),
@@ -312,8 +315,7 @@ def _cases_of_parts(held: _Held) -> dict[str, Case]:
     "interpolate": Case(
       job(video=held.own, interpolate=2),
       held.truth,
-      ((slice(0, None, 2), held.rebuilt),),
-      soft=True,
+      met=((slice(0, None, 2), held.rebuilt),),
       parts=(Part(held.own, slice(1, None, 2), 0, held.motions),),
     ),
   }
@@ -371,7 +373,8 @@ def _cases_of_loops(held: _Held) -> dict[str, Case]:
     Case,
     truth=held.truth,
     kept=((slice(1, given), held.rebuilt[1:]),),
-    seams=(given, 0),
+    met=((slice(0, 1), held.rebuilt[:1]),),
+    seams=(given, 1),
     parts=(Part(held.own, gap), Part(held.own, gap, -1)),
   )
   frames = held.lengths.sampled - 1

@@ -5,8 +5,9 @@
 All modes of one checkpoint on held-out clips of generated shapes:
 
   kept    PSNR of frames that were given, after decoding, against what the VAE itself
-          makes of them; dB, 100 is equal. In brackets: given at a time between those of
-          latents, as images that guide the video but are not copied into it.
+          makes of them; dB, 100 is equal.
+  met     the same of frames that were given as images, which guide the video but are
+          not copied into it, as the first frame of a given end does.
   equal   whether the given latents came out bit for bit as they went in.
   seam    difference of the two frames where given and sampled ones meet (of a loop: of
           its last and first), over the median difference of neighbours elsewhere; 1 is
@@ -53,7 +54,7 @@ from sora_jax.sampling.job import Job
 from sora_jax.sampling.pipeline import Sampler
 
 # Means and shares of a mode, and the heads of their columns.
-_MEANS = {"kept": "kept", "seam": "seam", "step": "step"}
+_MEANS = {"kept": "kept", "met": "met", "seam": "seam", "step": "step"}
 _SHARES = {
   "identity": "identity", "joined": "joined", "moves_on": "moves on",
   "color": "colour", "shape": "shape", "motion": "motion", "count": "count",
@@ -188,7 +189,6 @@ def measure(
     "seconds": watch.seconds / len(cases),
     "n": len(cases),
     "equal": all(equal) if equal else None,
-    "soft": cases[0].soft,
   }
   return row, videos[0]
 
@@ -210,10 +210,11 @@ def _sampled(model, case, options) -> tuple[np.ndarray, list[bool]]:
 def measures_of(case: Case, video_THWC: np.ndarray) -> dict[str, list]:
   """Returns what a case's result says of each measure, once or several times."""
   values = collections.defaultdict(list)
-  for part, wanted_THWC in case.kept:
-    values["kept"].append(
-      psnr(video_THWC[part][:, *case.region], wanted_THWC[:, *case.region])
-    )
+  for name, given in {"kept": case.kept, "met": case.met}.items():
+    for part, wanted_THWC in given:
+      values[name].append(
+        psnr(video_THWC[part][:, *case.region], wanted_THWC[:, *case.region])
+      )
   for at in case.seams:
     values["seam"].append(seam_ratio(video_THWC, at))
     if others := alike(len(video_THWC), case.place or at, case.seams):
@@ -336,15 +337,17 @@ def _table(rows, share) -> tuple[list[str], list[list[str]]]:
   """Head and cells of the table of modes; share: (row, name) -> the text of one."""
 
   def mean(row, name):
-    return format(row[name], ".1f" if name == "kept" else ".2f") if name in row else "-"
+    digits = ".1f" if name in ("kept", "met") else ".2f"
+    return format(row[name], digits) if name in row else "-"
 
   cells = []
   for name, row in rows.items():
-    kept, *seams = (mean(row, key) for key in _MEANS)
+    kept, met, *seams = (mean(row, key) for key in _MEANS)
     cells.append(
       [
         name,
-        f"({kept})" if row["soft"] else kept,
+        kept,
+        met,
         {True: "yes", False: "NO", None: "-"}[row["equal"]],
         *seams,
         *(share(row, key) if key in row else "-" for key in _SHARES),
@@ -352,8 +355,8 @@ def _table(rows, share) -> tuple[list[str], list[list[str]]]:
         str(row["n"]),
       ]
     )
-  kept, *seams = _MEANS.values()
-  return ["mode", kept, "equal", *seams, *_SHARES.values(), "s", "n"], cells
+  kept, met, *seams = _MEANS.values()
+  return ["mode", kept, met, "equal", *seams, *_SHARES.values(), "s", "n"], cells
 
 
 def _drift_table(drift) -> tuple[list[str], list[list[str]]]:

@@ -114,7 +114,7 @@ def next_window(
     timeline.request,
     (stop - first, *timeline.grid[1:]),
     before if known else None,
-    None if after is None or stop == end else after[: stop - end],
+    None if after is None or stop <= end else after[: stop - end],
     # Those at the time of a frame that is made; the first of a video is one.
     tuple(
       (time - first, latent)

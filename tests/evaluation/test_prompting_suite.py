@@ -69,14 +69,17 @@ def frames_of(name, world):
 def test_what_is_kept_lies_in_the_result(cases, world):
   for name, case in cases.items():
     frames = frames_of(name, world)
-    for part, wanted_THWC in case.kept:
+    for part, wanted_THWC in (*case.kept, *case.met):
       assert len(range(frames)[part]) == len(wanted_THWC), name
-    # Seams between frames that are kept would say nothing.
+    # A seam is where frames that are kept and frames that are made meet.
     kept = {i for part, _ in case.kept for i in range(frames)[part]}
     for seam in case.seams:
       assert seam in range(frames), name
-      if name != "real":
-        assert not {seam, (seam - 1) % frames} <= kept, (name, seam)
+      if name not in ("real", "text, as a loop", "loop of text"):
+        assert len({seam, (seam - 1) % frames} & kept) == 1, (name, seam)
+    # What guides is made, at the end of a latent frame.
+    for part, _ in case.met:
+      assert not kept & set(range(frames)[part]), name
 
 
 def test_what_is_new_is_beside_what_was_given(cases, world):
@@ -92,9 +95,12 @@ def test_what_is_new_is_beside_what_was_given(cases, world):
       if name not in ("real", "infill region"):
         assert not set(new) & kept, name
       if part.side and name != "real":
-        seam = new[0] if part.side > 0 else (new[-1] + 1) % len(frames)
-        middle = name in ("connect", "loop of text")
-        assert seam in case.seams or middle, (name, seam)
+        # Behind what is new comes the frame that it leads to, and then what is kept.
+        seam = new[0] if part.side > 0 else (new[-1] + 2) % len(frames)
+        middle = name in ("connect", "loop of text", "infill frames")
+        images = ("last image", "both images", "connect parts")
+        led_to = part.side < 0 and name in images and (new[-1] + 2) >= len(frames)
+        assert seam in case.seams or middle or led_to, (name, seam)
 
 
 def shown(case, video_THWC):
@@ -154,9 +160,9 @@ def test_a_region_is_judged_where_an_object_crosses_its_border():
 def results():
   share = {"identity": 1.0, "color": 0.5}
   intervals = {"identity": (0.68, 1.0, 8), "color": (0.22, 0.78, 8)}
-  row = {"kept": 31.25, "equal": True, "soft": False, "seam": 1.004, "step": 0.9}
+  row = {"kept": 31.25, "equal": True, "seam": 1.004, "step": 0.9}
   row |= {**share, "intervals": intervals, "seconds": 2.0, "n": 8}
-  soft = {"kept": 22.0, "equal": None, "soft": True, "seconds": 0.26, "n": 8}
+  soft = {"met": 22.0, "equal": None, "seconds": 0.26, "n": 8}
   window = {"histogram": 0.125, "color": 1.0, "shape": 0.5, "identity": 0.75}
   return prompting_suite.Results(
     {"first image": row, "interpolate": soft},
@@ -168,12 +174,12 @@ def results():
 def test_tables():
   modes, drift, _ = results()
   lines = prompting_suite.format_rows(modes)
-  assert lines[0].split()[:6] == ["mode", "kept", "equal", "seam", "step", "identity"]
+  assert lines[0].split()[:6] == ["mode", "kept", "met", "equal", "seam", "step"]
   assert lines[2].split()[2:] == [
-    *("31.2", "yes", "1.00", "0.90"),
+    *("31.2", "-", "yes", "1.00", "0.90"),
     *("100%", "-", "-", "50%", "-", "-", "-", "2.0", "8"),
   ]
-  assert lines[3].split()[1:3] == ["(22.0)", "-"]
+  assert lines[3].split()[1:4] == ["-", "22.0", "-"]
   lines = prompting_suite.format_drift(drift)
   assert lines[0].split() == ["window", "1", "2"]
   assert lines[2].split() == [
@@ -190,7 +196,7 @@ def test_markdown():
     assert len({line.count("|") for line in part}) == 1
     assert set(part[1]) == set("|-:")
   cells = [cell.strip() for cell in table[2].strip("|").split("|")]
-  assert cells[0] == "first image" and cells[5] == "100% (68-100)"
+  assert cells[0] == "first image" and cells[6] == "100% (68-100)"
 
 
 # --- the suites, of models alone
