@@ -74,9 +74,10 @@ def get_config(variant: str = "lora-1.3b") -> ConfigDict:
   c.dit.text_tokens = 2048
   c.dit.segments = 4
   c.dit.reference_fps = 24.0 if wan22 else 16.0
-  # Wan 2.2 knows given first frames; Wan 2.1 has never seen any.
+  # Wan 2.2 knows given first frames; Wan 2.1 has never seen any. Images in time are new
+  # to both: last images, and what else has to lead somewhere, are given so.
   c.dit.given_prob = 0.2 if wan22 else 0.0
-  c.dit.extra_prob = 0.0
+  c.dit.extra_prob = 0.1 if wan22 else 0.0
   c.dit.loss = ConfigDict()
   c.dit.loss.shift = 5.0 if wan22 else 3.0
   if dit_name.endswith("a14b"):
@@ -114,7 +115,7 @@ def get_config(variant: str = "lora-1.3b") -> ConfigDict:
   c.text.pad_to = 512
   c.encode = ConfigDict()
   c.encode.batch_size = 1
-  c.encode.extras = 0
+  c.encode.extras = 1 if wan22 else 0
 
   c.sample = ConfigDict()
   c.sample.method = "unipc"

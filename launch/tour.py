@@ -82,7 +82,8 @@ def _connection(model, frames) -> Iterator[Result]:
     one = _video(model, f"{thing} moves right", seed=seed)
     two = _video(model, f"{thing} moves left", seed=seed + 4)
     both = _video(model, thing, video=one, connect=two, gap=1.0)
-    ends = {*range(len(one)), *range(len(both) - len(two), len(both))}
+    # The first frame of the second guides, and is made.
+    ends = {*range(len(one)), *range(len(both) - len(two) + 1, len(both))}
     yield Result(both, f"{thing}, from one video to another", frozenset(ends))
 
 
@@ -108,9 +109,7 @@ def _first_and_last(model, frames) -> Iterator[Result]:
     still = f"{thing} stands still"
     ends = [_video(model, still, frames=1, seed=seed)[0] for seed in (index, index + 9)]
     video = _video(model, thing, image=ends[0], last_image=ends[1])
-    yield Result(
-      video, f"{thing}, first and last image", frozenset({0, len(video) - 1})
-    )
+    yield Result(video, f"{thing}, first and last image", frozenset({0}))
 
 
 SCENES: dict[str, Callable[[Sampler, int], Iterator[Result]]] = {

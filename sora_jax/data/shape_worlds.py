@@ -24,8 +24,9 @@ class World:
     steady: whether objects have one size, and each motion one speed and one reach, in
       place of random ones. Where they are, and how they are turned, stays random.
     pairs, bars: whether some clips have two objects, or one that passes behind a bar.
-    turns: how often an object turns in training, for each time that it moves in one of
-      the other ways; it is the hardest to learn. Held-out clips do all equally often.
+    turns: how often a colour and shape turns in training, for each time that it moves
+      in one of the other ways; it is the hardest to learn. Circles do not turn. Of
+      held-out clips all ways are equally frequent.
   """
 
   sizes: tuple[tuple[int, int], ...] = ((64, 64), (64, 96), (96, 64))

@@ -54,7 +54,7 @@ def latent_of(frame: int) -> int:
 
 def is_last_of_latent(frame: int) -> bool:
   """Whether frame index `frame` is the last that its latent frame holds: at a whole
-  time, where it can be given on the grid (frame 0 is, alone in its latent frame)."""
+  time. Frame 0 is, alone in its latent frame."""
   return frame % TIME_FACTOR == 0
 
 

@@ -205,8 +205,9 @@ def test_long_clips_take_the_extras_that_fit(latents):
 def test_given_ends_begin_with_an_image(latents):
   """What follows an image at the end of a latent frame is given, where any is."""
   _, clips = latents
-  clip = dataclasses.replace(clips[3], extras=(2.0, 3.25))
-  assert clip.shape[0] == 5 and clip.fps == 16.0
+  # At half the rate of reference: times in a row are twice those of the clip.
+  clip = dataclasses.replace(clips[3], extras=(2.0, 3.25), fps=8.0)
+  assert clip.shape[0] == 5
   rng = np.random.default_rng(0)
   record = {
     "latent_THWC": rng.standard_normal((*clip.shape, 3)),
@@ -223,10 +224,9 @@ def test_given_ends_begin_with_an_image(latents):
       times = segment.position_L3[5 * frame :: frame, 0].tolist()
       given = segment.given_L[::frame].tolist()
       assert given[5:] == [True] * images
-      if 2.0 in times:
-        assert given[2:5] == [False, True, True]
-      leads.append(2.0 in times)
-    assert all(leads) if images == 2 else 5 < sum(leads) < 35
+      if given[2:5] == [False, True, True] and 4.0 in times:
+        leads.append(seed)
+    assert len(leads) > 5 * images
 
 
 def test_damaged_records_are_left_out(latents, tmp_path):

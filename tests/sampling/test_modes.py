@@ -56,7 +56,6 @@ def test_a_given_end_begins_with_the_image_of_its_first_frame():
   for name, (kwargs, at, given, frames) in cases.items():
     timeline = make_job({"fps": 12.0, "gap_strength": 1.0, **kwargs})
     assert timeline.frames == frames, name
-    prompt = windows.next_window(timeline, Windows(), windows.begin(timeline)).prompt
     state = windows.begin(timeline)
     if len(timeline.before_THWC):
       state = windows.see(timeline, Windows(), state, timeline.before_THWC)

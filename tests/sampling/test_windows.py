@@ -55,6 +55,60 @@ def test_windows_meet_what_follows():
   assert prompt.grid[0] == 5 and prompt.given_THW[:, 0, 0].tolist() == [1, 1, 0, 1, 1]
 
 
+def test_windows_far_from_what_follows_see_nothing_of_it():
+  """However long that is, and in windows that end before the gap does."""
+  timeline = Timeline(
+    request(frames=97), (25, 2, 2), latents(3), latents(11, 1), ((13.0, latents(1)[0]),)
+  )
+  for length in (9, 5):
+    cut = Windows(length, 2)
+    spans, made = walk(timeline, cut)
+    assert len(made) == timeline.end == 14
+    assert sum(new for _, _, new in spans) == 11
+    state = windows.see(timeline, cut, windows.begin(timeline), latents(3))
+    prompts = []
+    while not windows.finished(timeline, state):
+      window = windows.next_window(timeline, cut, state)
+      prompts.append(window.prompt)
+      made_THWC = np.zeros((window.prompt.grid[0], 4, 4, C), np.float32)
+      state, _ = windows.step(timeline, cut, state, window, made_THWC)
+    for prompt in prompts[:-1]:
+      assert prompt.given_THW[:, 0, 0].tolist() == [1, 1] + [0] * (length - 2)
+      assert not prompt.extras
+    last = prompts[-1]
+    ((time, _),) = last.extras
+    led_to = int(time)
+    after_THWC = last.latent_THWC[led_to + 1 :]
+    assert 1 <= len(after_THWC) <= 2 and led_to == time
+    assert (
+      not last.given_THW[2 : led_to + 1].any() and last.given_THW[led_to + 1 :].all()
+    )
+    np.testing.assert_array_equal(after_THWC, timeline.after_THWC[: len(after_THWC)])
+
+
+def test_backward_windows_lead_to_the_first_known_frame():
+  """It guides, at the end of the latent that is made last; later ones are given."""
+  before_THWC = latents(3)
+  timeline = Timeline(request(frames=33), (3, 2, 2), before_THWC, backwards=6)
+  cut = Windows(5, 2)
+  state = windows.begin_backwards(timeline, cut)
+  first_HWC, known_HWC = before_THWC[:2]
+  for left, new in ((3, 3), (0, 3)):
+    window = windows.previous_window(timeline, cut, state)
+    prompt = window.prompt
+    assert window.new == new and prompt.given_THW[:, 0, 0].tolist() == [0] * 4 + [1]
+    ((time, image_HWC),) = prompt.extras
+    assert time == new
+    np.testing.assert_array_equal(image_HWC, first_HWC)
+    np.testing.assert_array_equal(prompt.latent_THWC[-1], known_HWC)
+    made_THWC = latents(5, left)
+    state, final_THWC = windows.step_back(cut, state, window, made_THWC)
+    # The latent that was led to is one that was made.
+    np.testing.assert_array_equal(final_THWC[0], made_THWC[new])
+    assert state.left == left
+    first_HWC, known_HWC = made_THWC[:2]
+
+
 def test_windows_with_noise_take_it_from_the_second_on():
   timeline = Timeline(request(frames=97), (25, 2, 2), np.zeros((0,)))
   cut, state = Windows(9, 3, noise=0.2), State(9, latents(3))
