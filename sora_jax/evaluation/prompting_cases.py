@@ -74,7 +74,8 @@ class _Held(NamedTuple):
     truth: what the clip shows. motions: the same, by colour.
     lengths: in frames.
     whole: its frames. sample: as many as a sample has, its first ones.
-    own, end, second: its first and last given frames, and the first of another clip.
+    own, end, second: its first and last given frames, and the first of another clip,
+      whose caption is second_caption.
     rebuilt, rebuilt_sample, rebuilt_end, rebuilt_second: what the VAE makes of them,
       the most that can be kept.
     first_image, last_image: what the VAE makes of single frames, as images.
@@ -84,6 +85,7 @@ class _Held(NamedTuple):
   fps: float
   truth: dict
   motions: dict[str, str]
+  second_caption: str
   lengths: Lengths
   whole: np.ndarray
   sample: np.ndarray
@@ -135,10 +137,11 @@ def _hold(model, clip, other, seed, lengths) -> _Held:
     return model.autoencoder.decode(latent_BTHWC)[0]
 
   return _Held(
-    functools.partial(Job, clip.caption, seed=seed, fps=clip.fps),
+    functools.partial(Job, prompt=clip.caption, seed=seed, fps=clip.fps),
     clip.fps,
     clip.truth,
     motions_of(clip.truth),
+    other.caption,
     lengths,
     *(whole, sample, other.video_THWC[: lengths.sampled], own, end, second),
     *(rebuild(v) for v in (own, sample, end, second, sample[:1], sample[-1:])),
@@ -243,7 +246,12 @@ def _cases_of_time(held: _Held) -> dict[str, Case]:
       parts=(Part(held.end, slice(0, before), -1, held.motions),),
     ),
     "connect": Case(
-      job(video=held.own, connect=held.second, gap=held.gap_seconds),
+      job(
+        video=held.own,
+        connect=held.second,
+        gap=held.gap_seconds,
+        blend=held.second_caption,
+      ),
       None,  # two clips have no truth in common
       (*held.at_start, (at_end, held.rebuilt_second[1:])),
       ((first_of_end, held.rebuilt_second[:1]),),
@@ -367,6 +375,8 @@ def _cases_of_loops(held: _Held) -> dict[str, Case]:
   """Returns the modes whose last frame goes on with the first one."""
   job = functools.partial(held.job, size=SIZE, loop=True)
   of_gap = functools.partial(job, video=held.own, gap=held.gap_seconds)
+  # What comes back does not do what the caption says: the video speaks for itself.
+  of_gap_alone = functools.partial(of_gap, prompt="")
   given = held.lengths.given
   gap = slice(given, None)
   of_video = functools.partial(
@@ -379,7 +389,7 @@ def _cases_of_loops(held: _Held) -> dict[str, Case]:
   )
   frames = held.lengths.sampled - 1
   return {
-    "loop of video": of_video(of_gap()),
+    "loop of video": of_video(of_gap_alone()),
     "loop, gap anew": of_video(of_gap(gap_strength=1.0)),
     "loop of text": _loop_of_text(job(frames=frames), held.truth),
   }

@@ -1,6 +1,7 @@
 """The arrays of a batch of rows to sample: what they are, written, taken apart."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, NamedTuple, TypedDict, cast
 
@@ -53,6 +54,16 @@ class SamplingRow(TypedDict):
   guidance_scale_N: Float32
 
 
+class NegativeRow(PackedText, total=False):
+  """What guidance leads away from: other texts, and nothing of images in time.
+
+  Images that lead somewhere are met closer than by the texts' guidance alone.
+  """
+
+  # As in `PackedRow`, but 0 for the tokens of images.
+  segment_L: Int32
+
+
 # The same with a leading axis of rows.
 SamplingBatch = SamplingRow
 
@@ -62,12 +73,12 @@ class SampleBatch(NamedTuple):
 
   Attributes:
     packed: clips and their texts, as in training.
-    negative: for each slot, the text that guidance leads away from.
+    negative: for each slot, what guidance leads away from.
     sampling: how tokens begin and what else the solver must know of them.
   """
 
   packed: PackedBatch
-  negative: PackedText
+  negative: NegativeRow
   sampling: SamplingBatch
 
   def row(self, index: int) -> "SampleBatch":
@@ -99,7 +110,7 @@ class SolverSlots(NamedTuple):
 def empty_batch(rows: int, size: packed_row.RowSize) -> SampleBatch:
   """Rows of padding."""
   packed = packed_row.empty(PackedBatch, size, rows)
-  negative = packed_row.empty(PackedText, size, rows)
+  negative = packed_row.empty(NegativeRow, size, rows)
   sampling = packed_row.empty(SamplingBatch, size, rows)
   sampling["twin_L"][:] = np.arange(size.budget.tokens)
   return SampleBatch(packed, negative, sampling)
@@ -170,6 +181,10 @@ class RowLayout:
         place = writer.add(segment)
         for slot, (_, negative) in zip(place.slots, clip.texts, strict=True):
           negatives.add(negative, slot)
+        own = slice(
+          place.tokens.start, place.tokens.start + math.prod(clip.prompt.grid)
+        )
+        row.negative["segment_L"][own] = row.packed["segment_L"][own]
         self._write_tokens(row.sampling, place, clip.prompt, known)
         _write_slots(row.sampling, slots, place, clip.prompt)
         places.append(place)

@@ -94,6 +94,10 @@ def test_rows_are_laid_out_as_in_training(written):
   assert time_L.tolist() == [0] * 4 + [2] * 4 + [4] * 4 + [2.5] * 4
   assert packed["text_segment_S"][0, :6].tolist() == [1, 1, 2, 3, 3, 0]
   assert negative["text_segment_S"][0, :4].tolist() == [1, 2, 3, 0]
+  # Guidance leads away from a clip without its image, too.
+  there = [1] * 12 + [2] * 12 + [3] * 12 + [0] * 4 + [0] * 8
+  assert negative["segment_L"][0].tolist() == there
+  np.testing.assert_array_equal(negative["segment_L"][1:], packed["segment_L"][1:])
   assert not packed["segment_L"][2].any()
 
 
