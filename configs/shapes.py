@@ -6,14 +6,14 @@ Time: hours; not yet trained to its end, so there are no figures of it. On cores
 AVX-512 and bfloat16, "medium" takes 65 minutes (VAE 16, DiT 40), "short" 25 (VAE 4, DiT
 19), by the time of a step; other cores take twice as long.
 Metrics: of "medium", 512 held-out prompts: colour 100 % (chance 17 %), shape 96 %
-(25 %), motion 91 % (11 %), count 99 %, reappearance 100 % (8 %); VAE 38.2 dB. Of
+(25 %), motion 94 % (11 %), count 99 %, reappearance 100 % (8 %); VAE 38.2 dB. Of
 "short": colour 100, shape 94, motion 90, count 98 %; VAE 35.1 dB.
 
 All that `sora_jax/data/shapes.py` can draw: one object or two, bars to pass behind, all
 motions, images and videos of 9 to 33 frames, three sizes, four rates, shaded grounds.
 Variant "gpu" takes larger batches for more clips. "medium" is the recipe of the model
 that goes with the package: one object on one ground, clips of 9 and 17 frames at two
-rates, and bars. "short" is the quickstart's world with more clips and steps,
+rates, bars, and what turns more often than other motions. "short" is the quickstart's world with more clips and steps,
 "simple" that world in 17 frames. The package's expander of prompts is made by
   python -m sora_jax.train_expander --config=configs/shapes.py:medium
 
