@@ -13,8 +13,9 @@ All that `sora_jax/data/shapes.py` can draw: one object or two, bars to pass beh
 motions, images and videos of 9 to 33 frames, three sizes, four rates, shaded grounds.
 Variant "gpu" takes larger batches for more clips. "medium" is the recipe of the model
 that goes with the package: one object on one ground, clips of 9 and 17 frames at two
-rates, bars, and what turns more often than other motions. "short" is the quickstart's world with more clips and steps,
-"simple" that world in 17 frames. The package's expander of prompts is made by
+rates, bars, and four times as much that turns. "short" is the quickstart's world with
+more clips and steps, "simple" that world in 17 frames. The package's expander of
+prompts is made by
   python -m sora_jax.train_expander --config=configs/shapes.py:medium
 
 More steps go on from the checkpoint before the decay of the learning rate:
