@@ -225,8 +225,8 @@ class _Wanted:
   def images(self, clip) -> list[int]:
     """Frames that are kept as images; a clip's first has a latent of its own anyway.
 
-    Half of them are the last of their latent frames, as the first frame of a given end
-    is; of an odd number, one more in half of the clips.
+    Half of them at least are the last of their latent frames, as the first frame of a
+    given end is; of an odd number, one more in half of the clips.
     """
     if clip.frames == 1:
       return []
