@@ -4,8 +4,8 @@ Command: python -m sora_jax.main --config=configs/quickstart.py
 Hardware: 2 CPU cores, 6 GB of memory (1.8 GB used).
 Time: 8 min 34 s with the installation, on cores with AVX-512 and bfloat16: that 0.6,
 data 0.5, VAE 1.2, DiT 5.9, sample and evaluate 0.4. 16 to 18 minutes on others.
-Metrics: VAE PSNR 31.0 dB; of 192 samples, colour 100 % (chance 19 %), shape 81 to 85 %
-(25 %), motion 80 to 86 % (11 %), count 99 %.
+Metrics: VAE PSNR 31.0 dB; of 192 samples, colour 100 % (chance 19 %), shape 81 to 89 %
+(25 %), motion 80 to 87 % (11 %), count 97 to 99 %.
 
 Its world is simple, see configs/shapes.py for all that shapes can do.
 """
