@@ -9,8 +9,8 @@ os.environ["XLA_FLAGS"] = (
   + " --xla_force_host_platform_device_count=8"
   # Most of a test is the compilation of tiny programs.
   + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-  # Eight devices share two cores: one that waits for the others for 40 s, as the default
-  # is, need not be stuck, and a process that is given up for that is lost with its tests.
+  # Eight devices share two cores: one that waits for the others for the 40 s of the
+  # default need not be stuck, and the process ends there, with all of its tests.
   + " --xla_cpu_collective_call_terminate_timeout_seconds=300"
 ).strip()
 
