@@ -265,20 +265,20 @@ def segment_of(
   """
   scale = options.reference_fps / clip.fps
   grid = patches.grid_shape(clip.shape, options.patch_size)
-  chosen = np.zeros(0, int)
+  patch_LP = patches.patchify(record["latent_THWC"], options.patch_size)
+  times = np.zeros(0, np.float32)
   if extra_count:
     chosen = np.sort(rng.permutation(len(clip.extras))[:extra_count])
-  times = np.array([clip.extras[i] for i in chosen], np.float32)
-  # Those at the end of a latent frame; images need patches of one frame.
-  ends = [int(time) for time in times if time == int(time)]
-  given_L = draws.draw_given(rng, grid, options.given_prob, ends).reshape(-1)
-  patch_LP = patches.patchify(record["latent_THWC"], options.patch_size)
-  if extra_count:
+    times = np.array([clip.extras[i] for i in chosen], np.float32)
     extras_NHWC = record["extras_NHWC"][chosen]
     extra_NLP = patches.patchify(extras_NHWC[:, None], options.patch_size)
     extra_LP = extra_NLP.reshape(-1, patch_LP.shape[1])
     patch_LP = np.concatenate([patch_LP, extra_LP])
-    given_L = np.concatenate([given_L, np.ones(len(extra_LP), bool)])
+  # Images at the end of a latent frame; they need patches of one frame.
+  ends = [int(time) for time in times if time.is_integer()]
+  given_THW = draws.draw_given(rng, grid, options.given_prob, ends)
+  given_L = np.ones(len(patch_LP), bool)
+  given_L[: given_THW.size] = given_THW.reshape(-1)
   position_L3 = patches.clip_positions(
     grid, options.patch_size[0] * scale, times * scale
   )

@@ -48,7 +48,7 @@ class Case:
     kept: (slice of the result, frames that it should show).
     met: the same of frames that were given as images in time, which guide the video but
       are not copied, as the first one of a given end does.
-    seams: indices of frames that begin something new; 0 is the seam of a loop.
+    seams: indices of frames that begin something new; 0 is the seam of a text's loop.
     place: index of a frame whose place among the four of a latent is that of the seam,
       where it is not the seam's own index.
     region: (rows, columns) that the kept frames are compared in.
@@ -375,8 +375,6 @@ def _cases_of_loops(held: _Held) -> dict[str, Case]:
   """Returns the modes whose last frame goes on with the first one."""
   job = functools.partial(held.job, size=SIZE, loop=True)
   of_gap = functools.partial(job, video=held.own, gap=held.gap_seconds)
-  # What comes back does not do what the caption says: the video speaks for itself.
-  of_gap_alone = functools.partial(of_gap, prompt="")
   given = held.lengths.given
   gap = slice(given, None)
   of_video = functools.partial(
@@ -389,7 +387,8 @@ def _cases_of_loops(held: _Held) -> dict[str, Case]:
   )
   frames = held.lengths.sampled - 1
   return {
-    "loop of video": of_video(of_gap_alone()),
+    # What comes back does not do what the caption says: the video speaks for itself.
+    "loop of video": of_video(of_gap(prompt="")),
     "loop, gap anew": of_video(of_gap(gap_strength=1.0)),
     "loop of text": _loop_of_text(job(frames=frames), held.truth),
   }

@@ -9,8 +9,8 @@ All modes of one checkpoint on held-out clips of generated shapes:
   met     the same of frames that were given as images, which guide the video but are
           not copied into it, as the first frame of a given end does.
   equal   whether the given latents came out bit for bit as they went in.
-  seam    difference of the two frames where given and sampled ones meet (of a loop: of
-          its last and first), over the median difference of neighbours elsewhere; 1 is
+  seam    difference of the two frames where given and sampled ones meet (of a loop of a
+          text: of its last and first), over the median of neighbours elsewhere; 1 is
           what cannot be seen. step: over that of frames at the same place among the
           four of a latent frame, between which a small VAE jumps.
   identity, joined, moves on: share of videos in which what is sampled shows the objects

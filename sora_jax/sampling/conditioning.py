@@ -21,6 +21,7 @@ the first one of a given end, these are extra tokens: they guide what is made th
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -153,6 +154,20 @@ def bridge(
   given_THW = np.zeros(grid, bool)
   latent_THWC[places], given_THW[places] = shown, True
   return Prompt(request, grid, latent_THWC, given_THW, extras=tuple(extras))
+
+
+def leads_to(latent_THWC: np.ndarray, last: int) -> dict[str, Any]:
+  """What `bridge`, or a `Timeline`, knows where something leads to a video.
+
+  Args:
+    latent_THWC: of the video, the first of one frame: that guides, as an image.
+    last: latent frame that ends with it, and shows three frames before it.
+  """
+  image_HWC, *later = latent_THWC
+  return {
+    "extras": ((float(last), image_HWC),),
+    "after_THWC": np.array(later) if later else None,
+  }
 
 
 def kept(mask_HW: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:

@@ -73,7 +73,7 @@ def image(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
     canvas,
     frames,
     before_THWC=_first(latents),
-    extras=_extras({at: x for at, x in latents.items() if at}),
+    extras=_extras(latents),
   )
 
 
@@ -163,7 +163,7 @@ def edit(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
     canvas,
     frames,
     before_THWC=_first(encoded),
-    extras=_extras({at: encoded[at] for at in sorted(encoded) if at}),
+    extras=_extras({at: encoded[at] for at in sorted(encoded)}),
     start_THWC=start_THWC,
     strength=1.0 if job.strength is None else job.strength,
     kept_THW=kept_THW,
@@ -195,7 +195,7 @@ def infill(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
   latents = dict(zip(parts, encode(list(parts.values())), strict=True))
   known: dict[str, Any] = {"before_THWC": latents.get("before")}
   if "after" in latents:
-    known |= _leads_to(latents["after"], time_grid.latent_of(end))
+    known |= conditioning.leads_to(latents["after"], time_grid.latent_of(end))
   return timeline(job, canvas, frames, **known)
 
 
@@ -218,7 +218,7 @@ def interpolate(job: Job, canvas: Canvas, encode: Encode) -> Timeline:
     dataclasses.replace(canvas, fps=canvas.fps * times),
     frames,
     before_THWC=images[0],
-    extras=_extras({i * times: x for i, x in enumerate(images) if i}),
+    extras=_extras({i * times: x for i, x in enumerate(images)}),
     start_THWC=start_THWC,
     strength=0.8 if job.strength is None else job.strength,
   )
@@ -297,27 +297,16 @@ def _first(latents: dict[int, np.ndarray]) -> np.ndarray | None:
 
 
 def _extras(latents: dict[int, np.ndarray]) -> tuple[tuple[float, np.ndarray], ...]:
-  """Extra tokens of one-frame latents by the index of their frame."""
-  return tuple((time_grid.time_of(at), x_THWC[0]) for at, x_THWC in latents.items())
+  """Extra tokens of one-frame latents by the index of their frame; frame 0 is none."""
+  return tuple(
+    (time_grid.time_of(at), x_THWC[0]) for at, x_THWC in latents.items() if at
+  )
 
 
 def _padded(video_THWC: np.ndarray) -> np.ndarray:
   """The video with its last frame repeated up to 1 + 4k frames."""
   over = time_grid.round_up(len(video_THWC)) - len(video_THWC)
   return np.pad(video_THWC, ((0, over), (0, 0), (0, 0), (0, 0)), mode="edge")
-
-
-def _leads_to(latent_THWC: np.ndarray, last: int) -> dict[str, Any]:
-  """What is known of a timeline where something has to lead to a video.
-
-  latent_THWC: of the video. The latent frame `last` of the timeline is to end with its
-  first frame, and shows three others before it: that frame guides, as an image.
-  """
-  image_HWC, *later = latent_THWC
-  return {
-    "extras": ((float(last), image_HWC),),
-    "after_THWC": np.array(later) if later else None,
-  }
 
 
 def _bridged(job, canvas, gap, before_THWC, after_THWC, between_THWC=None) -> Timeline:
@@ -327,10 +316,9 @@ def _bridged(job, canvas, gap, before_THWC, after_THWC, between_THWC=None) -> Ti
   these with noise on them, or else as noise alone.
   """
   known: dict[str, Any] = {"before_THWC": before_THWC}
-  known |= _leads_to(after_THWC, len(before_THWC) + gap - 1)
+  known |= conditioning.leads_to(after_THWC, len(before_THWC) + gap - 1)
   if between_THWC is not None:
-    parts = [before_THWC, between_THWC[1:], after_THWC[1:]]
-    start_THWC = np.concatenate(parts)
+    start_THWC = np.concatenate([before_THWC, between_THWC[1:], after_THWC[1:]])
     level_T = np.zeros(len(start_THWC))
     # Least where it meets what is given.
     share_T = np.sin(np.pi * np.arange(1, gap + 1) / (gap + 1)) ** 2

@@ -54,6 +54,10 @@ class SamplingRow(TypedDict):
   guidance_scale_N: Float32
 
 
+# The same with a leading axis of rows.
+SamplingBatch = SamplingRow
+
+
 class NegativeRow(PackedText, total=False):
   """What guidance leads away from: other texts, and nothing of images in time.
 
@@ -62,10 +66,6 @@ class NegativeRow(PackedText, total=False):
 
   # As in `PackedRow`, but 0 for the tokens of images.
   segment_L: Int32
-
-
-# The same with a leading axis of rows.
-SamplingBatch = SamplingRow
 
 
 class SampleBatch(NamedTuple):
@@ -181,10 +181,9 @@ class RowLayout:
         place = writer.add(segment)
         for slot, (_, negative) in zip(place.slots, clip.texts, strict=True):
           negatives.add(negative, slot)
-        own = slice(
-          place.tokens.start, place.tokens.start + math.prod(clip.prompt.grid)
-        )
-        row.negative["segment_L"][own] = row.packed["segment_L"][own]
+        segment_L = row.packed["segment_L"][place.tokens].copy()
+        segment_L[math.prod(clip.prompt.grid) :] = 0
+        row.negative["segment_L"][place.tokens] = segment_L
         self._write_tokens(row.sampling, place, clip.prompt, known)
         _write_slots(row.sampling, slots, place, clip.prompt)
         places.append(place)

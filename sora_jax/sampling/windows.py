@@ -18,7 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sora_jax.sampling.conditioning import Prompt, Timeline, bridge, check_level
+from sora_jax.sampling.conditioning import (
+  Prompt,
+  Timeline,
+  bridge,
+  check_level,
+  leads_to,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,12 +207,10 @@ def previous_window(timeline: Timeline, cut: Windows, state: BackwardState) -> W
   new = state.left
   if cut.length:
     new = min(new, max(1, cut.length - known))
-  first_HWC, *later = state.head_THWC
   prompt = bridge(
     timeline.request,
     (new + known, *timeline.grid[1:]),
-    after_THWC=np.array(later) if later else None,
-    extras=((new, first_HWC),),
+    **leads_to(state.head_THWC, new),
   )
   noise = cut.noise if state.left < timeline.backwards else 0.0
   prompt = dataclasses.replace(prompt, start=state.left - new, given_noise=noise)

@@ -10,9 +10,12 @@ from sora_jax.sampling.windows import State, Windows
 
 
 def walk(timeline, cut):
-  """Runs windows over a timeline of frames that hold their own index."""
+  """Runs windows over a timeline of frames that hold their own index.
+
+  Returns (start, latent frames, new ones) of each window, all frames, and the prompts.
+  """
   state = windows.see(timeline, cut, windows.begin(timeline), timeline.before_THWC)
-  made, spans = list(timeline.before_THWC), []
+  made, spans, prompts = list(timeline.before_THWC), [], []
   while not windows.finished(timeline, state):
     anchor = np.full((4, 4, C), -1.0) if state.needs_anchor else None
     prompt, known, new = window = windows.next_window(timeline, cut, state, anchor)
@@ -24,6 +27,7 @@ def walk(timeline, cut):
       np.testing.assert_array_equal(prompt.latent_THWC[0], first)
       np.testing.assert_array_equal(prompt.latent_THWC[1:known], last[1:])
     spans.append((prompt.start, prompt.grid[0], new))
+    prompts.append(prompt)
     latent_THWC = np.full((prompt.grid[0], 4, 4, C), np.nan, np.float32)
     latent_THWC[known : known + new] = np.arange(len(made), len(made) + new)[
       :, None, None, None
@@ -31,12 +35,12 @@ def walk(timeline, cut):
     state, fresh_THWC = windows.step(timeline, cut, state, window, latent_THWC)
     made += list(fresh_THWC)
     assert state.known == len(made)
-  return spans, made
+  return spans, made, prompts
 
 
 def test_windows_cover_a_long_video_once():
   timeline = Timeline(request(frames=97), (25, 2, 2), np.zeros((0,)))
-  spans, made = walk(timeline, Windows(9, 3))
+  spans, made, _ = walk(timeline, Windows(9, 3))
   assert spans == [(0, 9, 9), (6, 9, 6), (12, 9, 6), (18, 7, 4)]
   assert [frame[0, 0, 0] for frame in made] == list(range(25))
   assert walk(timeline, Windows(0, 3))[0] == [(0, 25, 25)]
@@ -44,7 +48,7 @@ def test_windows_cover_a_long_video_once():
 
 def test_windows_meet_what_follows():
   timeline = Timeline(request(frames=57), (15, 2, 2), latents(4), latents(4, 1))
-  spans, made = walk(timeline, Windows(6, 2))
+  spans, made, _ = walk(timeline, Windows(6, 2))
   # 11 are known or made before those of `after`; the window that reaches them sees one.
   assert spans == [(2, 6, 4), (6, 6, 3)]
   assert len(made) == 11
@@ -61,17 +65,9 @@ def test_windows_far_from_what_follows_see_nothing_of_it():
     request(frames=97), (25, 2, 2), latents(3), latents(11, 1), ((13.0, latents(1)[0]),)
   )
   for length in (9, 5):
-    cut = Windows(length, 2)
-    spans, made = walk(timeline, cut)
+    spans, made, prompts = walk(timeline, Windows(length, 2))
     assert len(made) == timeline.end == 14
     assert sum(new for _, _, new in spans) == 11
-    state = windows.see(timeline, cut, windows.begin(timeline), latents(3))
-    prompts = []
-    while not windows.finished(timeline, state):
-      window = windows.next_window(timeline, cut, state)
-      prompts.append(window.prompt)
-      made_THWC = np.zeros((window.prompt.grid[0], 4, 4, C), np.float32)
-      state, _ = windows.step(timeline, cut, state, window, made_THWC)
     for prompt in prompts[:-1]:
       assert prompt.given_THW[:, 0, 0].tolist() == [1, 1] + [0] * (length - 2)
       assert not prompt.extras
